@@ -1,0 +1,111 @@
+//! Instruction sets: which exist, which this machine has, and the vector operations each gives the kernels.
+
+mod portable;
+mod simd;
+
+#[cfg(target_arch = "aarch64")]
+mod aarch64;
+#[cfg(target_arch = "x86_64")]
+mod x86_64;
+
+use std::fmt;
+
+use tilefold_core::OpenError;
+
+#[cfg(target_arch = "aarch64")]
+pub(crate) use aarch64::Neon;
+pub(crate) use portable::Portable;
+pub(crate) use simd::Simd;
+#[cfg(target_arch = "x86_64")]
+pub(crate) use x86_64::{Avx2, Avx512};
+
+/// An instruction set the kernels are compiled for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Arch {
+    /// Plain Rust, any processor.
+    Portable,
+    /// x86-64 with AVX2 and FMA: 8 lanes.
+    Avx2,
+    /// x86-64 with AVX-512 F, BW, DQ, VL: 16 lanes; with AVX512-BF16, bf16 products in hardware.
+    Avx512,
+    /// AArch64 with NEON: 4 lanes.
+    Neon,
+}
+
+/// The environment variable that chooses the instruction set.
+const VARIABLE: &str = "TILEFOLD_CPU_ARCH";
+
+impl Arch {
+    /// Every instruction set, slowest first.
+    pub const ALL: [Self; 4] = [Self::Portable, Self::Neon, Self::Avx2, Self::Avx512];
+
+    /// The name `TILEFOLD_CPU_ARCH` knows.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Portable => "portable",
+            Self::Avx2 => "avx2",
+            Self::Avx512 => "avx512",
+            Self::Neon => "neon",
+        }
+    }
+
+    /// f32 lanes of a vector.
+    #[must_use]
+    pub fn lanes(self) -> usize {
+        match self {
+            Self::Portable | Self::Avx2 => 8,
+            Self::Avx512 => 16,
+            Self::Neon => 4,
+        }
+    }
+
+    /// Whether this machine can run it.
+    #[must_use]
+    pub fn is_available(self) -> bool {
+        match self {
+            Self::Portable => true,
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2 => Avx2::detect().is_some(),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512 => Avx512::detect().is_some(),
+            #[cfg(target_arch = "aarch64")]
+            Self::Neon => Neon::detect().is_some(),
+            #[allow(unreachable_patterns, reason = "which sets are left depends on the target")]
+            _ => false,
+        }
+    }
+
+    /// Every instruction set this machine can run, slowest first.
+    #[must_use]
+    pub fn available() -> Vec<Self> {
+        Self::ALL.into_iter().filter(|arch| arch.is_available()).collect()
+    }
+
+    /// The fastest set of this machine, or the one `TILEFOLD_CPU_ARCH` names.
+    ///
+    /// # Errors
+    /// [`OpenError::BadSetting`] when the variable names no set, or one this machine lacks.
+    pub fn from_environment() -> Result<Self, OpenError> {
+        let available = Self::available();
+        let Some(value) = std::env::var_os(VARIABLE).filter(|value| !value.is_empty()) else {
+            return Ok(available.last().copied().unwrap_or(Self::Portable));
+        };
+        let named = available.iter().find(|arch| value == arch.name()).copied();
+        named.ok_or_else(|| OpenError::BadSetting {
+            variable: VARIABLE,
+            value: value.to_string_lossy().into_owned(),
+            expected: available.iter().map(|arch| arch.name()).collect::<Vec<_>>().join(", "),
+        })
+    }
+}
+
+impl fmt::Display for Arch {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,109 @@
+//! Every instruction set of this machine against plain arithmetic.
+
+use super::*;
+
+fn values(count: usize) -> Vec<f32> {
+    (0..u16::try_from(count).unwrap()).map(|i| (f32::from(i) * 0.37).sin() * 30.0).collect()
+}
+
+fn apply<S: Simd>(s: S, input: &[f32], f: impl Fn(S::V) -> S::V) -> Vec<f32> {
+    let mut output = vec![0.0; input.len()];
+    for (from, to) in input.chunks_exact(S::LANES).zip(output.chunks_exact_mut(S::LANES)) {
+        // SAFETY: both chunks have LANES elements.
+        s.vectorize(|| unsafe { s.store(to.as_mut_ptr(), f(s.load(from.as_ptr()))) });
+    }
+    output
+}
+
+fn check<S: Simd>(s: S) {
+    let x = values(64);
+    let one = |f: &dyn Fn(S::V) -> S::V| apply(s, &x, f);
+    let two = s.splat(2.0);
+    assert_eq!(one(&|v| s.add(v, two)), x.iter().map(|v| v + 2.0).collect::<Vec<_>>());
+    assert_eq!(one(&|v| s.sub(v, two)), x.iter().map(|v| v - 2.0).collect::<Vec<_>>());
+    assert_eq!(one(&|v| s.mul(v, two)), x.iter().map(|v| v * 2.0).collect::<Vec<_>>());
+    assert_eq!(one(&|v| s.div(v, two)), x.iter().map(|v| v / 2.0).collect::<Vec<_>>());
+    assert_eq!(one(&|v| s.fma(v, two, two)), x.iter().map(|v| v * 2.0 + 2.0).collect::<Vec<_>>());
+    assert_eq!(one(&|v| s.max(two, v)), x.iter().map(|v| v.max(2.0)).collect::<Vec<_>>());
+    let floor = |v| s.max(two, v);
+    let picked = one(&|v| s.select_eq(floor(v), two, s.splat(7.0), v));
+    assert_eq!(picked, x.iter().map(|&v| if v <= 2.0 { 7.0 } else { v }).collect::<Vec<_>>());
+    let lane = |lane: usize| std::array::from_fn::<f32, 16, _>(|i| f32::from(u8::from(i == lane)));
+    for i in 0..S::LANES {
+        // SAFETY: 16 elements are at least LANES.
+        assert!(s.any_gt(unsafe { s.load(lane(i).as_ptr()) }, s.splat(0.0)), "lane {i}");
+    }
+    assert!(!s.any_gt(two, two));
+}
+
+fn check_exp2<S: Simd>(s: S) {
+    let steps = (0..64_000_u16).map(|i| f32::from(i) / 64_000.0 * -126.0);
+    let x: Vec<f32> = steps.collect();
+    for (&x, got) in x.iter().zip(apply(s, &x, |v| s.exp2(v))) {
+        let expected = f64::from(x).exp2();
+        assert!((f64::from(got) / expected - 1.0).abs() < 2e-7, "exp2({x}) = {got}, expected {expected}");
+    }
+    let edges = [
+        0.0,
+        -127.0,
+        -128.5,
+        -1e9,
+        -3e38,
+        f32::MIN,
+        f32::NEG_INFINITY,
+        f32::NAN,
+        1.0,
+        3.0,
+        -0.0,
+        -1.0,
+        0.5,
+        -126.0,
+        2.0,
+        -2.0,
+    ];
+    let got = apply(s, &edges, |v| s.exp2(v));
+    assert_eq!(got[0], 1.0);
+    assert!(got[1..7].iter().all(|&p| p.to_bits() == 0), "{got:?}");
+    assert!(got[7].is_nan());
+    assert_eq!((got[8], got[9], got[11]), (2.0, 8.0, 0.5));
+}
+
+fn check_transpose<S: Simd>(s: S) {
+    let n = S::LANES;
+    let (from_stride, to_stride) = (n + 3, n + 5);
+    let from = values(n * from_stride);
+    let mut to = vec![0.0; n * to_stride];
+    // SAFETY: both have LANES rows of at least LANES elements.
+    s.vectorize(|| unsafe { s.transpose(from.as_ptr(), from_stride, to.as_mut_ptr(), to_stride) });
+    for i in 0..n {
+        for j in 0..n {
+            assert_eq!(to[j * to_stride + i], from[i * from_stride + j], "{i} {j}");
+        }
+    }
+}
+
+fn check_all<S: Simd>(s: S) {
+    check(s);
+    check_exp2(s);
+    check_transpose(s);
+}
+
+#[test]
+fn every_set_of_this_machine_computes_the_same() {
+    check_all(Portable);
+    #[cfg(target_arch = "x86_64")]
+    {
+        Avx2::detect().map_or_else(|| eprintln!("avx2: not on this machine"), check_all);
+        Avx512::detect().map_or_else(|| eprintln!("avx512: not on this machine"), check_all);
+    }
+    #[cfg(target_arch = "aarch64")]
+    Neon::detect().map_or_else(|| eprintln!("neon: not on this machine"), check_all);
+}
+
+#[test]
+fn names_are_told_apart() {
+    assert!(Arch::available().contains(&Arch::Portable));
+    for arch in Arch::ALL {
+        assert_eq!(Arch::ALL.iter().filter(|other| other.name() == arch.name()).count(), 1);
+    }
+}

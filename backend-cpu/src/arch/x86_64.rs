@@ -1,0 +1,298 @@
+//! AVX2 with FMA, and AVX-512.
+#![allow(
+    clippy::undocumented_unsafe_blocks,
+    reason = "every block is one intrinsic whose only condition is that the processor has it, which the token proves; \
+              blocks that touch memory say more"
+)]
+
+use std::arch::x86_64::*;
+
+use super::simd::{EXP2, EXP2_MAGIC, EXP2_ZERO, Simd};
+
+/// Proof that the processor has AVX2 and FMA.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Avx2(());
+
+impl Avx2 {
+    /// The token, where the processor has the instructions.
+    pub(crate) fn detect() -> Option<Self> {
+        (is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c"))
+            .then_some(Self(()))
+    }
+}
+
+#[target_feature(enable = "avx2,fma,f16c")]
+fn with_avx2<R>(work: impl FnOnce() -> R) -> R {
+    work()
+}
+
+// SAFETY: `detect` checks every feature the methods use.
+unsafe impl Simd for Avx2 {
+    type V = __m256;
+    type Half = Self;
+    const LANES: usize = 8;
+    // 12 accumulators, 2 vectors and a broadcast: 15 of 16 registers.
+    const BLOCK_ROWS: usize = 6;
+    const BLOCK_VECTORS: usize = 2;
+
+    fn half(self) -> Self {
+        self
+    }
+
+    #[inline(always)]
+    fn vectorize<R>(self, work: impl FnOnce() -> R) -> R {
+        unsafe { with_avx2(work) }
+    }
+
+    #[inline(always)]
+    fn prefetch(self, address: *const u8) {
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(address.cast()) }
+    }
+
+    #[inline(always)]
+    fn splat(self, x: f32) -> __m256 {
+        unsafe { _mm256_set1_ps(x) }
+    }
+
+    #[inline(always)]
+    fn add(self, a: __m256, b: __m256) -> __m256 {
+        unsafe { _mm256_add_ps(a, b) }
+    }
+
+    #[inline(always)]
+    fn sub(self, a: __m256, b: __m256) -> __m256 {
+        unsafe { _mm256_sub_ps(a, b) }
+    }
+
+    #[inline(always)]
+    fn mul(self, a: __m256, b: __m256) -> __m256 {
+        unsafe { _mm256_mul_ps(a, b) }
+    }
+
+    #[inline(always)]
+    fn div(self, a: __m256, b: __m256) -> __m256 {
+        unsafe { _mm256_div_ps(a, b) }
+    }
+
+    #[inline(always)]
+    fn fma(self, a: __m256, b: __m256, c: __m256) -> __m256 {
+        unsafe { _mm256_fmadd_ps(a, b, c) }
+    }
+
+    #[inline(always)]
+    fn max(self, a: __m256, b: __m256) -> __m256 {
+        unsafe { _mm256_max_ps(a, b) }
+    }
+
+    #[inline(always)]
+    fn select_eq(self, a: __m256, b: __m256, then: __m256, other: __m256) -> __m256 {
+        unsafe { _mm256_blendv_ps(other, then, _mm256_cmp_ps::<_CMP_EQ_OQ>(a, b)) }
+    }
+
+    #[inline(always)]
+    fn any_gt(self, a: __m256, b: __m256) -> bool {
+        unsafe { _mm256_movemask_ps(_mm256_cmp_ps::<_CMP_GT_OQ>(a, b)) != 0 }
+    }
+
+    #[inline(always)]
+    fn exp2(self, x: __m256) -> __m256 {
+        let x = self.max(self.splat(EXP2_ZERO), x);
+        let magic = self.splat(EXP2_MAGIC);
+        let shifted = self.add(x, magic);
+        let f = self.sub(x, self.sub(shifted, magic));
+        let mut p = self.splat(EXP2[4]);
+        for c in [EXP2[3], EXP2[2], EXP2[1], EXP2[0], 1.0] {
+            p = self.fma(p, f, self.splat(c));
+        }
+        let power = unsafe { _mm256_castsi256_ps(_mm256_slli_epi32::<23>(_mm256_castps_si256(shifted))) };
+        self.mul(p, power)
+    }
+
+    #[inline(always)]
+    unsafe fn load(self, from: *const f32) -> __m256 {
+        // SAFETY: the caller promises 8 readable f32.
+        unsafe { _mm256_loadu_ps(from) }
+    }
+
+    #[inline(always)]
+    unsafe fn store(self, to: *mut f32, v: __m256) {
+        // SAFETY: the caller promises 8 writable f32.
+        unsafe { _mm256_storeu_ps(to, v) }
+    }
+
+    #[inline(always)]
+    unsafe fn transpose(self, from: *const f32, from_stride: usize, to: *mut f32, to_stride: usize) {
+        // SAFETY: the caller promises 8 rows of 8 f32 on both sides; the rest moves registers.
+        unsafe {
+            let (mut lo, mut hi, mut s) =
+                ([_mm256_setzero_ps(); 4], [_mm256_setzero_ps(); 4], [_mm256_setzero_ps(); 8]);
+            // Pairs of rows, then quadruples, then the two halves of 128 bits.
+            for i in 0..4 {
+                let even = _mm256_loadu_ps(from.add(2 * i * from_stride));
+                let odd = _mm256_loadu_ps(from.add((2 * i + 1) * from_stride));
+                lo[i] = _mm256_unpacklo_ps(even, odd);
+                hi[i] = _mm256_unpackhi_ps(even, odd);
+            }
+            for i in 0..2 {
+                s[4 * i] = _mm256_shuffle_ps::<0x44>(lo[2 * i], lo[2 * i + 1]);
+                s[4 * i + 1] = _mm256_shuffle_ps::<0xee>(lo[2 * i], lo[2 * i + 1]);
+                s[4 * i + 2] = _mm256_shuffle_ps::<0x44>(hi[2 * i], hi[2 * i + 1]);
+                s[4 * i + 3] = _mm256_shuffle_ps::<0xee>(hi[2 * i], hi[2 * i + 1]);
+            }
+            for i in 0..4 {
+                _mm256_storeu_ps(to.add(i * to_stride), _mm256_permute2f128_ps::<0x20>(s[i], s[i + 4]));
+                _mm256_storeu_ps(to.add((i + 4) * to_stride), _mm256_permute2f128_ps::<0x31>(s[i], s[i + 4]));
+            }
+        }
+    }
+}
+
+/// Proof that the processor has AVX-512 F, BW, DQ and VL.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Avx512(Avx2);
+
+impl Avx512 {
+    /// The token, where the processor has the instructions.
+    pub(crate) fn detect() -> Option<Self> {
+        (is_x86_feature_detected!("avx512f")
+            && is_x86_feature_detected!("avx512bw")
+            && is_x86_feature_detected!("avx512dq")
+            && is_x86_feature_detected!("avx512vl"))
+        .then(Avx2::detect)
+        .flatten()
+        .map(Self)
+    }
+}
+
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")]
+fn with_avx512<R>(work: impl FnOnce() -> R) -> R {
+    work()
+}
+
+// SAFETY: `detect` checks every feature the methods use.
+unsafe impl Simd for Avx512 {
+    type V = __m512;
+    type Half = Avx2;
+    const LANES: usize = 16;
+    // 16 accumulators and 4 vectors of 32 registers; the broadcast is part of the instruction.
+    const BLOCK_ROWS: usize = 4;
+    const BLOCK_VECTORS: usize = 4;
+
+    fn half(self) -> Avx2 {
+        self.0
+    }
+
+    #[inline(always)]
+    fn vectorize<R>(self, work: impl FnOnce() -> R) -> R {
+        unsafe { with_avx512(work) }
+    }
+
+    #[inline(always)]
+    fn prefetch(self, address: *const u8) {
+        unsafe { _mm_prefetch::<_MM_HINT_T1>(address.cast()) }
+    }
+
+    #[inline(always)]
+    fn splat(self, x: f32) -> __m512 {
+        unsafe { _mm512_set1_ps(x) }
+    }
+
+    #[inline(always)]
+    fn add(self, a: __m512, b: __m512) -> __m512 {
+        unsafe { _mm512_add_ps(a, b) }
+    }
+
+    #[inline(always)]
+    fn sub(self, a: __m512, b: __m512) -> __m512 {
+        unsafe { _mm512_sub_ps(a, b) }
+    }
+
+    #[inline(always)]
+    fn mul(self, a: __m512, b: __m512) -> __m512 {
+        unsafe { _mm512_mul_ps(a, b) }
+    }
+
+    #[inline(always)]
+    fn div(self, a: __m512, b: __m512) -> __m512 {
+        unsafe { _mm512_div_ps(a, b) }
+    }
+
+    #[inline(always)]
+    fn fma(self, a: __m512, b: __m512, c: __m512) -> __m512 {
+        unsafe { _mm512_fmadd_ps(a, b, c) }
+    }
+
+    #[inline(always)]
+    fn max(self, a: __m512, b: __m512) -> __m512 {
+        unsafe { _mm512_max_ps(a, b) }
+    }
+
+    #[inline(always)]
+    fn select_eq(self, a: __m512, b: __m512, then: __m512, other: __m512) -> __m512 {
+        unsafe { _mm512_mask_blend_ps(_mm512_cmp_ps_mask::<_CMP_EQ_OQ>(a, b), other, then) }
+    }
+
+    #[inline(always)]
+    fn any_gt(self, a: __m512, b: __m512) -> bool {
+        unsafe { _mm512_cmp_ps_mask::<_CMP_GT_OQ>(a, b) != 0 }
+    }
+
+    #[inline(always)]
+    fn exp2(self, x: __m512) -> __m512 {
+        let x = self.max(self.splat(EXP2_ZERO), x);
+        // x minus x rounded to the nearest integer, in one instruction.
+        let f = unsafe { _mm512_reduce_ps::<0x08>(x) };
+        let mut p = self.splat(EXP2[4]);
+        for c in [EXP2[3], EXP2[2], EXP2[1], EXP2[0], 1.0] {
+            p = self.fma(p, f, self.splat(c));
+        }
+        let power = self.add(x, self.splat(EXP2_MAGIC));
+        let power = unsafe { _mm512_castsi512_ps(_mm512_slli_epi32::<23>(_mm512_castps_si512(power))) };
+        self.mul(p, power)
+    }
+
+    #[inline(always)]
+    unsafe fn load(self, from: *const f32) -> __m512 {
+        // SAFETY: the caller promises 16 readable f32.
+        unsafe { _mm512_loadu_ps(from) }
+    }
+
+    #[inline(always)]
+    unsafe fn store(self, to: *mut f32, v: __m512) {
+        // SAFETY: the caller promises 16 writable f32.
+        unsafe { _mm512_storeu_ps(to, v) }
+    }
+
+    #[inline(always)]
+    unsafe fn transpose(self, from: *const f32, from_stride: usize, to: *mut f32, to_stride: usize) {
+        // SAFETY: the caller promises 16 rows of 16 f32 on both sides; the rest moves registers.
+        unsafe {
+            let (mut r, mut t) = ([_mm512_setzero_ps(); 16], [_mm512_setzero_ps(); 16]);
+            for i in 0..16 {
+                r[i] = _mm512_loadu_ps(from.add(i * from_stride));
+            }
+            for i in 0..8 {
+                t[2 * i] = _mm512_unpacklo_ps(r[2 * i], r[2 * i + 1]);
+                t[2 * i + 1] = _mm512_unpackhi_ps(r[2 * i], r[2 * i + 1]);
+            }
+            for i in 0..4 {
+                r[4 * i] = _mm512_shuffle_ps::<0x44>(t[4 * i], t[4 * i + 2]);
+                r[4 * i + 1] = _mm512_shuffle_ps::<0xee>(t[4 * i], t[4 * i + 2]);
+                r[4 * i + 2] = _mm512_shuffle_ps::<0x44>(t[4 * i + 1], t[4 * i + 3]);
+                r[4 * i + 3] = _mm512_shuffle_ps::<0xee>(t[4 * i + 1], t[4 * i + 3]);
+            }
+            for i in 0..4 {
+                t[i] = _mm512_shuffle_f32x4::<0x88>(r[i], r[4 + i]);
+                t[4 + i] = _mm512_shuffle_f32x4::<0xdd>(r[i], r[4 + i]);
+                t[8 + i] = _mm512_shuffle_f32x4::<0x88>(r[8 + i], r[12 + i]);
+                t[12 + i] = _mm512_shuffle_f32x4::<0xdd>(r[8 + i], r[12 + i]);
+            }
+            for i in 0..4 {
+                _mm512_storeu_ps(to.add(i * to_stride), _mm512_shuffle_f32x4::<0x88>(t[i], t[8 + i]));
+                _mm512_storeu_ps(to.add((8 + i) * to_stride), _mm512_shuffle_f32x4::<0xdd>(t[i], t[8 + i]));
+                _mm512_storeu_ps(to.add((4 + i) * to_stride), _mm512_shuffle_f32x4::<0x88>(t[4 + i], t[12 + i]));
+                _mm512_storeu_ps(to.add((12 + i) * to_stride), _mm512_shuffle_f32x4::<0xdd>(t[4 + i], t[12 + i]));
+            }
+        }
+    }
+}

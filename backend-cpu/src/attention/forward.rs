@@ -1,0 +1,525 @@
+//! Forward pass of one work item: online softmax over tiles of keys, lanes are queries (equations (1)-(6)).
+//!
+//! ```text
+//! for row in rows of the item                       slab: what rows share, transposed once
+//!     pack Qᵀ of all query tiles, scaled
+//!     for key tile                                   pack K, V
+//!         for head of the group, query tile
+//!             Sᵀ = bias + K Qᵀ, row max              rescale O and the row sum if a maximum grew
+//!             Pᵀ = exp2(Sᵀ - max), row sum
+//!             Oᵀ += Vᵀ Pᵀ
+//!     out = sigmoid(gate) ⊙ O / row sum, lse = max + ln(row sum)
+//! ```
+
+use std::f32::consts::LOG2_E;
+use std::ops::Range;
+
+use tilefold_core::attention::Cover;
+use tilefold_core::{AttentionProblem, EmptyRows};
+
+use super::operands::{Inputs, Operand};
+use super::pack::{Row, pack_rows, scale, transpose};
+use super::product::{Accumulate, Matrix, Scores, product};
+use super::tile::{Position, TileScratch};
+use super::workspace::Carver;
+use crate::arch::Simd;
+
+/// What the forward pass reads and writes.
+#[derive(Debug)]
+pub(crate) struct Forward<'p> {
+    pub(crate) inputs: Inputs<'p>,
+    pub(crate) out: Operand<5>,
+    pub(crate) lse: Option<Operand<4>>,
+    pub(crate) lse_low: Option<Operand<4>>,
+    pub(crate) shape: ItemShape,
+}
+
+/// Sizes that scratch memory depends on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct ItemShape {
+    /// Queries of a tile.
+    pub(crate) tile_q: usize,
+    /// Keys of a tile.
+    pub(crate) tile_k: usize,
+    /// Most queries of an item, a multiple of `tile_q`.
+    pub(crate) item_q: usize,
+    /// Whether an item keeps a slab of what its rows share.
+    pub(crate) slab: bool,
+}
+
+/// One work item: rows of one batch and key head, with a range of queries.
+#[derive(Clone, Debug)]
+pub(crate) struct Item {
+    pub(crate) batch: usize,
+    pub(crate) kv_head: usize,
+    pub(crate) rows: Range<usize>,
+    pub(crate) queries: Range<usize>,
+}
+
+/// Smallest running maximum: finite, so that a row that starts with -inf does not become NaN.
+const LOWEST_MAX: f32 = f32::MIN;
+
+/// Channels padded so that half vectors of every instruction set fit.
+pub(crate) fn padded_channels(channels: usize) -> usize {
+    channels.next_multiple_of(8)
+}
+
+struct Scratch {
+    slab: Option<Matrix>,
+    /// For every head of the group and query tile: Qᵀ, Oᵀ, row max, row sum.
+    tiles: Vec<QueryTile>,
+    keys: Matrix,
+    values: Matrix,
+    scores: Matrix,
+    old_max: *mut f32,
+    /// `[query][channel]`, on the way in and out.
+    rows: Matrix,
+    gate: *mut f32,
+    mean: *mut f32,
+    bias: TileScratch,
+}
+
+#[derive(Clone, Copy)]
+struct QueryTile {
+    q: Matrix,
+    out: Matrix,
+    row_max: *mut f32,
+    row_sum: *mut f32,
+}
+
+impl Scratch {
+    fn carve(carver: &mut Carver, problem: &AttentionProblem, shape: ItemShape) -> Self {
+        let spec = problem.spec();
+        let (channels, channels_v) = (padded_channels(spec.head_dim), padded_channels(spec.head_dim_v));
+        let tiles = problem.group() * shape.item_q / shape.tile_q;
+        let keys = spec.seqlen_k.next_multiple_of(shape.tile_k);
+        Self {
+            slab: shape.slab.then(|| carver.matrix(tiles * keys, shape.tile_q)),
+            tiles: (0..tiles)
+                .map(|_| QueryTile {
+                    q: carver.matrix(channels, shape.tile_q),
+                    out: carver.matrix(channels_v, shape.tile_q),
+                    row_max: carver.floats(shape.tile_q),
+                    row_sum: carver.floats(shape.tile_q),
+                })
+                .collect(),
+            keys: carver.matrix(shape.tile_k, channels),
+            values: carver.matrix(shape.tile_k, channels_v),
+            scores: carver.matrix(shape.tile_k, shape.tile_q),
+            old_max: carver.floats(shape.tile_q),
+            rows: carver.matrix(shape.tile_q, channels.max(channels_v)),
+            gate: carver.floats(channels_v),
+            mean: carver.floats(channels_v),
+            bias: TileScratch::carve(carver, shape.tile_q, shape.tile_k),
+        }
+    }
+}
+
+/// Bytes one item needs.
+pub(crate) fn scratch_bytes(problem: &AttentionProblem, shape: ItemShape) -> usize {
+    let mut carver = Carver::counting();
+    Scratch::carve(&mut carver, problem, shape);
+    carver.bytes()
+}
+
+impl Forward<'_> {
+    /// Computes one item in a block of [`scratch_bytes`].
+    pub(crate) fn run<S: Simd>(&self, s: S, item: &Item, carver: &mut Carver) {
+        let scratch = Scratch::carve(carver, self.inputs.problem, self.shape);
+        if scratch.slab.is_some() {
+            self.build_slab(s, item, &scratch);
+        }
+        for row in item.rows.clone() {
+            self.run_row(s, item, row, &scratch);
+        }
+    }
+
+    fn tile_range(&self, item: &Item, tile: usize) -> Range<usize> {
+        let start = item.queries.start + tile * self.shape.tile_q;
+        start..(start + self.shape.tile_q).min(item.queries.end)
+    }
+
+    fn tiles_per_head(&self, item: &Item) -> usize {
+        item.queries.len().div_ceil(self.shape.tile_q)
+    }
+
+    /// The slab's part for query tile `index` (of all heads) and keys from `key`.
+    fn slab_at(&self, slab: Matrix, index: usize, key: usize) -> Matrix {
+        let keys = self.inputs.problem.spec().seqlen_k.next_multiple_of(self.shape.tile_k);
+        Matrix { data: slab.at(index * keys + key, 0), ..slab }
+    }
+
+    fn build_slab<S: Simd>(&self, s: S, item: &Item, scratch: &Scratch) {
+        let Some(slab) = scratch.slab else { return };
+        let tiles = self.tiles_per_head(item);
+        for (index, head) in (0..tiles * self.inputs.problem.group()).map(|index| (index, index / tiles)) {
+            let at = self.position(item, item.rows.start, head);
+            let q = self.tile_range(item, index % tiles);
+            for k in key_tiles(self.inputs.problem.spec().seqlen_k, self.shape.tile_k) {
+                let part = self.slab_at(slab, index, k.start);
+                // SAFETY: the slab and the scratch were carved for these tiles.
+                s.vectorize(
+                    #[inline(always)]
+                    || unsafe { self.inputs.slab_tile(s, at, (&q, &k), &scratch.bias, part) },
+                );
+            }
+        }
+    }
+
+    fn position(&self, item: &Item, row: usize, head_of_group: usize) -> Position {
+        let head = item.kv_head * self.inputs.problem.group() + head_of_group;
+        Position { batch: item.batch, row, head }
+    }
+
+    fn run_row<S: Simd>(&self, s: S, item: &Item, row: usize, scratch: &Scratch) {
+        let (spec, tiles) = (self.inputs.problem.spec(), self.tiles_per_head(item));
+        let all = tiles * self.inputs.problem.group();
+        for index in 0..all {
+            let at = self.position(item, row, index / tiles);
+            // SAFETY: the tile's matrices were carved for it.
+            s.vectorize(
+                #[inline(always)]
+                || unsafe { self.start_tile(s, at, &self.tile_range(item, index % tiles), scratch, index) },
+            );
+        }
+        let length = self.inputs.problem.kv_length(item.batch, row);
+        for k in key_tiles(length, self.shape.tile_k) {
+            let mask = &spec.mask;
+            if mask.cover(&item.queries, &k) == Cover::Empty {
+                continue;
+            }
+            // SAFETY: the matrices were carved for a key tile.
+            s.vectorize(
+                #[inline(always)]
+                || unsafe {
+                    self.inputs.pack_keys((item.batch, row, item.kv_head), &k, (scratch.keys, scratch.values));
+                },
+            );
+            for head in 0..self.inputs.problem.group() {
+                let at = self.position(item, row, head);
+                // SAFETY: the scratch has room for a key tile.
+                let keys = unsafe { self.inputs.key_values(at, &k, k.len(), &scratch.bias) };
+                let Some(keys) = keys else { continue };
+                for tile in 0..tiles {
+                    let part = (
+                        k.start / self.shape.tile_k * all + head * tiles + tile,
+                        length.div_ceil(self.shape.tile_k) * all,
+                    );
+                    self.prefetch_next(s, item, row, part);
+                    self.run_tile(s, at, (&self.tile_range(item, tile), &k), keys, head * tiles + tile, scratch);
+                }
+            }
+        }
+        let mut mean = None;
+        for index in 0..all {
+            let at = self.position(item, row, index / tiles);
+            let q = self.tile_range(item, index % tiles);
+            // SAFETY: the tile was carved and computed.
+            unsafe { self.finish_tile(s, at, &q, scratch, scratch.tiles[index], &mut mean) };
+        }
+    }
+
+    /// Asks for a part of what the next row reads and writes, while this one computes.
+    #[inline(always)]
+    fn prefetch_next<S: Simd>(&self, s: S, item: &Item, row: usize, part: (usize, usize)) {
+        let spec = self.inputs.problem.spec();
+        if row + 1 >= item.rows.end {
+            return;
+        }
+        let (keys, queries) = ((item.batch, item.kv_head), (item.batch, item.kv_head * self.inputs.problem.group()));
+        let key_rows = [(self.inputs.k, spec.head_dim), (self.inputs.v, spec.head_dim_v)];
+        for (operand, channels) in key_rows {
+            operand.prefetch(s, [keys.0, row + 1, 0, keys.1, 0], (spec.seqlen_k, channels), part);
+        }
+        for (operand, channels) in [(self.inputs.q, spec.head_dim), (self.out, spec.head_dim_v)] {
+            let at = [queries.0, row + 1, item.queries.start, queries.1, 0];
+            operand.prefetch(s, at, (item.queries.len(), channels), part);
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn start_tile<S: Simd>(&self, s: S, at: Position, q: &Range<usize>, scratch: &Scratch, index: usize) {
+        let tile = scratch.tiles[index];
+        let channels = self.inputs.problem.spec().head_dim;
+        let padded = padded_channels(channels);
+        let operand = self.inputs.q;
+        let lanes = q.len().next_multiple_of(S::LANES);
+        let rows = Matrix { stride: padded, ..scratch.rows };
+        let row = |i: usize| Row {
+            data: operand.at([at.batch, at.row, q.start + i, at.head, 0]),
+            dtype: operand.dtype,
+            stride: operand.strides[4],
+        };
+        // SAFETY: all queries of `q` exist; the matrices were carved for a tile.
+        unsafe {
+            pack_rows((q.len(), lanes, channels), row, rows);
+            scale(lanes, padded, scale_base2(&self.inputs), rows);
+            transpose(s, lanes, padded, rows, tile.q);
+            for i in 0..self.shape.tile_q {
+                *tile.row_max.add(i) = LOWEST_MAX;
+                *tile.row_sum.add(i) = 0.0;
+            }
+            tile.out.data.write_bytes(0, padded_channels(self.inputs.problem.spec().head_dim_v) * tile.out.stride);
+        }
+    }
+
+    #[inline(always)]
+    fn run_tile<S: Simd>(
+        &self,
+        s: S,
+        at: Position,
+        (q, k): (&Range<usize>, &Range<usize>),
+        keys: *const f32,
+        index: usize,
+        scratch: &Scratch,
+    ) {
+        let spec = self.inputs.problem.spec();
+        let tile = scratch.tiles[index];
+        let slab = scratch.slab.map(|slab| self.slab_at(slab, index, k.start));
+        // SAFETY: the scratch covers the tile.
+        let bias = s.vectorize(
+            #[inline(always)]
+            || unsafe { self.inputs.tile_bias(s, at, (q, k), slab, keys, &scratch.bias) },
+        );
+        let Some(bias) = bias else { return };
+        let vectors = q.len().div_ceil(S::LANES);
+        // The phases are separate functions: inlined into one body they would spill registers.
+        // SAFETY: every matrix was carved for a tile, and holds what the phase before wrote.
+        unsafe {
+            scratch.old_max.copy_from_nonoverlapping(tile.row_max, vectors * S::LANES);
+            let mut scores = Scores { bias, scores: scratch.scores, row_max: tile.row_max };
+            s.vectorize(
+                #[inline(always)]
+                || product::<S, _, false>(s, (k.len(), vectors, spec.head_dim), scratch.keys, tile.q, &mut scores),
+            );
+            s.vectorize(
+                #[inline(always)]
+                || rescale(s, vectors, spec.head_dim_v, scratch.old_max, &tile),
+            );
+            s.vectorize(
+                #[inline(always)]
+                || exponentials(s, k.len(), vectors, scratch.scores, &tile),
+            );
+            let mut out = Accumulate { c: tile.out };
+            let shape = (spec.head_dim_v, vectors, k.len());
+            s.vectorize(
+                #[inline(always)]
+                || product::<S, _, true>(s, shape, scratch.values, scratch.scores, &mut out),
+            );
+        }
+    }
+
+    /// Divides by the row sums, turns the tile and writes it.
+    unsafe fn finish_tile<S: Simd>(
+        &self,
+        s: S,
+        at: Position,
+        q: &Range<usize>,
+        scratch: &Scratch,
+        tile: QueryTile,
+        mean: &mut Option<()>,
+    ) {
+        let spec = self.inputs.problem.spec();
+        let padded = padded_channels(spec.head_dim_v);
+        let rows = Matrix { stride: padded, ..scratch.rows };
+        // SAFETY: the tile's matrices were carved for it; every written element belongs to this item.
+        unsafe {
+            s.vectorize(
+                #[inline(always)]
+                || {
+                    normalise(s, q.len().div_ceil(S::LANES), spec.head_dim_v, &tile);
+                    transpose(s, padded, q.len().next_multiple_of(S::LANES), tile.out, rows);
+                },
+            );
+            for i in 0..q.len() {
+                let empty = *tile.row_sum.add(i) == 0.0;
+                if empty && spec.empty_rows == EmptyRows::Uniform {
+                    mean.get_or_insert_with(|| self.mean_of_values(at, scratch.mean));
+                    rows.at(i, 0).copy_from_nonoverlapping(scratch.mean, spec.head_dim_v);
+                }
+                self.write_lse(at, q.start + i, *tile.row_max.add(i), *tile.row_sum.add(i));
+            }
+            s.vectorize(
+                #[inline(always)]
+                || {
+                    for i in 0..q.len() {
+                        let index = [at.batch, at.row, q.start + i, at.head, 0];
+                        if let Some(gate) = self.inputs.gate {
+                            Row { data: gate.at(index), dtype: gate.dtype, stride: gate.strides[4] }
+                                .read(spec.head_dim_v, scratch.gate);
+                            gate_row(s.half(), padded, scratch.gate, rows.at(i, 0));
+                        }
+                        Row { data: self.out.at(index), dtype: self.out.dtype, stride: self.out.strides[4] }
+                            .write(spec.head_dim_v, rows.at(i, 0));
+                    }
+                },
+            );
+        }
+    }
+
+    unsafe fn write_lse(&self, at: Position, query: usize, row_max: f32, row_sum: f32) {
+        let (lse, low) = lse_parts(row_max, row_sum);
+        for (operand, value) in [(self.lse, lse), (self.lse_low, low)] {
+            if let Some(operand) = operand {
+                // SAFETY: an f32 element that belongs to this item.
+                unsafe { *operand.at([at.batch, at.row, at.head, query]).cast::<f32>() = value }
+            }
+        }
+    }
+
+    /// The mean of v over all keys: what rows without keys give under [`EmptyRows::Uniform`].
+    unsafe fn mean_of_values(&self, at: Position, mean: *mut f32) {
+        let spec = self.inputs.problem.spec();
+        let v = self.inputs.v;
+        let mut sum = vec![0_f64; spec.head_dim_v];
+        let mut row = vec![0_f32; spec.head_dim_v];
+        let head = at.head / self.inputs.problem.group();
+        for key in 0..spec.seqlen_k {
+            let data = v.at([at.batch, at.row, key, head, 0]);
+            // SAFETY: the key exists, and `row` has its channels.
+            unsafe { Row { data, dtype: v.dtype, stride: v.strides[4] }.read(row.len(), row.as_mut_ptr()) };
+            sum.iter_mut().zip(&row).for_each(|(sum, &value)| *sum += f64::from(value));
+        }
+        for (i, sum) in sum.into_iter().enumerate() {
+            #[allow(clippy::cast_possible_truncation, clippy::cast_precision_loss, reason = "rounding a mean to f32")]
+            // SAFETY: `mean` was carved for the channels.
+            unsafe {
+                *mean.add(i) = (sum / spec.seqlen_k as f64) as f32;
+            }
+        }
+    }
+}
+
+/// Ranges of at most `tile` keys.
+pub(crate) fn key_tiles(keys: usize, tile: usize) -> impl Iterator<Item = Range<usize>> {
+    (0..keys).step_by(tile).map(move |start| start..(start + tile).min(keys))
+}
+
+/// The softmax scale for base-2 exponentials.
+#[allow(clippy::cast_possible_truncation, reason = "kernels compute in f32")]
+pub(crate) fn scale_base2(inputs: &Inputs<'_>) -> f32 {
+    (inputs.problem.softmax_scale() * std::f64::consts::LOG2_E) as f32
+}
+
+/// Natural lse of a row, and what its rounding to f32 took away (equation (6)).
+#[allow(clippy::cast_possible_truncation, reason = "the split into two f32 is the point")]
+fn lse_parts(row_max: f32, row_sum: f32) -> (f32, f32) {
+    if row_sum == 0.0 {
+        return (f32::NEG_INFINITY, 0.0);
+    }
+    let exact = (f64::from(row_max) + f64::from(row_sum).log2()) * std::f64::consts::LN_2;
+    let high = exact as f32;
+    let low = (exact - f64::from(high)) as f32;
+    (high, if high.is_finite() { low } else { 0.0 })
+}
+
+/// Brings O and the row sums to the new maxima, if any maximum grew.
+#[inline(always)]
+unsafe fn rescale<S: Simd>(s: S, vectors: usize, channels: usize, old_max: *const f32, tile: &QueryTile) {
+    for at in (0..vectors * S::LANES).step_by(S::LANES) {
+        // SAFETY: the vectors are inside the tile.
+        unsafe {
+            let (old, new) = (s.load(old_max.add(at)), s.load(tile.row_max.add(at)));
+            if !s.any_gt(new, old) {
+                continue;
+            }
+            let factor = s.exp2(s.sub(old, new));
+            s.store(tile.row_sum.add(at), s.mul(s.load(tile.row_sum.add(at)), factor));
+            for channel in 0..channels {
+                let value = tile.out.at(channel, at);
+                s.store(value, s.mul(s.load(value), factor));
+            }
+        }
+    }
+}
+
+/// Pᵀ = exp2(Sᵀ - max) in place, added into the row sums.
+#[inline(always)]
+unsafe fn exponentials<S: Simd>(s: S, keys: usize, vectors: usize, scores: Matrix, tile: &QueryTile) {
+    let mut vector = 0;
+    while vector < vectors {
+        // SAFETY: the columns are inside the tile.
+        unsafe {
+            // Two columns at a time: one alone waits for its own sum.
+            if vectors - vector >= 2 {
+                exponential_columns::<S, 2>(s, keys, vector * S::LANES, scores, tile);
+                vector += 2;
+            } else {
+                exponential_columns::<S, 1>(s, keys, vector * S::LANES, scores, tile);
+                vector += 1;
+            }
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn exponential_columns<S: Simd, const N: usize>(s: S, keys: usize, at: usize, scores: Matrix, tile: &QueryTile) {
+    // SAFETY: the caller's.
+    unsafe {
+        let mut max = [s.splat(0.0); N];
+        for j in 0..N {
+            max[j] = s.load(tile.row_max.add(at + j * S::LANES));
+        }
+        let mut sum = [s.splat(0.0); N];
+        for key in 0..keys {
+            for j in 0..N {
+                let score = scores.at(key, at + j * S::LANES);
+                let p = s.exp2(s.sub(s.load(score), max[j]));
+                sum[j] = s.add(sum[j], p);
+                s.store(score, p);
+            }
+        }
+        for (j, sum) in sum.into_iter().enumerate() {
+            let total = tile.row_sum.add(at + j * S::LANES);
+            s.store(total, s.add(s.load(total), sum));
+        }
+    }
+}
+
+/// O divided by the row sums; 0 where a row has no keys.
+#[inline(always)]
+unsafe fn normalise<S: Simd>(s: S, vectors: usize, channels: usize, tile: &QueryTile) {
+    for at in (0..vectors * S::LANES).step_by(S::LANES) {
+        // SAFETY: the vectors are inside the tile.
+        unsafe {
+            let (sum, zero) = (s.load(tile.row_sum.add(at)), s.splat(0.0));
+            let inverse = s.select_eq(sum, zero, zero, s.div(s.splat(1.0), sum));
+            for channel in 0..channels {
+                let value = tile.out.at(channel, at);
+                s.store(value, s.mul(s.load(value), inverse));
+            }
+        }
+    }
+}
+
+/// `sigmoid(x) = 1 / (1 + exp(-x))`; below -80 it is 2e-35 instead of less.
+#[inline(always)]
+pub(crate) fn sigmoid<S: Simd>(s: S, x: S::V) -> S::V {
+    let x = s.max(s.splat(-80.0), x);
+    let e = s.exp2(s.mul(x, s.splat(-LOG2_E)));
+    s.div(s.splat(1.0), s.add(s.splat(1.0), e))
+}
+
+#[inline(always)]
+unsafe fn gate_row<S: Simd>(s: S, channels: usize, gate: *const f32, row: *mut f32) {
+    for at in (0..channels).step_by(S::LANES) {
+        // SAFETY: both rows have `channels` elements, a multiple of the lanes.
+        unsafe { s.store(row.add(at), s.mul(s.load(row.add(at)), sigmoid(s, s.load(gate.add(at))))) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn lse_keeps_what_f32_cannot() {
+        // A row of 384 biases of -1e9: the sum of the parts still knows ln 384.
+        let row_max = -1e9_f32 * LOG2_E;
+        let (high, low) = lse_parts(row_max, 384.0);
+        let exact = f64::from(row_max) * std::f64::consts::LN_2 + 384_f64.ln();
+        assert!((f64::from(high) + f64::from(low) - exact).abs() < 1e-5);
+        assert_eq!(lse_parts(LOWEST_MAX, 0.0), (f32::NEG_INFINITY, 0.0));
+        assert!(lse_parts(f32::NAN, 1.0).0.is_nan());
+    }
+}

@@ -1,0 +1,298 @@
+//! Register-blocked products of small packed matrices: where the time goes.
+//!
+//! Lanes are queries (or channels); every product is `C[i][lanes] = start + Σ_x A[i][x] · B[x][lanes]` with A broadcast
+//! element by element. What happens before and after the sum differs between the phases of attention: a [`Phase`].
+
+use crate::arch::Simd;
+
+/// Most rows of a register block.
+const MAX_BLOCK_ROWS: usize = 8;
+
+/// A matrix in packed memory: first element and elements from one row to the next.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Matrix {
+    pub(crate) data: *mut f32,
+    pub(crate) stride: usize,
+}
+
+impl Matrix {
+    /// The element at `row`, `column`.
+    #[inline(always)]
+    pub(crate) fn at(self, row: usize, column: usize) -> *mut f32 {
+        self.data.wrapping_add(row * self.stride + column)
+    }
+}
+
+/// What a product starts from and what becomes of its result, one register block at a time.
+pub(crate) trait Phase<S: Simd> {
+    /// The block at `row`, `column` (in elements) before the sum.
+    ///
+    /// # Safety
+    /// The block lies inside the matrices the phase was built with.
+    unsafe fn start<const M: usize, const N: usize>(&self, s: S, row: usize, column: usize) -> [[S::V; N]; M];
+
+    /// Takes the block after the sum.
+    ///
+    /// # Safety
+    /// As [`Phase::start`].
+    unsafe fn finish<const M: usize, const N: usize>(&mut self, s: S, row: usize, column: usize, sum: [[S::V; N]; M]);
+}
+
+/// `rows × (vectors · LANES)` results over `depth` products each. With `TRANSPOSED`, A is stored as `[x][i]`.
+///
+/// # Safety
+/// A has `rows × depth` elements, B `depth` rows of `vectors · LANES`, and the phase's matrices cover the result.
+#[inline(always)]
+pub(crate) unsafe fn product<S: Simd, P: Phase<S>, const TRANSPOSED: bool>(
+    s: S,
+    (rows, vectors, depth): (usize, usize, usize),
+    a: Matrix,
+    b: Matrix,
+    phase: &mut P,
+) {
+    let mut vector = 0;
+    while vector < vectors {
+        let column = vector * S::LANES;
+        let wide = match vectors - vector {
+            1 => 1,
+            2 | 3 => 2,
+            _ => S::BLOCK_VECTORS,
+        };
+        // A narrow block gets more rows, to keep as many sums under way.
+        let most = (S::BLOCK_ROWS * S::BLOCK_VECTORS / wide).min(MAX_BLOCK_ROWS);
+        let mut row = 0;
+        while row < rows {
+            let left = rows - row;
+            // Eight rows are two equal blocks rather than six and two.
+            let block = if most == 6 && (left == 7 || left == 8) { 4 } else { left.min(most) };
+            let first = if TRANSPOSED { a.at(0, row) } else { a.at(row, 0) };
+            let at = Block { s, depth, a: first, a_stride: a.stride, b, row, column };
+            // SAFETY: the block is inside the result by the loops' bounds; the rest is the caller's promise.
+            unsafe {
+                match wide {
+                    1 => at.rows::<P, 1, TRANSPOSED>(block, phase),
+                    2 => at.rows::<P, 2, TRANSPOSED>(block, phase),
+                    _ if S::BLOCK_VECTORS == 4 => at.rows::<P, 4, TRANSPOSED>(block, phase),
+                    _ => {}
+                }
+            }
+            row += block;
+        }
+        vector += wide;
+    }
+}
+
+struct Block<S: Simd> {
+    s: S,
+    depth: usize,
+    a: *const f32,
+    a_stride: usize,
+    b: Matrix,
+    row: usize,
+    column: usize,
+}
+
+impl<S: Simd> Block<S> {
+    /// The run-time number of rows as a constant.
+    #[inline(always)]
+    unsafe fn rows<P: Phase<S>, const N: usize, const TRANSPOSED: bool>(&self, rows: usize, phase: &mut P) {
+        // SAFETY: the caller's.
+        unsafe {
+            match rows {
+                1 => self.run::<P, 1, N, TRANSPOSED>(phase),
+                2 => self.run::<P, 2, N, TRANSPOSED>(phase),
+                3 => self.run::<P, 3, N, TRANSPOSED>(phase),
+                4 => self.run::<P, 4, N, TRANSPOSED>(phase),
+                5 => self.run::<P, 5, N, TRANSPOSED>(phase),
+                6 => self.run::<P, 6, N, TRANSPOSED>(phase),
+                7 => self.run::<P, 7, N, TRANSPOSED>(phase),
+                _ => self.run::<P, MAX_BLOCK_ROWS, N, TRANSPOSED>(phase),
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn run<P: Phase<S>, const M: usize, const N: usize, const TRANSPOSED: bool>(&self, phase: &mut P) {
+        let s = self.s;
+        // SAFETY: rows `row..row + M` and the columns of N vectors are inside A, B and the phase's matrices.
+        unsafe {
+            let mut sum = phase.start::<M, N>(s, self.row, self.column);
+            let mut b = self.b.at(0, self.column).cast_const();
+            let mut a = self.a;
+            for _ in 0..self.depth {
+                let mut lanes = [s.splat(0.0); N];
+                for j in 0..N {
+                    lanes[j] = s.load(b.add(j * S::LANES));
+                }
+                for i in 0..M {
+                    let factor = s.splat(*a.wrapping_add(if TRANSPOSED { i } else { i * self.a_stride }));
+                    for j in 0..N {
+                        sum[i][j] = s.fma(factor, lanes[j], sum[i][j]);
+                    }
+                }
+                b = b.wrapping_add(self.b.stride);
+                a = a.wrapping_add(if TRANSPOSED { self.a_stride } else { 1 });
+            }
+            phase.finish(s, self.row, self.column, sum);
+        }
+    }
+}
+
+/// `C += A B`: weighted values, and every gradient that is a product.
+pub(crate) struct Accumulate {
+    pub(crate) c: Matrix,
+}
+
+impl<S: Simd> Phase<S> for Accumulate {
+    #[inline(always)]
+    unsafe fn start<const M: usize, const N: usize>(&self, s: S, row: usize, column: usize) -> [[S::V; N]; M] {
+        let mut block = [[s.splat(0.0); N]; M];
+        for i in 0..M {
+            for j in 0..N {
+                // SAFETY: the block is inside C.
+                block[i][j] = unsafe { s.load(self.c.at(row + i, column + j * S::LANES)) };
+            }
+        }
+        block
+    }
+
+    #[inline(always)]
+    unsafe fn finish<const M: usize, const N: usize>(&mut self, s: S, row: usize, column: usize, sum: [[S::V; N]; M]) {
+        for (i, sum) in sum.into_iter().enumerate() {
+            for (j, sum) in sum.into_iter().enumerate() {
+                // SAFETY: the block is inside C.
+                unsafe { s.store(self.c.at(row + i, column + j * S::LANES), sum) }
+            }
+        }
+    }
+}
+
+/// Additive part of a tile of logits in base 2: a value per key, and optionally one per key and query.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct TileBias {
+    /// One value per key.
+    pub(crate) keys: *const f32,
+    /// `[key][query]`, when the tile has one.
+    pub(crate) tile: Option<Matrix>,
+}
+
+impl TileBias {
+    #[inline(always)]
+    unsafe fn start<S: Simd, const M: usize, const N: usize>(self, s: S, row: usize, column: usize) -> [[S::V; N]; M] {
+        let mut block = [[s.splat(0.0); N]; M];
+        for i in 0..M {
+            // SAFETY: `keys` has a value for every row of the result.
+            let key = s.splat(unsafe { *self.keys.add(row + i) });
+            for j in 0..N {
+                block[i][j] = match self.tile {
+                    // SAFETY: the block is inside the tile.
+                    Some(tile) => s.add(key, unsafe { s.load(tile.at(row + i, column + j * S::LANES)) }),
+                    None => key,
+                };
+            }
+        }
+        block
+    }
+}
+
+/// Forward logits Sᵀ = bias + K Qᵀ, stored, with the running maximum of every query.
+pub(crate) struct Scores {
+    pub(crate) bias: TileBias,
+    pub(crate) scores: Matrix,
+    /// One running maximum per query.
+    pub(crate) row_max: *mut f32,
+}
+
+impl<S: Simd> Phase<S> for Scores {
+    #[inline(always)]
+    unsafe fn start<const M: usize, const N: usize>(&self, s: S, row: usize, column: usize) -> [[S::V; N]; M] {
+        // SAFETY: the caller's.
+        unsafe { self.bias.start(s, row, column) }
+    }
+
+    #[inline(always)]
+    unsafe fn finish<const M: usize, const N: usize>(&mut self, s: S, row: usize, column: usize, sum: [[S::V; N]; M]) {
+        for j in 0..N {
+            let at = column + j * S::LANES;
+            // SAFETY: the block is inside the scores, and `row_max` has a value for every query.
+            unsafe {
+                let mut max = s.load(self.row_max.add(at));
+                for (i, sum) in sum.iter().enumerate() {
+                    max = s.max(max, sum[j]);
+                    s.store(self.scores.at(row + i, at), sum[j]);
+                }
+                s.store(self.row_max.add(at), max);
+            }
+        }
+    }
+}
+
+/// Backward probabilities Pᵀ = exp2(bias + K Qᵀ - lse), recomputed from the log-sum-exp of every query in two parts.
+pub(crate) struct Probabilities {
+    pub(crate) bias: TileBias,
+    pub(crate) lse: *const f32,
+    pub(crate) lse_low: *const f32,
+    pub(crate) probabilities: Matrix,
+}
+
+impl<S: Simd> Phase<S> for Probabilities {
+    #[inline(always)]
+    unsafe fn start<const M: usize, const N: usize>(&self, s: S, row: usize, column: usize) -> [[S::V; N]; M] {
+        // SAFETY: the caller's.
+        unsafe { self.bias.start(s, row, column) }
+    }
+
+    #[inline(always)]
+    unsafe fn finish<const M: usize, const N: usize>(&mut self, s: S, row: usize, column: usize, sum: [[S::V; N]; M]) {
+        for j in 0..N {
+            let at = column + j * S::LANES;
+            // SAFETY: the block is inside the result, and both parts of lse have a value for every query.
+            unsafe {
+                let (lse, low) = (s.load(self.lse.add(at)), s.load(self.lse_low.add(at)));
+                for (i, sum) in sum.iter().enumerate() {
+                    // Subtracted after the products, as forward's maximum is: with -1e9 biases both lose the same bits.
+                    s.store(self.probabilities.at(row + i, at), s.exp2(s.sub(s.sub(sum[j], lse), low)));
+                }
+            }
+        }
+    }
+}
+
+/// Backward dSᵀ = Pᵀ ⊙ (V dOᵀ - delta).
+pub(crate) struct ScoreGradients {
+    pub(crate) delta: *const f32,
+    pub(crate) probabilities: Matrix,
+    pub(crate) gradients: Matrix,
+    /// Sum over the rows that share a bias: `[key][query]`, when a bias wants it.
+    pub(crate) bias_sum: Option<Matrix>,
+}
+
+impl<S: Simd> Phase<S> for ScoreGradients {
+    #[inline(always)]
+    unsafe fn start<const M: usize, const N: usize>(&self, s: S, _: usize, column: usize) -> [[S::V; N]; M] {
+        let mut first = [s.splat(0.0); N];
+        for j in 0..N {
+            // SAFETY: `delta` has a value for every query.
+            first[j] = s.sub(first[j], unsafe { s.load(self.delta.add(column + j * S::LANES)) });
+        }
+        [first; M]
+    }
+
+    #[inline(always)]
+    unsafe fn finish<const M: usize, const N: usize>(&mut self, s: S, row: usize, column: usize, sum: [[S::V; N]; M]) {
+        for (i, sum) in sum.into_iter().enumerate() {
+            for (j, sum) in sum.into_iter().enumerate() {
+                let at = (row + i, column + j * S::LANES);
+                // SAFETY: the block is inside the three matrices.
+                unsafe {
+                    let gradient = s.mul(sum, s.load(self.probabilities.at(at.0, at.1)));
+                    s.store(self.gradients.at(at.0, at.1), gradient);
+                    if let Some(total) = self.bias_sum {
+                        let total = total.at(at.0, at.1);
+                        s.store(total, s.add(s.load(total), gradient));
+                    }
+                }
+            }
+        }
+    }
+}

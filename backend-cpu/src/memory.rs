@@ -1,0 +1,113 @@
+//! Host memory that fails with an error instead of an abort.
+
+use std::alloc::{Layout, alloc_zeroed, dealloc};
+use std::ptr::NonNull;
+use std::sync::Arc;
+
+use tilefold_core::{DeviceError, DeviceId, DeviceResult, Storage};
+
+/// Alignment of every block: a cache line, and the widest vector.
+const ALIGN_BYTES: usize = 64;
+
+/// A zeroed, aligned block, freed on drop.
+#[derive(Debug)]
+pub(crate) struct Block {
+    address: NonNull<u8>,
+    layout: Layout,
+}
+
+// SAFETY: the block owns its memory and hands it out only through `&mut self` or as a raw address.
+unsafe impl Send for Block {}
+// SAFETY: `&Block` gives no access to the memory.
+unsafe impl Sync for Block {}
+
+impl Block {
+    /// A zeroed block of at least one byte.
+    ///
+    /// # Errors
+    /// [`DeviceError::OutOfMemory`].
+    pub(crate) fn zeroed(bytes: usize) -> DeviceResult<Self> {
+        let layout = Layout::from_size_align(bytes.max(1), ALIGN_BYTES).map_err(|_| out_of_memory(bytes))?;
+        // SAFETY: the layout's size is not 0.
+        let address = NonNull::new(unsafe { alloc_zeroed(layout) }).ok_or_else(|| out_of_memory(bytes))?;
+        Ok(Self { address, layout })
+    }
+
+    /// Size in bytes.
+    pub(crate) fn bytes(&self) -> usize {
+        self.layout.size()
+    }
+
+    /// First byte.
+    pub(crate) fn address(&mut self) -> *mut u8 {
+        self.address.as_ptr()
+    }
+}
+
+impl Drop for Block {
+    fn drop(&mut self) {
+        // SAFETY: allocated in `zeroed` with this layout, and freed only here.
+        unsafe { dealloc(self.address.as_ptr(), self.layout) }
+    }
+}
+
+/// Zeroed memory as a tensor's storage.
+///
+/// # Errors
+/// [`DeviceError::OutOfMemory`].
+pub(crate) fn storage(bytes: usize) -> DeviceResult<Storage> {
+    let mut block = Block::zeroed(bytes)?;
+    let address = block.address();
+    // SAFETY: the block is initialised, lives as long as its owner, and the owner gives no access to it.
+    Ok(unsafe { Storage::from_raw(address, bytes, DeviceId::CPU, Arc::new(block)) })
+}
+
+fn out_of_memory(bytes: usize) -> DeviceError {
+    let free = with_system(|system| {
+        system.refresh_memory();
+        system.available_memory()
+    });
+    DeviceError::OutOfMemory { asked: u64::try_from(bytes).unwrap_or(u64::MAX), free }
+}
+
+/// Bytes of memory of the machine, 0 when it cannot be told.
+pub(crate) fn total_bytes() -> u64 {
+    with_system(|system| {
+        system.refresh_memory();
+        system.total_memory()
+    })
+}
+
+/// Name and maker of the processor, empty when they cannot be told.
+pub(crate) fn processor() -> (String, String) {
+    with_system(|system| {
+        system.refresh_cpu_list(sysinfo::CpuRefreshKind::nothing());
+        let first = system.cpus().first();
+        first.map(|cpu| (cpu.brand().trim().to_owned(), cpu.vendor_id().to_owned())).unwrap_or_default()
+    })
+}
+
+/// What the operating system tells, or a default where it tells nothing.
+fn with_system<T: Default>(read: impl FnOnce(&mut sysinfo::System) -> T) -> T {
+    sysinfo::System::new().map(|mut system| read(&mut system)).unwrap_or_default()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_size_beyond_memory_is_an_error() {
+        for bytes in [usize::MAX, usize::MAX / 2 - 4096] {
+            let error = Block::zeroed(bytes).unwrap_err();
+            assert!(matches!(error, DeviceError::OutOfMemory { asked, .. } if asked > 1 << 40), "{error}");
+        }
+    }
+
+    #[test]
+    fn blocks_are_zeroed_and_aligned() {
+        let mut storage = storage(100).unwrap();
+        assert_eq!(storage.address().addr() % ALIGN_BYTES, 0);
+        assert!(storage.host_bytes_mut().unwrap().iter().all(|&byte| byte == 0));
+    }
+}

@@ -1,0 +1,221 @@
+//! `tilefold bench`: times named workloads or a shape, forward and backward.
+
+mod measure;
+mod plot;
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail, ensure};
+use serde::Serialize;
+use tilefold::{Backend, DType, Device};
+use tilefold_benches::{Pass, Workload, definitions, find};
+
+use crate::global::Global;
+use crate::list;
+use crate::output::{Outcome, as_f64, bytes, digits, say, say_json, shape, table};
+use measure::{Entry, Plan, measure};
+
+/// Timed when no workload is named: enough to see what a machine does, in seconds.
+const DEFAULT_WORKLOADS: [&str; 2] = ["small", "msa-row-initial"];
+
+/// Convention of the GFLOP/s column; printed below the table.
+const CONVENTION: &str = "GFLOP/s counts the matrix products: 4·rows·heads·seqlen²·head_dim forward, 10 backward, 14 both; \
+masked keys count as work.\npeak memory: most bytes this process held while it ran, operands included.";
+
+/// Options of `bench`.
+#[derive(Debug, clap::Args)]
+pub(crate) struct Args {
+    /// Workloads by name; `--list` shows them
+    #[arg(value_name = "WORKLOAD")]
+    workloads: Vec<String>,
+    /// Lists the workloads and ends
+    #[arg(long)]
+    list: bool,
+    /// Times rows,seqlen,heads,head_dim with a pair bias and a key mask instead
+    #[arg(long, value_delimiter = ',', value_name = "N,L,H,D", conflicts_with = "workloads")]
+    shape: Vec<usize>,
+    /// Also these lengths in place of the workload's own
+    #[arg(long, value_delimiter = ',', value_name = "L")]
+    lengths: Vec<usize>,
+    /// Dtypes [default: those of the workload]
+    #[arg(long, value_delimiter = ',', value_parser = list::dtype)]
+    dtype: Vec<DType>,
+    /// Parts of a training step
+    #[arg(long, value_delimiter = ',', value_enum, default_value = "forward,backward,both")]
+    pass: Vec<PassName>,
+    /// Timed runs of each
+    #[arg(long, default_value_t = 5, value_parser = clap::value_parser!(u32).range(1..=100_000))]
+    repeats: u32,
+    /// Runs before the first timed one
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(0..=1000))]
+    warmup: u32,
+    /// Draws time against length into an SVG file
+    #[arg(long, value_name = "FILE.svg")]
+    plot: Option<PathBuf>,
+    /// Writes JSON to a file, or to stdout instead of the table with `-`
+    #[arg(long, value_name = "FILE", num_args = 0..=1, default_missing_value = "-", require_equals = true)]
+    json: Option<PathBuf>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+enum PassName {
+    Forward,
+    Backward,
+    Both,
+}
+
+#[derive(Serialize)]
+struct Record<'a> {
+    version: &'static str,
+    device: String,
+    model: &'a str,
+    arch: &'a str,
+    threads: usize,
+    entries: &'a [Entry],
+}
+
+/// Times what is asked for.
+pub(crate) fn run(args: &Args, global: &Global) -> Result<Outcome> {
+    let to_stdout = args.json.as_deref() == Some(Path::new("-"));
+    if args.list {
+        list_workloads(to_stdout)?;
+        return Ok(Outcome::Passed);
+    }
+    let device = global.open()?;
+    let plans = args.plans(&device)?;
+    let entries = measure(&device, &plans, args.repeats, args.warmup)?;
+    if !to_stdout {
+        print(&entries)?;
+    }
+    if let Some(path) = &args.json {
+        write_json(path, to_stdout, &device, &entries)?;
+    }
+    if let Some(path) = &args.plot {
+        plot::draw(path, &entries)?;
+    }
+    Ok(Outcome::Passed)
+}
+
+impl Args {
+    /// Every (workload, dtype) to run, in the order asked for.
+    fn plans(&self, device: &Device) -> Result<Vec<Plan>> {
+        let mut plans = Vec::new();
+        for workload in self.chosen()? {
+            for dtype in self.dtypes(&workload)? {
+                ensure!(
+                    device.info().dtypes.contains(&dtype),
+                    "{} does not compute in {dtype}; choose another with --dtype",
+                    device.info().id
+                );
+                plans.push(Plan { workload: workload.clone(), dtype, passes: self.passes() });
+            }
+        }
+        Ok(plans)
+    }
+
+    fn chosen(&self) -> Result<Vec<Workload>> {
+        let named = if self.shape.is_empty() {
+            let names: Vec<&str> = match self.workloads.as_slice() {
+                [] => DEFAULT_WORKLOADS.to_vec(),
+                names => names.iter().map(String::as_str).collect(),
+            };
+            names.into_iter().map(find).collect::<Result<Vec<_>, _>>().context("`tilefold bench --list` shows them all")?
+        } else {
+            vec![of_shape(list::shape(&self.shape)?)]
+        };
+        if self.lengths.is_empty() {
+            return Ok(named);
+        }
+        let at = |workload: &Workload, seqlen| Workload { seqlen, seqlen_k: None, ..workload.clone() };
+        Ok(named.iter().flat_map(|workload| self.lengths.iter().map(|&seqlen| at(workload, seqlen))).collect())
+    }
+
+    fn dtypes(&self, workload: &Workload) -> Result<Vec<DType>> {
+        if self.dtype.is_empty() {
+            let parsed: Result<Vec<_>, String> = workload.dtypes.iter().map(|name| list::dtype(name)).collect();
+            return parsed.map_err(|error| anyhow::anyhow!("workload {}: {error}", workload.name));
+        }
+        Ok(self.dtype.clone())
+    }
+
+    fn passes(&self) -> Vec<Pass> {
+        let named = |pass: &PassName| match pass {
+            PassName::Forward => Pass::Forward,
+            PassName::Backward => Pass::Backward,
+            PassName::Both => Pass::Both,
+        };
+        self.pass.iter().map(named).collect()
+    }
+}
+
+/// A shape of the user's own: shared pair bias, key mask.
+fn of_shape([rows, seqlen, heads, head_dim]: [usize; 4]) -> Workload {
+    Workload {
+        name: format!("{rows}x{seqlen}x{heads}x{head_dim}"),
+        rows,
+        seqlen,
+        seqlen_k: None,
+        heads,
+        head_dim,
+        causal: false,
+        pair_bias: true,
+        key_mask: true,
+        dtypes: vec!["f32".into(), "bf16".into()],
+        compare: false,
+        source: "command line".into(),
+    }
+}
+
+fn list_workloads(json: bool) -> Result<()> {
+    let all = definitions()?;
+    if json {
+        return say_json(&all.iter().map(|workload| &workload.name).collect::<Vec<_>>());
+    }
+    let mut lines = table(&["workload", "source", "rows", "seqlen", "heads", "head_dim"], 2);
+    for Workload { name, source, rows, seqlen, heads, head_dim, .. } in &all {
+        let sizes = [rows, seqlen, heads, head_dim].map(ToString::to_string);
+        lines.add_row([name.clone(), source.clone()].into_iter().chain(sizes));
+    }
+    say(&lines.to_string())
+}
+
+fn print(entries: &[Entry]) -> Result<()> {
+    let head = ["workload", "rows x L x H x D", "dtype", "pass", "median ms", "min ms", "GFLOP/s", "workspace", "peak memory"];
+    let mut lines = table(&head, 4);
+    for entry in entries {
+        lines.add_row([
+            entry.workload.clone(),
+            shape(&entry.shape),
+            entry.dtype.clone(),
+            entry.pass.clone(),
+            digits(entry.median_ms),
+            digits(entry.min_ms),
+            digits(entry.gflops),
+            bytes(as_f64(entry.workspace_bytes)),
+            bytes(as_f64(entry.peak_bytes)),
+        ]);
+    }
+    say(&lines.to_string())?;
+    say(CONVENTION)
+}
+
+fn write_json(path: &Path, to_stdout: bool, device: &Device, entries: &[Entry]) -> Result<()> {
+    let info = device.info();
+    let record = Record {
+        version: env!("CARGO_PKG_VERSION"),
+        device: info.id.to_string(),
+        model: &info.name,
+        arch: &info.arch,
+        threads: info.parallelism,
+        entries,
+    };
+    if to_stdout {
+        return say_json(&record);
+    }
+    if path.is_dir() {
+        bail!("--json={}: is a folder; give a file name", path.display());
+    }
+    let text = serde_json::to_string_pretty(&record)?;
+    fs::write(path, text).with_context(|| format!("cannot write {}; give a path in a folder that exists", path.display()))
+}

@@ -1,0 +1,188 @@
+//! Holds a crop of an attention's results against the f64 oracle.
+//!
+//! Rows are independent given the bias, so a few rows of the outputs and gradients are a problem of their own. A bias's
+//! gradient sums over all rows, but each query's part of it stands alone: it is checked for a few queries over all rows, in
+//! slabs, so that the check takes little memory at any size.
+
+use anyhow::{Context, Result};
+use serde::Serialize;
+use tilefold::reference::{self, ReferenceInputs};
+use tilefold::{AttentionProblem, Inputs, Options, TensorView, all_gradients, problem};
+
+use super::bound::{Bounds, Precision};
+
+/// Rows whose outputs and gradients are checked, if the oracle can do so many in seconds.
+const ROWS: usize = 4;
+/// Queries whose part of the bias gradient is checked.
+const QUERIES: usize = 2;
+/// Rows of one slab of the bias gradient's check.
+const SLAB_ROWS: usize = 256;
+/// Logits the oracle visits a row crop: well below a second.
+const LIMIT_LOGITS: usize = 8_000_000;
+
+/// One attention, computed: views in the order `[batch, rows, seqlen, heads, head_dim]`, batch 1.
+#[derive(Debug)]
+pub(super) struct Checked<'a> {
+    pub(super) inputs: Inputs<'a>,
+    pub(super) d_out: TensorView<'a>,
+    pub(super) out: TensorView<'a>,
+    pub(super) dq: TensorView<'a>,
+    pub(super) dk: TensorView<'a>,
+    pub(super) dv: TensorView<'a>,
+    pub(super) d_gate: Option<TensorView<'a>>,
+    pub(super) dbias: Option<TensorView<'a>>,
+}
+
+/// The worst value of one result.
+#[derive(Clone, Debug, Serialize)]
+pub(super) struct Finding {
+    /// Which result.
+    pub(super) tensor: &'static str,
+    /// Values compared.
+    pub(super) values: usize,
+    /// Largest difference from the oracle.
+    pub(super) max_error: f64,
+    /// Largest difference as a share of what rounding explains; above 1 the check fails.
+    pub(super) of_tolerance: f64,
+}
+
+/// Compares a crop of every result.
+pub(super) fn check(problem: &AttentionProblem, checked: &Checked<'_>) -> Result<Vec<Finding>> {
+    let spec = problem.spec();
+    let precision = Precision::of(problem);
+    let row_logits = spec.heads * spec.seqlen_q * spec.seqlen_k;
+    // A very long alignment gets fewer rows, then fewer heads.
+    let rows = (LIMIT_LOGITS / row_logits.max(1)).clamp(1, ROWS).min(spec.rows);
+    let heads = (LIMIT_LOGITS / (spec.seqlen_q * spec.seqlen_k).max(1)).clamp(1, spec.heads);
+    let mut findings = Vec::new();
+    for row in spread(spec.rows, rows) {
+        let crop = checked.slice(1, row, 1)?.slice(3, 0, heads)?;
+        crop.compare_rows(&precision, &mut findings)?;
+    }
+    if checked.dbias.is_some() {
+        let head = spec.heads - 1;
+        for query in spread(spec.seqlen_q, QUERIES.min(spec.seqlen_q)) {
+            let crop = checked.slice(3, head, 1)?.slice(2, query, 1)?;
+            crop.compare_bias_gradient(spec.rows, &precision, &mut findings)?;
+        }
+    }
+    Ok(findings)
+}
+
+/// `count` indices from the first to the last.
+fn spread(size: usize, count: usize) -> impl Iterator<Item = usize> {
+    (0..count).map(move |index| if count < 2 { size / 2 } else { index * (size - 1) / (count - 1) })
+}
+
+impl<'a> Checked<'a> {
+    /// A crop of one axis: rows (1), queries (2) or heads (3); keys stay whole.
+    fn slice(&self, axis: usize, start: usize, count: usize) -> Result<Self> {
+        let range = start..start + count;
+        let cut = |view: &TensorView<'a>| view.slice(axis, range.clone(), 1);
+        let keys = |view: &TensorView<'a>| if axis == 2 { Ok(view.clone()) } else { cut(view) };
+        // Axes of a bias: batch, rows, heads, queries, keys.
+        let bias_axis = [0, 1, 3, 2][axis];
+        let cut_bias = |view: &TensorView<'a>| match view.shape()[bias_axis] {
+            1 => Ok(view.clone()),
+            _ => view.slice(bias_axis, range.clone(), 1),
+        };
+        let from = &self.inputs;
+        let mut inputs = Inputs::new(cut(&from.q)?, keys(&from.k)?, keys(&from.v)?);
+        inputs.biases = from.biases.iter().map(cut_bias).collect::<Result<_, _>>()?;
+        inputs.gate = from.gate.as_ref().map(cut).transpose()?;
+        inputs.key_mask = match &from.key_mask {
+            Some(mask) if axis == 1 && mask.shape()[1] != 1 => Some(cut(mask)?),
+            mask => mask.clone(),
+        };
+        Ok(Self {
+            inputs,
+            d_out: cut(&self.d_out)?,
+            out: cut(&self.out)?,
+            dq: cut(&self.dq)?,
+            dk: keys(&self.dk)?,
+            dv: keys(&self.dv)?,
+            d_gate: self.d_gate.as_ref().map(cut).transpose()?,
+            dbias: self.dbias.as_ref().map(cut_bias).transpose()?,
+        })
+    }
+
+    /// The crop's own problem and its operands in f64.
+    fn exact(&self) -> Result<(AttentionProblem, ReferenceInputs, Vec<f64>)> {
+        let Inputs { q, k, v, biases, key_mask, gate, .. } = &self.inputs;
+        let problem = problem(&self.inputs, &Options::default(), all_gradients(&self.inputs))?;
+        let exact =
+            ReferenceInputs::from_views(&problem, q, k, v, biases, key_mask.as_ref(), None, None, gate.as_ref());
+        let d_out = self.d_out.to_f64().context(HOST)?;
+        Ok((problem, exact.context(HOST)?, d_out))
+    }
+
+    fn compare_rows(&self, precision: &Precision, findings: &mut Vec<Finding>) -> Result<()> {
+        let (problem, exact, d_out) = self.exact()?;
+        let forward = reference::forward(&problem, &exact);
+        let gradients = reference::backward(&problem, &exact, &d_out);
+        let bounds = Bounds::new(&problem, &exact, &d_out, &forward, precision);
+        let results = [
+            ("out", Some(&self.out), Some(&forward.out), &bounds.out),
+            ("dq", Some(&self.dq), Some(&gradients.dq), &bounds.dq),
+            ("dk", Some(&self.dk), Some(&gradients.dk), &bounds.dk),
+            ("dv", Some(&self.dv), Some(&gradients.dv), &bounds.dv),
+            ("dgate", self.d_gate.as_ref(), gradients.d_gate.as_ref(), &bounds.d_gate),
+        ];
+        for (tensor, got, expected, bound) in results {
+            if let (Some(got), Some(expected)) = (got, expected) {
+                merge(findings, compare(tensor, &got.to_f64().context(HOST)?, expected, bound));
+            }
+        }
+        Ok(())
+    }
+
+    fn compare_bias_gradient(&self, rows: usize, precision: &Precision, findings: &mut Vec<Finding>) -> Result<()> {
+        let Some(dbias) = &self.dbias else { return Ok(()) };
+        let got = dbias.to_f64().context(HOST)?;
+        let (mut expected, mut bound) = (vec![0.0; got.len()], vec![0.0; got.len()]);
+        for start in (0..rows).step_by(SLAB_ROWS) {
+            let slab = self.slice(1, start, SLAB_ROWS.min(rows - start))?;
+            let (problem, exact, d_out) = slab.exact()?;
+            let forward = reference::forward(&problem, &exact);
+            let gradients = reference::backward(&problem, &exact, &d_out);
+            let bounds = Bounds::new(&problem, &exact, &d_out, &forward, precision);
+            let part = gradients.dbiases.first().context("the oracle gave no dbias")?;
+            expected.iter_mut().zip(part).for_each(|(sum, part)| *sum += part);
+            bound.iter_mut().zip(&bounds.dbias).for_each(|(sum, part)| *sum += part);
+        }
+        bound.iter_mut().zip(&expected).for_each(|(bound, sum)| *bound += precision.result * sum.abs());
+        merge(findings, compare("dbias", &got, &expected, &bound));
+        Ok(())
+    }
+}
+
+const HOST: &str = "the check needs results in host memory";
+
+/// Adds to the finding of the same tensor.
+fn merge(findings: &mut Vec<Finding>, finding: Finding) {
+    match findings.iter_mut().find(|known| known.tensor == finding.tensor) {
+        None => findings.push(finding),
+        Some(known) => {
+            known.values += finding.values;
+            known.max_error = known.max_error.max(finding.max_error);
+            known.of_tolerance = known.of_tolerance.max(finding.of_tolerance);
+        }
+    }
+}
+
+fn compare(tensor: &'static str, got: &[f64], expected: &[f64], bound: &[f64]) -> Finding {
+    let mut finding = Finding { tensor, values: got.len(), max_error: 0.0, of_tolerance: 0.0 };
+    let lengths_agree = got.len() == expected.len() && got.len() == bound.len();
+    for ((got, expected), bound) in got.iter().zip(expected).zip(bound) {
+        let error = (got - expected).abs();
+        // A NaN is no small error.
+        let (error, share) = if error.is_nan() { (f64::INFINITY, f64::INFINITY) } else { (error, error / bound) };
+        finding.max_error = finding.max_error.max(error);
+        // 0 / 0: exact where nothing may differ.
+        finding.of_tolerance = finding.of_tolerance.max(if error == 0.0 { 0.0 } else { share });
+    }
+    if !lengths_agree {
+        finding.of_tolerance = f64::INFINITY;
+    }
+    finding
+}

@@ -1,0 +1,61 @@
+//! bench.
+
+use crate::{failure, json, stdout};
+
+#[test]
+fn bench_measures_what_it_promises() {
+    let folder = tempfile::tempdir().unwrap();
+    let (plot, file) = (folder.path().join("plot.svg"), folder.path().join("bench.json"));
+    let args = ["bench", "--shape", "2,16,2,8", "--lengths", "16,32", "--repeats", "2", "--dtype", "f32,bf16"];
+    let file_arg = format!("--json={}", file.display());
+    let rest = [file_arg.as_str(), "--plot", plot.to_str().unwrap()];
+    let table = stdout(&[&args[..], &rest[..]].concat());
+    assert!(table.contains("GFLOP/s") && table.contains("2x16x2x8"), "{table}");
+    let record: serde_json::Value = serde_json::from_str(&std::fs::read_to_string(&file).unwrap()).unwrap();
+    let entries = record["entries"].as_array().unwrap();
+    assert_eq!(entries.len(), 2 * 2 * 3);
+    for entry in entries {
+        for field in ["workload", "device", "dtype", "pass"] {
+            assert!(entry[field].is_string(), "{field}: {entry}");
+        }
+        for field in ["median_ms", "min_ms", "gflops", "peak_bytes"] {
+            assert!(entry[field].as_f64().unwrap() > 0.0, "{field}: {entry}");
+        }
+        assert!(entry["min_ms"].as_f64() <= entry["median_ms"].as_f64());
+    }
+    let svg = std::fs::read_to_string(&plot).unwrap();
+    assert!(svg.starts_with("<svg") && svg.contains("forward and backward"), "{svg}");
+}
+
+#[test]
+fn bench_writes_pure_json_to_stdout() {
+    let record = json(&["bench", "small", "--pass", "forward", "--dtype", "f16", "--repeats", "1", "--json"]);
+    assert_eq!(record["entries"][0]["workload"], "small");
+    assert_eq!(record["entries"][0]["dtype"], "f16");
+    assert_eq!(record["entries"].as_array().unwrap().len(), 1);
+}
+
+#[test]
+fn bench_lists_the_workloads_of_the_definitions() {
+    let names = json(&["bench", "--list", "--json"]);
+    let expected = tilefold_benches::definitions().unwrap();
+    assert_eq!(names.as_array().unwrap().len(), expected.len());
+    assert!(stdout(&["bench", "--list"]).contains(&expected[0].source));
+}
+
+#[test]
+fn bench_refuses_what_it_does_not_know() {
+    let message = failure(1, &["bench", "alphafold9"]);
+    assert!(message.contains("no workload `alphafold9`") && message.contains("msa-row-initial"), "{message}");
+    assert!(failure(1, &["bench", "--shape", "2,16,2,300"]).contains("head_dim"));
+    assert_eq!(failure(2, &["bench", "small", "--shape", "2,16,2,8"]).matches("cannot be used with").count(), 1);
+    let unwritable = failure_after_results(&["bench", "--shape", "1,8,1,8", "--repeats", "1", "--plot", "no/such/folder.svg"]);
+    assert!(unwritable.contains("no/such/folder.svg"), "{unwritable}");
+}
+
+/// Message of a run that fails once results are printed.
+fn failure_after_results(args: &[&str]) -> String {
+    let output = crate::tilefold(args);
+    assert_eq!(output.status.code(), Some(1));
+    crate::text(&output.stderr)
+}

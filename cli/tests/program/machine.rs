@@ -1,0 +1,91 @@
+//! doctor, plan, verify.
+
+use crate::{failure, json, stdout, tilefold};
+
+#[test]
+fn doctor_lists_every_device_with_a_reason_for_those_that_are_off() {
+    let report = json(&["doctor", "--json"]);
+    let devices = report["devices"].as_array().unwrap();
+    assert!(devices.iter().any(|device| device["name"] == "cpu" && device["available"] == true));
+    for device in devices.iter().filter(|device| device["available"] == false) {
+        assert!(!device["reason"].as_str().unwrap().is_empty());
+    }
+    let simd = report["cpu"]["simd"].as_array().unwrap();
+    assert_eq!(simd.iter().filter(|set| set["selected"] == true).count(), 1);
+    assert_eq!(report["cpu"]["threads"], 2);
+    assert!(report["memory_total_bytes"].as_u64().unwrap() > 0);
+    assert_eq!(report["selected_device"], "cpu");
+    let text = stdout(&["doctor"]);
+    for part in ["cpu", "instruction set", "memory:", "TILEFOLD_DEVICE"] {
+        assert!(text.contains(part), "{part}");
+    }
+}
+
+#[test]
+fn doctor_says_what_is_wrong_with_a_setting() {
+    let output = std::process::Command::new(env!("CARGO_BIN_EXE_tilefold"))
+        .args(["doctor"])
+        .env("TILEFOLD_CPU_ARCH", "mmx")
+        .output()
+        .unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    assert!(crate::text(&output.stdout).contains("TILEFOLD_CPU_ARCH=mmx"));
+}
+
+#[test]
+fn plan_counts_bytes_and_finds_the_longest_sequence() {
+    let plan = json(&["plan", "--shape", "5120,384,8,8", "--dtype", "bf16", "--memory", "16GiB", "--json"]);
+    assert!((plan["logits_bytes"].as_f64().unwrap() / 1e9 - 12.08).abs() < 0.005);
+    let passes = plan["passes"].as_array().unwrap();
+    assert_eq!(passes.len(), 2);
+    for pass in passes {
+        let bytes = |field: &str| pass[field].as_f64().unwrap();
+        assert!(bytes("fused_bytes") * 8.0 < bytes("unfused_bytes"));
+        assert!(pass["fused_max_seqlen"].as_u64() > pass["unfused_max_seqlen"].as_u64());
+    }
+    // The longest length fits, the next does not.
+    let longest = passes[1]["fused_max_seqlen"].as_u64().unwrap();
+    for (length, fits) in [(longest, true), (longest + 1, false)] {
+        let shape = format!("5120,{length},8,8");
+        let plan = json(&["plan", "--shape", &shape, "--dtype", "bf16", "--json"]);
+        let bytes = plan["passes"][1]["fused_bytes"].as_f64().unwrap();
+        assert_eq!(bytes <= 17_179_869_184.0, fits, "{length}");
+    }
+    assert!(stdout(&["plan", "--shape", "1,64,4,32", "--biases", "none", "--gate"]).contains("unfused"));
+}
+
+#[test]
+fn plan_refuses_what_is_no_problem() {
+    assert!(failure(1, &["plan", "--shape", "1,2,3"]).contains("expected rows,seqlen,heads,head_dim"));
+    assert!(failure(1, &["plan", "--shape", "1,0,3,4"]).contains("seqlen_q is 0"));
+    assert!(failure(1, &["plan", "--shape", "1,8,3,4", "--biases", "none,pair"]).contains("stands alone"));
+    assert!(failure(2, &["plan", "--shape", "1,8,3,4", "--memory", "much"]).contains("16GiB"));
+}
+
+#[test]
+fn verify_runs_a_part_of_the_suite_and_reports_it_thrice() {
+    let listed = stdout(&["verify", "--dtype", "f32", "--list"]);
+    let name = listed.lines().find(|name| name.starts_with("f32/")).unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let junit = folder.path().join("verify.xml");
+    let report = json(&["verify", "--filter", name, "--json", "--junit", junit.to_str().unwrap()]);
+    assert!(report["passed"].as_u64().unwrap() >= 1 && report["failed"] == 0, "{report}");
+    assert_eq!(report["device"], "cpu");
+    assert!(!report["groups"].as_array().unwrap().is_empty());
+    let xml = std::fs::read_to_string(&junit).unwrap();
+    assert!(xml.contains("<testsuite ") && xml.contains(name), "{xml}");
+    assert!(stdout(&["verify", "--filter", name]).contains("0 failed"));
+}
+
+#[test]
+fn verify_refuses_a_filter_that_leaves_nothing() {
+    assert!(failure(1, &["verify", "--filter", "no such trial"]).contains("no trial's name contains"));
+}
+
+#[test]
+fn help_names_every_command() {
+    let help = crate::text(&tilefold(&["--help"]).stdout);
+    for command in ["demo", "doctor", "verify", "bench", "run", "plan"] {
+        assert!(help.contains(command), "{command}");
+    }
+}

@@ -1,0 +1,73 @@
+//! The same inputs give the same bits: again, with any number of workers, with and without lse.
+
+use std::sync::Arc;
+
+use tilefold_core::Backend;
+
+use crate::case::Case;
+use crate::exchange;
+use crate::suite::{Subject, Trial};
+use crate::values::Inputs;
+
+const GROUP: &str = "determinism";
+
+/// Cases whose work is shared out in different ways: many rows, one row, long sums, all features.
+const CASES: [&str; 12] = [
+    "seqlen/1",
+    "seqlen/97",
+    "seqlen/257",
+    "cross/1x1000",
+    "outer/1x300x2/17",
+    "outer/1x2x16/34",
+    "bias/111hq_alone",
+    "bias/11111_alone",
+    "bias/b1hqk",
+    "gqa/6over2/70",
+    "everything/97x200/1",
+    "everything/130x65/2",
+];
+
+/// Trials of the cases of `table` named in this file, and of one beyond any tile.
+pub(crate) fn trials(subject: &Subject, table: &[Case]) -> Vec<Trial> {
+    let chosen = table.iter().filter(|case| CASES.iter().any(|name| case.title().ends_with(&format!("/{name}"))));
+    let mut trials = Vec::new();
+    for case in chosen {
+        let dtype = case.spec.dtype;
+        let name = |what: &str| format!("{dtype}/{GROUP}/{}/{}/{what}", case.group, case.name);
+        let mut others = vec![("again".to_owned(), Arc::clone(&subject.device))];
+        others.extend(subject.twins.iter().cloned());
+        for (what, other) in others {
+            let (device, case) = (Arc::clone(&subject.device), case.clone());
+            trials.push(Trial::new(GROUP, name(&what), move || same_bits(&*device, &*other, &case)));
+        }
+        let (device, case) = (Arc::clone(&subject.device), case.clone());
+        trials.push(Trial::new(GROUP, name("lse_is_optional"), move || lse_is_optional(&*device, &case)));
+    }
+    trials
+}
+
+fn same_bits(device: &dyn Backend, other: &dyn Backend, case: &Case) -> Result<f64, String> {
+    let inputs = Inputs::draw(case);
+    let (first, second) = (exchange::run(device, case, &inputs)?, exchange::run(other, case, &inputs)?);
+    for ((name, a), (_, b)) in first.iter().zip(&second) {
+        if let Some(byte) = a.bytes.iter().zip(&b.bytes).position(|(a, b)| a != b) {
+            let seed = case.seed;
+            return Err(format!(
+                "{}, seed {seed:#x}: {name} differs, first at byte {byte} of its buffer",
+                case.title()
+            ));
+        }
+    }
+    Ok(0.0)
+}
+
+fn lse_is_optional(device: &dyn Backend, case: &Case) -> Result<f64, String> {
+    let inputs = Inputs::draw(case);
+    let full = exchange::run_forward(device, case, &inputs, [true, true])?;
+    for wanted in [[false, false], [true, false], [false, true]] {
+        if exchange::run_forward(device, case, &inputs, wanted)?.bytes != full.bytes {
+            return Err(format!("{}: out differs with (lse, lse_low) = {wanted:?}", case.title()));
+        }
+    }
+    Ok(0.0)
+}

@@ -1,0 +1,387 @@
+//! A backend that computes through the oracle, with a bug planted in it: the suite has to find every one.
+
+use std::sync::Arc;
+
+use tilefold_core::attention::reference::{self, ReferenceInputs};
+use tilefold_core::{
+    AttentionPlan, AttentionProblem, AttentionSpec, Backend, BackwardArgs, DType, DeviceError, DeviceInfo,
+    DeviceResult, EmptyRows, Event, ForwardArgs, MergeArgs, RelayoutArgs, Storage, Stream, Tensor, TensorViewMut,
+    Window,
+};
+
+/// What goes wrong, by the mistake a kernel's author makes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Bug {
+    /// A query sees one key after its own position.
+    CausalOffByOne,
+    /// Left and right of a window are exchanged.
+    WindowMirrored,
+    /// Positions start at 0, whatever the offsets.
+    OffsetsIgnored,
+    /// ALiBi raises logits instead of lowering them.
+    AlibiSign,
+    /// The key mask is read inverted.
+    KeyMaskInverted,
+    /// The last key of `kv_lengths` is left out.
+    KeyLengthOffByOne,
+    /// Segments are not looked at.
+    SegmentsIgnored,
+    /// The scale is that of head_dim_v.
+    WrongScale,
+    /// Query heads are shared out over key heads in turn instead of in groups.
+    HeadsInTurn,
+    /// Two heads of the output are exchanged.
+    HeadsSwapped,
+    /// The last query of every row is not written.
+    TailUnwritten,
+    /// The last key's gradients are not written.
+    KeyTailUnwritten,
+    /// Empty rows give NaN, as 0/0 does.
+    EmptyRowsNan,
+    /// Empty rows give the other of zero and mean.
+    EmptyRowsExchanged,
+    /// lse is stored in one f32; backward takes its probabilities from that.
+    LseRounded,
+    /// lse to base 2.
+    LseBase2,
+    /// The gradient of the second bias stays 0.
+    BiasGradientDropped,
+    /// The bias gradient misses the last row it sums over.
+    BiasGradientMissesRow,
+    /// The bias gradient includes the softmax scale.
+    BiasGradientScaled,
+    /// The gradient of k ignores the scale.
+    KeyGradientUnscaled,
+    /// d_gate misses the factor 1 - σ.
+    GateGradient,
+    /// The gate is applied in forward, and forgotten in backward.
+    GateForgottenInBackward,
+    /// Bits depend on the run.
+    Nondeterministic,
+    /// Results are 2 % off.
+    Inaccurate,
+}
+
+impl Bug {
+    /// Every bug.
+    pub const ALL: [Self; 24] = [
+        Self::CausalOffByOne,
+        Self::WindowMirrored,
+        Self::OffsetsIgnored,
+        Self::AlibiSign,
+        Self::KeyMaskInverted,
+        Self::KeyLengthOffByOne,
+        Self::SegmentsIgnored,
+        Self::WrongScale,
+        Self::HeadsInTurn,
+        Self::HeadsSwapped,
+        Self::TailUnwritten,
+        Self::KeyTailUnwritten,
+        Self::EmptyRowsNan,
+        Self::EmptyRowsExchanged,
+        Self::LseRounded,
+        Self::LseBase2,
+        Self::BiasGradientDropped,
+        Self::BiasGradientMissesRow,
+        Self::BiasGradientScaled,
+        Self::KeyGradientUnscaled,
+        Self::GateGradient,
+        Self::GateForgottenInBackward,
+        Self::Nondeterministic,
+        Self::Inaccurate,
+    ];
+
+    fn spec(self, s: &mut AttentionSpec) {
+        match self {
+            Self::CausalOffByOne if s.mask.causal => s.mask.q_offset += 1,
+            Self::WindowMirrored => {
+                s.mask.window = s.mask.window.map(|window| Window { left: window.right, right: window.left });
+            }
+            Self::OffsetsIgnored => (s.mask.q_offset, s.mask.k_offset) = (0, 0),
+            Self::AlibiSign => s.mask.alibi_slopes.iter_mut().flatten().for_each(|slope| *slope = -*slope),
+            Self::KeyLengthOffByOne => {
+                s.kv_lengths.iter_mut().flatten().for_each(|length| *length = (*length - 1).max(0))
+            }
+            #[allow(clippy::cast_precision_loss, reason = "at most 256")]
+            Self::WrongScale if s.softmax_scale.is_none() => s.softmax_scale = Some(1.0 / (s.head_dim_v as f64).sqrt()),
+            Self::EmptyRowsExchanged => {
+                s.empty_rows = if s.empty_rows == EmptyRows::Zero { EmptyRows::Uniform } else { EmptyRows::Zero };
+            }
+            _ => {}
+        }
+    }
+
+    fn inputs(self, s: &AttentionSpec, inputs: &mut ReferenceInputs) {
+        match self {
+            Self::KeyMaskInverted => inputs.key_mask.iter_mut().flatten().for_each(|keeps| *keeps = !*keeps),
+            Self::SegmentsIgnored => {
+                inputs.q_segments.iter_mut().chain(&mut inputs.k_segments).flatten().for_each(|id| *id = 0);
+            }
+            Self::HeadsInTurn if s.kv_heads > 1 && s.heads > s.kv_heads => {
+                // The same as exchanging the first two key heads, as far as a wrong mapping goes.
+                swap_heads(&mut inputs.k, s.kv_heads, s.head_dim);
+            }
+            _ => {}
+        }
+    }
+}
+
+/// Exchanges heads 0 and 1 of a `[.., heads, channels]` tensor.
+fn swap_heads(values: &mut [f64], heads: usize, channels: usize) {
+    for row in values.chunks_mut(heads * channels).filter(|_| heads > 1) {
+        let (first, rest) = row.split_at_mut(channels);
+        first.swap_with_slice(&mut rest[..channels]);
+    }
+}
+
+/// Attention through the oracle, everything else through another host backend.
+#[derive(Debug)]
+pub struct Planted {
+    inner: Arc<dyn Backend>,
+    bug: Option<Bug>,
+    launches: std::sync::atomic::AtomicU32,
+}
+
+impl Planted {
+    /// The oracle as a backend; with a bug, or right.
+    #[must_use]
+    pub fn new(inner: Arc<dyn Backend>, bug: Option<Bug>) -> Self {
+        Self { inner, bug, launches: 0.into() }
+    }
+
+    fn has(&self, bug: Bug) -> bool {
+        self.bug == Some(bug)
+    }
+
+    fn problem(&self, plan: &AttentionPlan) -> DeviceResult<AttentionProblem> {
+        let mut spec = plan.problem.spec().clone();
+        if let Some(bug) = self.bug {
+            bug.spec(&mut spec);
+        }
+        AttentionProblem::new(spec).map_err(|error| DeviceError::Unsupported { limit: error.to_string() })
+    }
+
+    /// Writes row-major values into a view of any layout.
+    fn write(&self, stream: &Stream, values: &[f64], to: TensorViewMut<'_>) -> DeviceResult<()> {
+        let failed = |error: tilefold_core::ProblemError| DeviceError::Unsupported { limit: error.to_string() };
+        let (shape, dtype) = (to.as_view().shape().to_vec(), to.as_view().dtype());
+        let dense = Tensor::from_f64(values, dtype, &shape).map_err(failed)?;
+        self.inner.relayout(stream, RelayoutArgs::new(dense.view(), to).map_err(failed)?)
+    }
+
+    fn forward_bugs(&self, s: &AttentionSpec, out: &mut [f64], lse: &mut [f64]) {
+        if self.has(Bug::HeadsSwapped) {
+            swap_heads(out, s.heads, s.head_dim_v);
+        }
+        if self.has(Bug::LseBase2) {
+            lse.iter_mut().for_each(|lse| *lse /= std::f64::consts::LN_2);
+        }
+        if self.has(Bug::Inaccurate) {
+            out.iter_mut().for_each(|out| *out *= 1.02);
+        }
+        if self.has(Bug::EmptyRowsNan) {
+            for (at, row) in out.chunks_mut(s.head_dim_v).enumerate() {
+                let (head, rest) = (at % s.heads, at / s.heads);
+                let (query, outer) = (rest % s.seqlen_q, rest / s.seqlen_q);
+                if lse[(outer * s.heads + head) * s.seqlen_q + query] == f64::NEG_INFINITY {
+                    row.fill(f64::NAN);
+                }
+            }
+        }
+        if self.has(Bug::Nondeterministic) {
+            let launch = self.launches.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+            out[0] *= 1.0 + f64::from(launch % 2) * 2.0 * s.dtype.unit_roundoff();
+        }
+    }
+
+    fn backward_bugs(
+        &self,
+        problem: &AttentionProblem,
+        gradients: &mut reference::ReferenceGradients,
+        gate: Option<&[f64]>,
+    ) {
+        if self.has(Bug::KeyGradientUnscaled) {
+            gradients.dk.iter_mut().for_each(|dk| *dk /= problem.softmax_scale());
+        }
+        if self.has(Bug::BiasGradientDropped) {
+            gradients.dbiases.iter_mut().skip(1).for_each(|dbias| dbias.fill(0.0));
+        }
+        if self.has(Bug::BiasGradientScaled) {
+            gradients.dbiases.iter_mut().flatten().for_each(|dbias| *dbias *= problem.softmax_scale());
+        }
+        if self.has(Bug::GateGradient) {
+            let sigmoid = |x: f64| 1.0 / (1.0 + (-x).exp());
+            let pairs = gradients.d_gate.iter_mut().flatten().zip(gate.into_iter().flatten());
+            pairs.for_each(|(d_gate, &gate)| *d_gate /= 1.0 - sigmoid(gate) + 1e-9);
+        }
+        if self.has(Bug::Inaccurate) {
+            gradients.dq.iter_mut().for_each(|dq| *dq *= 1.02);
+        }
+    }
+}
+
+/// Leaves out the last index of axis 2, the sequence.
+fn without_tail<'a>(values: &mut Vec<f64>, to: TensorViewMut<'a>) -> Option<TensorViewMut<'a>> {
+    let shape = to.as_view().shape().to_vec();
+    let inner: usize = shape[3..].iter().product();
+    let kept = shape[2].checked_sub(1).filter(|&kept| kept > 0)?;
+    *values = values.chunks(shape[2] * inner).flat_map(|row| row[..kept * inner].to_vec()).collect();
+    to.slice(2, 0..kept, 1).ok()
+}
+
+fn unreadable() -> DeviceError {
+    DeviceError::Unsupported { limit: "the host cannot read an operand".into() }
+}
+
+impl Backend for Planted {
+    fn info(&self) -> &DeviceInfo {
+        self.inner.info()
+    }
+
+    fn stream(&self) -> DeviceResult<Stream> {
+        self.inner.stream()
+    }
+
+    fn alloc(&self, stream: &Stream, bytes: usize) -> DeviceResult<Storage> {
+        self.inner.alloc(stream, bytes)
+    }
+
+    fn upload(&self, stream: &Stream, source: &[u8], destination: &mut Storage) -> DeviceResult<()> {
+        self.inner.upload(stream, source, destination)
+    }
+
+    fn download(&self, stream: &Stream, source: &Storage, destination: &mut [u8]) -> DeviceResult<()> {
+        self.inner.download(stream, source, destination)
+    }
+
+    fn fill(&self, stream: &Stream, destination: TensorViewMut<'_>, value: f64) -> DeviceResult<()> {
+        self.inner.fill(stream, destination, value)
+    }
+
+    fn relayout(&self, stream: &Stream, args: RelayoutArgs<'_>) -> DeviceResult<()> {
+        self.inner.relayout(stream, args)
+    }
+
+    fn record(&self, stream: &Stream) -> DeviceResult<Event> {
+        self.inner.record(stream)
+    }
+
+    fn wait(&self, stream: &Stream, event: &Event) -> DeviceResult<()> {
+        self.inner.wait(stream, event)
+    }
+
+    fn synchronize(&self, stream: &Stream) -> DeviceResult<()> {
+        self.inner.synchronize(stream)
+    }
+
+    fn plan_attention(&self, problem: &AttentionProblem) -> DeviceResult<AttentionPlan> {
+        self.inner.plan_attention(problem)
+    }
+
+    fn attention_forward(&self, stream: &Stream, args: ForwardArgs<'_>) -> DeviceResult<()> {
+        let (plan, o) = (args.plan(), args.into_operands());
+        let problem = self.problem(plan)?;
+        let inputs = ReferenceInputs::from_views(
+            &problem,
+            &o.q,
+            &o.k,
+            &o.v,
+            &o.biases,
+            o.key_mask.as_ref(),
+            o.q_segments.as_ref(),
+            o.k_segments.as_ref(),
+            o.gate.as_ref(),
+        );
+        let mut inputs = inputs.ok_or_else(unreadable)?;
+        if let Some(bug) = self.bug {
+            bug.inputs(problem.spec(), &mut inputs);
+        }
+        let mut results = reference::forward(&problem, &inputs);
+        self.forward_bugs(problem.spec(), &mut results.out, &mut results.lse);
+        let high: Vec<f64> = results.lse.iter().map(|&lse| crate::values::round_to(DType::F32, lse)).collect();
+        let low = results.lse.iter().zip(&high).map(|(lse, high)| if high.is_infinite() { 0.0 } else { lse - high });
+        let low: Vec<f64> = low.map(|low| if self.has(Bug::LseRounded) { 0.0 } else { low }).collect();
+        let out = if self.has(Bug::TailUnwritten) { without_tail(&mut results.out, o.out) } else { Some(o.out) };
+        out.map_or(Ok(()), |out| self.write(stream, &results.out, out))?;
+        o.lse.map_or(Ok(()), |lse| self.write(stream, &high, lse))?;
+        o.lse_low.map_or(Ok(()), |lse_low| self.write(stream, &low, lse_low))
+    }
+
+    fn attention_backward(&self, stream: &Stream, args: BackwardArgs<'_>) -> DeviceResult<()> {
+        let (plan, o) = (args.plan(), args.into_operands());
+        let problem = self.problem(plan)?;
+        let inputs = ReferenceInputs::from_views(
+            &problem,
+            &o.q,
+            &o.k,
+            &o.v,
+            &o.biases,
+            o.key_mask.as_ref(),
+            o.q_segments.as_ref(),
+            o.k_segments.as_ref(),
+            o.gate.as_ref(),
+        );
+        let (mut inputs, mut d_out) = inputs.zip(o.d_out.to_f64()).ok_or_else(unreadable)?;
+        let s = problem.spec();
+        if let Some(bug) = self.bug {
+            bug.inputs(s, &mut inputs);
+        }
+        let row = s.seqlen_q * s.heads * s.head_dim_v;
+        if self.has(Bug::BiasGradientMissesRow) && s.rows > 1 {
+            let last = d_out.len() - row;
+            d_out[last..].fill(0.0);
+        }
+        if self.has(Bug::GateForgottenInBackward) {
+            inputs.gate.iter_mut().flatten().for_each(|gate| *gate = 100.0);
+        }
+        let gate = inputs.gate.clone();
+        let mut gradients = reference::backward(&problem, &inputs, &d_out);
+        self.backward_bugs(&problem, &mut gradients, gate.as_deref());
+        if self.has(Bug::LseRounded) {
+            self.scale_by_rounded_lse(&o, &problem, &inputs, &mut gradients)?;
+        }
+        let dk = match (o.dk, self.has(Bug::KeyTailUnwritten)) {
+            (Some(dk), true) => without_tail(&mut gradients.dk, dk),
+            (dk, _) => dk,
+        };
+        let named = [(o.dq, &gradients.dq), (dk, &gradients.dk), (o.dv, &gradients.dv)];
+        for (to, values) in named {
+            to.map_or(Ok(()), |to| self.write(stream, values, to))?;
+        }
+        for (to, values) in o.dbiases.into_iter().zip(&gradients.dbiases) {
+            to.map_or(Ok(()), |to| self.write(stream, values, to))?;
+        }
+        o.d_gate.zip(gradients.d_gate).map_or(Ok(()), |(to, values)| self.write(stream, &values, to))
+    }
+
+    fn merge(&self, stream: &Stream, args: MergeArgs<'_>) -> DeviceResult<()> {
+        self.inner.merge(stream, args)
+    }
+}
+
+impl Planted {
+    /// What backward gets when P = exp(S - lse) with lse in one f32: rows too large by exp(lse - fl(lse)).
+    fn scale_by_rounded_lse(
+        &self,
+        o: &tilefold_core::BackwardOperands<'_>,
+        problem: &AttentionProblem,
+        inputs: &ReferenceInputs,
+        gradients: &mut reference::ReferenceGradients,
+    ) -> DeviceResult<()> {
+        let s = problem.spec();
+        let stored = o.lse.to_f64().ok_or_else(unreadable)?;
+        let exact = reference::forward(problem, inputs).lse;
+        for (at, row) in gradients.dq.chunks_mut(s.head_dim).enumerate() {
+            let (head, rest) = (at % s.heads, at / s.heads);
+            let lse = ((rest / s.seqlen_q) * s.heads + head) * s.seqlen_q + rest % s.seqlen_q;
+            if exact[lse].is_finite() {
+                row.iter_mut().for_each(|dq| *dq *= (exact[lse] - stored[lse]).exp());
+            }
+        }
+        let mean =
+            exact.iter().zip(&stored).filter(|(exact, _)| exact.is_finite()).map(|(exact, stored)| exact - stored);
+        let largest = mean.fold(0.0_f64, |a, b| if b.abs() > a.abs() { b } else { a });
+        gradients.dv.iter_mut().for_each(|dv| *dv *= largest.exp());
+        Ok(())
+    }
+}

@@ -1,0 +1,108 @@
+//! Every trial a device has to pass, made at run time: for the test binary, for `tilefold verify`, for a backend's author.
+
+use std::sync::Arc;
+
+use tilefold_core::{AttentionProblem, AttentionSpec, Backend, DType};
+
+use crate::case::{Case, DTYPES};
+use crate::{cases, determinism, device_trials, large, merging, oracle, packed, relayouts};
+
+/// A device, and others that must give the same bits: the same device with another number of workers.
+#[derive(Clone, Debug)]
+pub struct Subject {
+    /// The device under test.
+    pub device: Arc<dyn Backend>,
+    /// What each twin is (`3 threads`), and the twin.
+    pub twins: Vec<(String, Arc<dyn Backend>)>,
+}
+
+/// Which trials to make.
+#[derive(Clone, Debug)]
+pub struct Filter {
+    /// Dtypes of q.
+    pub dtypes: Vec<DType>,
+    /// Only trials whose name contains this.
+    pub contains: Option<String>,
+}
+
+impl Default for Filter {
+    fn default() -> Self {
+        Self { dtypes: DTYPES.to_vec(), contains: None }
+    }
+}
+
+/// How a trial that did not fail ended.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Outcome {
+    /// Everything is within tolerance.
+    Passed {
+        /// Largest error as a fraction of what is allowed.
+        worst: f64,
+    },
+    /// It could not run here.
+    Skipped {
+        /// Why.
+        reason: String,
+    },
+}
+
+/// One check of a device.
+pub struct Trial {
+    /// The feature: results are summed up by it.
+    pub group: &'static str,
+    /// Unique name: `dtype/group/case`.
+    pub name: String,
+    /// Runs it; the error is what went wrong, with everything needed to repeat it.
+    pub run: Box<dyn FnOnce() -> Result<Outcome, String> + Send>,
+}
+
+impl std::fmt::Debug for Trial {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Trial").field("name", &self.name).finish_non_exhaustive()
+    }
+}
+
+impl Trial {
+    /// A trial that measures errors: it gives the largest as a fraction of what is allowed.
+    pub(crate) fn new(
+        group: &'static str,
+        name: String,
+        run: impl FnOnce() -> Result<f64, String> + Send + 'static,
+    ) -> Self {
+        Self { group, name, run: Box::new(|| run().map(|worst| Outcome::Passed { worst })) }
+    }
+}
+
+/// The trials of a device, in the order of the table.
+#[must_use]
+pub fn trials(subject: &Subject, filter: &Filter) -> Vec<Trial> {
+    let mut trials = device_trials::trials(&subject.device);
+    for &dtype in &filter.dtypes {
+        let table = cases::all(dtype, &tiles(&*subject.device, dtype));
+        trials.extend(determinism::trials(subject, &table));
+        trials.extend(table.into_iter().map(|case| case_trial(&subject.device, case)));
+        trials.extend(packed::trials(&subject.device, dtype));
+        trials.extend(merging::trials(&subject.device, dtype));
+        trials.extend(large::trials(&subject.device, dtype));
+    }
+    trials.extend(relayouts::trials(&subject.device));
+    trials.retain(|trial| filter.contains.as_ref().is_none_or(|part| trial.name.contains(part)));
+    trials
+}
+
+fn case_trial(device: &Arc<dyn Backend>, case: Case) -> Trial {
+    let device = Arc::clone(device);
+    Trial::new(case.group, case.title(), move || oracle::check_case(&*device, &case))
+}
+
+/// Tile sizes the device plans for a few problems.
+fn tiles(device: &dyn Backend, dtype: DType) -> Vec<usize> {
+    let plan = |head_dim| {
+        let problem = AttentionProblem::new(AttentionSpec::new(dtype, 1, 2, 512, 2, head_dim)).ok()?;
+        device.plan_attention(&problem).ok()
+    };
+    let mut tiles: Vec<usize> = [8, 32, 128].into_iter().filter_map(plan).flat_map(|p| [p.tile_q, p.tile_k]).collect();
+    tiles.sort_unstable();
+    tiles.dedup();
+    tiles
+}

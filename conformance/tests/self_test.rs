@@ -1,0 +1,95 @@
+//! The suite can fail: each planted bug is found, and a backend without a bug passes.
+
+use std::sync::Arc;
+
+use tilefold::CpuBackend;
+use tilefold_conformance::case::DTYPES;
+use tilefold_conformance::planted::{Bug, Planted};
+use tilefold_conformance::report::Report;
+use tilefold_conformance::suite::{Filter, Subject, trials};
+use tilefold_core::{Backend, DType};
+
+/// Runs the trials whose names contain `part` on the oracle with a bug in it.
+fn report(bug: Option<Bug>, dtype: DType, part: &str) -> Report {
+    let inner: Arc<dyn Backend> = Arc::new(CpuBackend::new().unwrap());
+    let device: Arc<dyn Backend> = Arc::new(Planted::new(inner, bug));
+    let subject = Subject { device, twins: Vec::new() };
+    let filter = Filter { dtypes: vec![dtype], contains: Some(part.to_owned()) };
+    Report::of(trials(&subject, &filter), |_| ())
+}
+
+/// Where a bug has to show: trials and what a failure names.
+fn traces(bug: Bug) -> (&'static str, &'static str) {
+    match bug {
+        Bug::CausalOffByOne => ("structural/causal/square", "out["),
+        Bug::WindowMirrored => ("window/3..64/0", "out["),
+        Bug::OffsetsIgnored => ("structural/causal/first_queries", "out["),
+        Bug::AlibiSign => ("structural/alibi", "out["),
+        Bug::KeyMaskInverted => ("key_mask/random/zero", "out["),
+        Bug::KeyLengthOffByOne => ("kv_lengths/one", "out["),
+        Bug::SegmentsIgnored => ("segments/packed", "out["),
+        Bug::WrongScale => ("head_dim/32-16", "out["),
+        Bug::HeadsInTurn => ("gqa/4over2", "out["),
+        Bug::HeadsSwapped => ("outer/1x2x16", "out["),
+        Bug::TailUnwritten => ("seqlen/17", "out["),
+        Bug::KeyTailUnwritten => ("gradients/k_of_plain", "dk["),
+        Bug::EmptyRowsNan | Bug::EmptyRowsExchanged => ("key_mask/every_second_row/zero", "out["),
+        Bug::LseRounded => ("extreme/uniform_-1e9/384", "dq["),
+        Bug::LseBase2 => ("seqlen/33", "lse["),
+        Bug::BiasGradientDropped => ("biases/mask_and_pair", "dbias1"),
+        Bug::BiasGradientMissesRow => ("bias/11hqk_alone", "dbias0["),
+        Bug::BiasGradientScaled => ("bias/bnhqk", "dbias0["),
+        Bug::KeyGradientUnscaled => ("seqlen/33", "dk["),
+        Bug::GateGradient => ("gate/normal", "d_gate["),
+        Bug::GateForgottenInBackward => ("gate/normal", "dv["),
+        Bug::Nondeterministic => ("determinism/seqlen/97/again", "out differs"),
+        Bug::Inaccurate => ("workload/triangle_starting", "out["),
+    }
+}
+
+#[test]
+fn every_planted_bug_is_found() {
+    for bug in Bug::ALL {
+        let (part, named) = traces(bug);
+        let dtypes = if bug == Bug::Inaccurate { &DTYPES[..2] } else { &DTYPES };
+        for &dtype in dtypes {
+            let report = report(Some(bug), dtype, part);
+            let failures: Vec<_> = report.failures().collect();
+            assert!(!failures.is_empty(), "{bug:?} in {dtype} was not found by any of {} trials", report.results.len());
+            let seen = failures.iter().any(|(_, message)| message.contains(named));
+            assert!(seen, "{bug:?} in {dtype} shows elsewhere than in {named}: {:?}", failures[0]);
+        }
+    }
+}
+
+#[test]
+fn failures_name_case_seed_tensor_index_and_numbers() {
+    let report = report(Some(Bug::HeadsSwapped), DType::BF16, "outer/1x2x16");
+    let (name, message) = report.failures().next().unwrap();
+    for word in [name, "seed 0x", "out[", "expected ", "got ", "allowed error"] {
+        assert!(message.contains(word), "`{message}` does not say `{word}`");
+    }
+}
+
+#[test]
+fn the_oracle_itself_passes() {
+    for dtype in DTYPES {
+        for part in [
+            "extreme",
+            "nan/",
+            "kv_lengths",
+            "structural",
+            "gradients",
+            "key_mask",
+            "everything",
+            "layout",
+            "magnitude",
+            "bias/b1hq1",
+        ] {
+            let report = report(None, dtype, part);
+            assert!(!report.results.is_empty(), "{part} names no trial");
+            let failures: Vec<_> = report.failures().collect();
+            assert!(failures.is_empty(), "{dtype}/{part}: {failures:#?}");
+        }
+    }
+}

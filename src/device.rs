@@ -1,0 +1,265 @@
+//! The devices of this build behind one type: found, opened, chosen, and one `match` to the backend.
+
+use std::env;
+use std::ffi::OsStr;
+use std::sync::Arc;
+
+use crate::{
+    AttentionPlan, AttentionProblem, Backend, BackwardArgs, CpuBackend, DType, DeviceInfo, DeviceResult, Error, Event,
+    ForwardArgs, Layout, MergeArgs, OpenError, ProblemError, RelayoutArgs, Storage, Stream, Tensor, TensorViewMut,
+};
+
+/// The environment variable that names the device [`Device::best`] opens.
+pub const DEVICE_VARIABLE: &str = "TILEFOLD_DEVICE";
+
+/// Kinds of device by preference, with the cargo feature a build lacks when it has no such backend.
+const KINDS: [(&str, Option<&str>); 4] =
+    [("cuda", Some("cuda")), ("rocm", Some("rocm")), ("wgpu", Some("wgpu")), ("cpu", None)];
+
+/// One device: closed over the backends of this build, open through `Custom`.
+///
+/// ```
+/// use tilefold::{Backend, Device};
+/// let device = Device::open("cpu")?;
+/// println!("{} ({})", device.info().name, device.info().arch);
+/// # Ok::<(), tilefold::Error>(())
+/// ```
+#[non_exhaustive]
+#[derive(Clone, Debug)]
+pub enum Device {
+    /// The host's processors.
+    Cpu(CpuBackend),
+    /// A backend of the caller's own; `docs/adding-a-backend.md` shows how to write one.
+    Custom(Arc<dyn Backend>),
+}
+
+/// A device that was looked for.
+#[derive(Clone, Debug)]
+pub struct Discovery {
+    /// The name [`Device::open`] takes.
+    pub name: String,
+    /// The device, or why it cannot be used.
+    pub device: Result<Device, OpenError>,
+}
+
+impl Device {
+    /// Every kind of device this crate knows, best first: the device, or why there is none.
+    ///
+    /// ```
+    /// for found in tilefold::Device::all() {
+    ///     match found.device {
+    ///         Ok(_) => println!("{}: ready", found.name),
+    ///         Err(why) => println!("{}: {why}", found.name),
+    ///     }
+    /// }
+    /// ```
+    #[must_use]
+    pub fn all() -> Vec<Discovery> {
+        KINDS.iter().map(|&(kind, _)| Discovery { name: kind.to_owned(), device: Self::open(kind) }).collect()
+    }
+
+    /// The device with a name: `cpu`, `cpu:0`, `cuda:0`, ...; a name without a number means number 0.
+    ///
+    /// ```
+    /// use tilefold::{Device, OpenError};
+    /// assert!(Device::open("cpu:0").is_ok());
+    /// assert!(matches!(Device::open("abacus"), Err(OpenError::NoSuchDevice { .. })));
+    /// ```
+    ///
+    /// # Errors
+    /// [`OpenError::NoSuchDevice`] for an unknown name, [`OpenError::NotCompiled`] for a backend that is not part of this
+    /// build, and what the backend reports.
+    pub fn open(name: &str) -> Result<Self, OpenError> {
+        let unknown = || OpenError::NoSuchDevice { name: name.to_owned(), known: known_names() };
+        let (kind, ordinal) = match name.split_once(':') {
+            None => (name, 0),
+            Some((kind, ordinal)) => (kind, ordinal.parse::<usize>().map_err(|_| unknown())?),
+        };
+        match KINDS.iter().find(|&&(known, _)| known == kind) {
+            None => Err(unknown()),
+            Some(&(_, Some(feature))) => Err(OpenError::NotCompiled { feature }),
+            Some(&(_, None)) if ordinal == 0 => Self::cpu(),
+            Some(&(_, None)) => Err(unknown()),
+        }
+    }
+
+    /// The device `TILEFOLD_DEVICE` names; without it the first that opens, GPUs before the CPU.
+    ///
+    /// ```
+    /// use tilefold::Backend;
+    /// println!("{}", tilefold::Device::best()?.info().name);
+    /// # Ok::<(), tilefold::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// [`OpenError::BadSetting`] when the variable names no device; otherwise as [`Device::open`].
+    pub fn best() -> Result<Self, OpenError> {
+        Self::choose(env::var_os(DEVICE_VARIABLE).as_deref())
+    }
+
+    fn choose(setting: Option<&OsStr>) -> Result<Self, OpenError> {
+        let Some(value) = setting else {
+            let opened = Self::all().into_iter().find_map(|found| found.device.ok());
+            return opened.map_or_else(Self::cpu, Ok);
+        };
+        let bad = || OpenError::BadSetting {
+            variable: DEVICE_VARIABLE,
+            value: value.to_string_lossy().into_owned(),
+            expected: format!("one of {}", known_names()),
+        };
+        match Self::open(value.to_str().ok_or_else(bad)?) {
+            Err(OpenError::NoSuchDevice { .. }) => Err(bad()),
+            opened => opened,
+        }
+    }
+
+    /// The host's processors, with the best instruction set or the one `TILEFOLD_CPU_ARCH` names.
+    ///
+    /// # Errors
+    /// [`OpenError::BadSetting`] when that variable has a value this machine cannot follow.
+    pub fn cpu() -> Result<Self, OpenError> {
+        CpuBackend::new().map(Self::Cpu)
+    }
+
+    /// A row-major tensor of zeros on the device.
+    ///
+    /// ```
+    /// let out = tilefold::Device::cpu()?.zeros(tilefold::DType::BF16, &[1, 4, 16, 2, 8])?;
+    /// assert_eq!(out.shape(), [1, 4, 16, 2, 8]);
+    /// # Ok::<(), tilefold::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// [`ProblemError::ZeroSize`], [`ProblemError::Overflow`], [`crate::DeviceError::OutOfMemory`].
+    pub fn zeros(&self, dtype: DType, shape: &[usize]) -> Result<Tensor, Error> {
+        let layout = Layout::contiguous(shape)?;
+        let overflow = ProblemError::Overflow { tensor: "tensor", quantity: "size in bytes" };
+        let bytes = layout.len().checked_mul(dtype.size_bytes()).ok_or(overflow)?;
+        let storage = self.alloc(&self.stream()?, bytes)?;
+        Ok(Tensor::new(storage, dtype, layout)?)
+    }
+}
+
+/// Names that may be given to [`Device::open`] in this build.
+fn known_names() -> String {
+    let compiled = KINDS.iter().filter(|(_, feature)| feature.is_none()).map(|&(kind, _)| kind);
+    compiled.collect::<Vec<_>>().join(", ")
+}
+
+macro_rules! dispatch {
+    ($device:expr, $backend:ident => $call:expr) => {
+        match $device {
+            Device::Cpu($backend) => $call,
+            Device::Custom($backend) => $call,
+        }
+    };
+}
+
+impl Backend for Device {
+    fn info(&self) -> &DeviceInfo {
+        dispatch!(self, backend => backend.info())
+    }
+
+    fn stream(&self) -> DeviceResult<Stream> {
+        dispatch!(self, backend => backend.stream())
+    }
+
+    fn alloc(&self, stream: &Stream, bytes: usize) -> DeviceResult<Storage> {
+        dispatch!(self, backend => backend.alloc(stream, bytes))
+    }
+
+    fn upload(&self, stream: &Stream, source: &[u8], destination: &mut Storage) -> DeviceResult<()> {
+        dispatch!(self, backend => backend.upload(stream, source, destination))
+    }
+
+    fn download(&self, stream: &Stream, source: &Storage, destination: &mut [u8]) -> DeviceResult<()> {
+        dispatch!(self, backend => backend.download(stream, source, destination))
+    }
+
+    fn fill(&self, stream: &Stream, destination: TensorViewMut<'_>, value: f64) -> DeviceResult<()> {
+        dispatch!(self, backend => backend.fill(stream, destination, value))
+    }
+
+    fn relayout(&self, stream: &Stream, args: RelayoutArgs<'_>) -> DeviceResult<()> {
+        dispatch!(self, backend => backend.relayout(stream, args))
+    }
+
+    fn record(&self, stream: &Stream) -> DeviceResult<Event> {
+        dispatch!(self, backend => backend.record(stream))
+    }
+
+    fn wait(&self, stream: &Stream, event: &Event) -> DeviceResult<()> {
+        dispatch!(self, backend => backend.wait(stream, event))
+    }
+
+    fn synchronize(&self, stream: &Stream) -> DeviceResult<()> {
+        dispatch!(self, backend => backend.synchronize(stream))
+    }
+
+    fn plan_attention(&self, problem: &AttentionProblem) -> DeviceResult<AttentionPlan> {
+        dispatch!(self, backend => backend.plan_attention(problem))
+    }
+
+    fn attention_forward(&self, stream: &Stream, args: ForwardArgs<'_>) -> DeviceResult<()> {
+        dispatch!(self, backend => backend.attention_forward(stream, args))
+    }
+
+    fn attention_backward(&self, stream: &Stream, args: BackwardArgs<'_>) -> DeviceResult<()> {
+        dispatch!(self, backend => backend.attention_backward(stream, args))
+    }
+
+    fn merge(&self, stream: &Stream, args: MergeArgs<'_>) -> DeviceResult<()> {
+        dispatch!(self, backend => backend.merge(stream, args))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_open_or_say_why_not() {
+        assert!(matches!(Device::open("cpu"), Ok(Device::Cpu(_))));
+        assert!(matches!(Device::open("cpu:0"), Ok(Device::Cpu(_))));
+        for name in ["cuda", "cuda:0", "rocm:3", "wgpu"] {
+            let error = Device::open(name).unwrap_err();
+            assert!(
+                matches!(error, OpenError::NotCompiled { feature } if name.starts_with(feature)),
+                "{name}: {error}"
+            );
+        }
+        for name in ["", "cpu:1", "cpu:", "cpu:-1", "cuda:x", "CPU", "tpu"] {
+            let error = Device::open(name).unwrap_err();
+            assert!(matches!(&error, OpenError::NoSuchDevice { known, .. } if known == "cpu"), "{name}: {error}");
+        }
+    }
+
+    #[test]
+    fn all_lists_what_is_off_with_its_reason() {
+        let all = Device::all();
+        assert_eq!(all.iter().map(|found| found.name.as_str()).collect::<Vec<_>>(), ["cuda", "rocm", "wgpu", "cpu"]);
+        assert!(all.iter().all(|found| found.device.is_ok() == (found.name == "cpu")));
+    }
+
+    #[test]
+    fn the_environment_is_never_ignored() {
+        assert!(matches!(Device::choose(None), Ok(Device::Cpu(_))));
+        assert!(matches!(Device::choose(Some(OsStr::new("cpu"))), Ok(Device::Cpu(_))));
+        assert_eq!(Device::choose(Some(OsStr::new("cuda:0"))).unwrap_err(), OpenError::NotCompiled { feature: "cuda" });
+        for value in ["", "gpu", "cpu:7"] {
+            let error = Device::choose(Some(OsStr::new(value))).unwrap_err();
+            assert_eq!(error.to_string(), format!("TILEFOLD_DEVICE={value}: expected one of cpu"));
+        }
+    }
+
+    #[test]
+    fn zeros_are_on_the_device_and_sizes_are_checked() {
+        let device = Device::cpu().unwrap();
+        let tensor = device.zeros(DType::BF16, &[2, 3]).unwrap();
+        assert_eq!((tensor.device(), tensor.to_f64().unwrap()), (device.info().id, vec![0.0; 6]));
+        assert!(matches!(device.zeros(DType::F32, &[2, 0]), Err(Error::Problem(ProblemError::ZeroSize { .. }))));
+        let huge = usize::try_from(i64::MAX).unwrap();
+        assert!(matches!(device.zeros(DType::F32, &[huge]), Err(Error::Problem(ProblemError::Overflow { .. }))));
+        assert!(matches!(device.zeros(DType::Bool, &[huge / 2]), Err(Error::Device(_))));
+    }
+}

@@ -1,0 +1,36 @@
+#![doc = include_str!("lib.md")]
+
+mod attention;
+mod device;
+mod error;
+pub mod evoformer;
+#[cfg(feature = "ndarray")]
+pub mod ndarray;
+pub mod safetensors;
+
+pub use half;
+pub use tilefold_backend_cpu::{Arch, CpuBackend};
+pub use tilefold_core::attention::reference;
+pub use tilefold_core::{
+    AttentionPlan, AttentionProblem, AttentionSpec, Backend, BackwardArgs, BackwardOperands, BiasSpec, DType,
+    DeviceError, DeviceId, DeviceInfo, DeviceKind, DeviceResult, Element, EmptyRows, Event, ForwardArgs,
+    ForwardOperands, Gradients, Layout, MAX_BIASES, MAX_HEAD_DIM, MergeArgs, MergeOperands, OpenError, ProblemError,
+    RelayoutArgs, Storage, Stream, StructuralMask, Tensor, TensorView, TensorViewMut, Window,
+};
+
+pub use crate::attention::{
+    Backward, Forward, Inputs, Options, all_gradients, attention, attention_backward, attention_backward_into,
+    attention_into, merge, problem, relayout,
+};
+pub use crate::device::{DEVICE_VARIABLE, Device, Discovery};
+pub use crate::error::Error;
+
+/// The code in the README compiles and runs.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;
+
+/// So does the code in the guide for backends.
+#[cfg(doctest)]
+#[doc = include_str!("../docs/adding-a-backend.md")]
+struct AddingABackend;

@@ -1,0 +1,194 @@
+//! `cargo xtask test`: the steps, in the order in which a mistake shows soonest.
+
+use std::env;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, ensure};
+use serde::Deserialize;
+
+use crate::command::{output, run};
+use crate::report::{Count, Report};
+use crate::{files, licences, setup};
+
+/// Runs everything; with `quick` what takes long is left out. Whether all passed.
+pub(crate) fn run_suite(quick: bool) -> bool {
+    let mut report = Report::new();
+    let result = steps(&mut report, quick);
+    if let Err(error) = &result {
+        println!();
+        error.chain().for_each(|cause| println!("{cause}"));
+    }
+    println!("\n{}", report.summary());
+    result.is_ok()
+}
+
+fn steps(report: &mut Report, quick: bool) -> Result<()> {
+    let in_ci = env::var_os("CI").is_some_and(|value| value == "true");
+    ensure!(!(quick && in_ci), "--quick leaves out checks, and CI=true asks for all; leave --quick out");
+    report.step("toolchain: rustfmt and clippy", setup::toolchain)?;
+    report.step("files: length, stubs, ignored tests", files::check)?;
+    report.step("licences and sources of all dependencies", licences::check)?;
+    report.step("formatting", || cargo(&["fmt", "--all", "--check"]))?;
+    let features = feature_combinations(&facade_features()?);
+    let (all, others) = features.split_last().context("no combination of features")?;
+    lints(report, all)?;
+    tests(report)?;
+    examples(report)?;
+    if !quick {
+        for features in others {
+            lints(report, features)?;
+            unit_tests(report, features)?;
+        }
+        documentation(report)?;
+        demo(report)?;
+        other_archs(report)?;
+    }
+    Ok(())
+}
+
+fn cargo(arguments: &[&str]) -> Result<Count> {
+    run(&[], &[&["cargo"], arguments].concat())
+}
+
+/// Every target of every crate.
+fn lints(report: &mut Report, features: &str) -> Result<()> {
+    report.step(&format!("lints, features: {}", named(features)), || {
+        let features = format!("--features={features}");
+        cargo(&["clippy", "--workspace", "--all-targets", &features, "--", "--deny", "warnings"])
+    })
+}
+
+/// Unit tests, conformance, doctests: all crates at once, with all features.
+fn tests(report: &mut Report) -> Result<()> {
+    report.step("tests and doctests of all crates", || {
+        run(&[REQUIRED], &["cargo", "test", "--workspace", "--all-features", "--", "--quiet"])
+    })
+}
+
+/// A device that is not there makes conformance fail.
+const REQUIRED: (&str, &str) = ("TILEFOLD_REQUIRE", "cpu");
+
+/// Unit tests with fewer features.
+fn unit_tests(report: &mut Report, features: &str) -> Result<()> {
+    report.step(&format!("unit tests, features: {}", named(features)), || {
+        let features = format!("--features={features}");
+        cargo(&["test", "--workspace", "--lib", &features, "--", "--quiet"])
+    })
+}
+
+fn named(features: &str) -> &str {
+    if features.is_empty() { "none" } else { features }
+}
+
+/// The examples, which the tests built.
+fn examples(report: &mut Report) -> Result<()> {
+    let mut examples: Vec<PathBuf> = Vec::new();
+    for entry in fs::read_dir("examples").context("cannot list examples")? {
+        let path = entry.context("cannot list examples")?.path();
+        examples.extend(path.extension().is_some_and(|extension| extension == "rs").then_some(path));
+    }
+    examples.sort();
+    for example in examples {
+        let name = example.file_stem().and_then(|name| name.to_str()).context("an example without a name")?;
+        report.step(&format!("example {name}"), || cargo(&["run", "--quiet", "--all-features", "--example", name]))?;
+    }
+    Ok(())
+}
+
+fn documentation(report: &mut Report) -> Result<()> {
+    report.step("documentation", || {
+        let doc = ["cargo", "doc", "--workspace", "--no-deps", "--all-features"];
+        run(&[("RUSTDOCFLAGS", "--deny warnings")], &doc)
+    })
+}
+
+/// The README's first command, in the profile it asks for, without the size that needs gigabytes.
+fn demo(report: &mut Report) -> Result<()> {
+    let folder = Path::new("target").join("xtask");
+    fs::create_dir_all(&folder).with_context(|| format!("cannot make {}", folder.display()))?;
+    let folder = folder.to_str().context("a folder whose name is no text")?;
+    report.step("the demo", || cargo(&["run", "--release", "--", "demo", "--no-paper-size", "--out", folder]))
+}
+
+/// The test target that holds each device against the reference.
+const CONFORMANCE: &str = "conformance";
+
+/// Conformance on the instruction sets of this machine that the tests did not choose by themselves.
+fn other_archs(report: &mut Report) -> Result<()> {
+    for arch in available_archs()?.into_iter().filter(|arch| !arch.selected) {
+        report.step(&format!("conformance on {}", arch.name), || {
+            let test = ["cargo", "test", "--workspace", "--all-features", "--test", CONFORMANCE, "--", "--quiet"];
+            run(&[REQUIRED, ("TILEFOLD_CPU_ARCH", &arch.name)], &test)
+        })?;
+    }
+    Ok(())
+}
+
+#[derive(Deserialize)]
+struct Doctor {
+    cpu: Cpu,
+}
+
+#[derive(Deserialize)]
+struct Cpu {
+    simd: Vec<Arch>,
+}
+
+#[derive(Deserialize)]
+struct Arch {
+    name: String,
+    available: bool,
+    selected: bool,
+}
+
+/// Instruction sets by the program's own word.
+fn available_archs() -> Result<Vec<Arch>> {
+    let doctor = output(&["cargo", "run", "--release", "--quiet", "--", "doctor", "--json"])?;
+    let doctor: Doctor = serde_json::from_slice(&doctor).context("cannot read what tilefold doctor prints")?;
+    let archs: Vec<Arch> = doctor.cpu.simd.into_iter().filter(|arch| arch.available).collect();
+    ensure!(archs.iter().any(|arch| arch.selected), "tilefold doctor selected no instruction set");
+    Ok(archs)
+}
+
+#[derive(Deserialize)]
+struct Metadata {
+    packages: Vec<Package>,
+}
+
+#[derive(Deserialize)]
+struct Package {
+    name: String,
+    features: std::collections::BTreeMap<String, Vec<String>>,
+}
+
+/// Features of the crate `tilefold`, without `default`.
+fn facade_features() -> Result<Vec<String>> {
+    let metadata = output(&["cargo", "metadata", "--format-version", "1", "--no-deps"])?;
+    let metadata: Metadata = serde_json::from_slice(&metadata).context("cannot read what cargo metadata prints")?;
+    let facade = metadata.packages.into_iter().find(|package| package.name == "tilefold");
+    let features = facade.context("there is no package tilefold")?.features.into_keys();
+    Ok(features.filter(|feature| feature != "default").collect())
+}
+
+/// None, each alone, and all together.
+fn feature_combinations(features: &[String]) -> Vec<String> {
+    let mut combinations = vec![String::new()];
+    combinations.extend(features.iter().map(|feature| format!("tilefold/{feature}")));
+    if features.len() > 1 {
+        combinations.push(combinations[1..].join(","));
+    }
+    combinations
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn feature_combinations_are_none_each_and_all() {
+        let features = ["a", "b"].map(String::from);
+        assert_eq!(feature_combinations(&features), ["", "tilefold/a", "tilefold/b", "tilefold/a,tilefold/b"]);
+        assert_eq!(feature_combinations(&features[..1]), ["", "tilefold/a"]);
+    }
+}
