@@ -30,7 +30,9 @@ pub fn filled_by_rows(
         DType::F32 => fill_rows::<f32>(bytes, row_len, &fill),
         DType::F16 => fill_rows::<f16>(bytes, row_len, &fill),
         DType::BF16 => fill_rows::<bf16>(bytes, row_len, &fill),
-        got => return Err(ProblemError::UnsupportedDType { tensor: "input", expected: "f32, f16 or bf16".into(), got }),
+        got => {
+            return Err(ProblemError::UnsupportedDType { tensor: "input", expected: "f32, f16 or bf16".into(), got });
+        }
     }
     Ok(tensor)
 }

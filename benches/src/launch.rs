@@ -3,8 +3,9 @@
 use std::time::{Duration, Instant};
 
 use tilefold::{
-    AttentionPlan, AttentionProblem, Backend, Backward, BackwardArgs, DType, Device, DeviceError, Error, Forward, ForwardArgs,
-    Gradients, Inputs, Options, ProblemError, Stream, StructuralMask, Tensor, TensorViewMut, all_gradients, problem,
+    AttentionPlan, AttentionProblem, Backend, Backward, BackwardArgs, DType, Device, DeviceError, Error, Forward,
+    ForwardArgs, Gradients, Inputs, Options, ProblemError, Stream, StructuralMask, Tensor, TensorViewMut,
+    all_gradients, problem,
 };
 
 use crate::operands::FULL_RANK;
@@ -31,7 +32,7 @@ impl Launch {
     /// [`Error::Problem`] for operands that do not fit each other, [`Error::Device`] for too little memory.
     pub fn new(device: &Device, operands: Operands, options: &Options, gradients: Gradients) -> Result<Self, Error> {
         let stream = device.stream()?;
-        let operands = operands.to_device(device, &stream)?;
+        let operands = operands.into_device(device, &stream)?;
         let plan = device.plan_attention(&problem(&operands.inputs()?, options, gradients)?)?;
         let mut forward = forward_results(device, &plan.problem, &operands)?;
         let has_backward = gradients != Gradients::default();

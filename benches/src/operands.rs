@@ -85,8 +85,8 @@ impl Operands {
     }
 
     /// The same tensors on a device; host memory is kept where the device can read it.
-    pub(crate) fn to_device(self, device: &Device, stream: &Stream) -> Result<Self, Error> {
-        let to = |tensor| to_device(tensor, device, stream);
+    pub(crate) fn into_device(self, device: &Device, stream: &Stream) -> Result<Self, Error> {
+        let to = |tensor| upload(tensor, device, stream);
         let optional = |tensor: Option<Tensor>| tensor.map(to).transpose();
         Ok(Self {
             q: to(self.q)?,
@@ -104,7 +104,7 @@ impl Operands {
 }
 
 /// Moves a host tensor's bytes to a device that cannot read them where they are.
-fn to_device(tensor: Tensor, device: &Device, stream: &Stream) -> Result<Tensor, Error> {
+fn upload(tensor: Tensor, device: &Device, stream: &Stream) -> Result<Tensor, Error> {
     if device.info().id.is_host() {
         return Ok(tensor);
     }

@@ -120,7 +120,11 @@ impl Args {
                 [] => DEFAULT_WORKLOADS.to_vec(),
                 names => names.iter().map(String::as_str).collect(),
             };
-            names.into_iter().map(find).collect::<Result<Vec<_>, _>>().context("`tilefold bench --list` shows them all")?
+            names
+                .into_iter()
+                .map(find)
+                .collect::<Result<Vec<_>, _>>()
+                .context("`tilefold bench --list` shows them all")?
         } else {
             vec![of_shape(list::shape(&self.shape)?)]
         };
@@ -181,7 +185,8 @@ fn list_workloads(json: bool) -> Result<()> {
 }
 
 fn print(entries: &[Entry]) -> Result<()> {
-    let head = ["workload", "rows x L x H x D", "dtype", "pass", "median ms", "min ms", "GFLOP/s", "workspace", "peak memory"];
+    let head =
+        ["workload", "rows x L x H x D", "dtype", "pass", "median ms", "min ms", "GFLOP/s", "workspace", "peak memory"];
     let mut lines = table(&head, 4);
     for entry in entries {
         lines.add_row([
@@ -217,5 +222,6 @@ fn write_json(path: &Path, to_stdout: bool, device: &Device, entries: &[Entry]) 
         bail!("--json={}: is a folder; give a file name", path.display());
     }
     let text = serde_json::to_string_pretty(&record)?;
-    fs::write(path, text).with_context(|| format!("cannot write {}; give a path in a folder that exists", path.display()))
+    fs::write(path, text)
+        .with_context(|| format!("cannot write {}; give a path in a folder that exists", path.display()))
 }

@@ -69,7 +69,11 @@ pub(crate) fn run(args: &Args, global: &Global) -> Result<Outcome> {
     progress.finish_and_clear();
     picture::draw(&picture, &report)?;
     report.finish(&picture);
-    if args.json { say_json(&report)? } else { report.print()? }
+    if args.json {
+        say_json(&report)?
+    } else {
+        report.print()?
+    }
     Ok(if report.passed { Outcome::Passed } else { Outcome::Failed })
 }
 

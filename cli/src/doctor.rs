@@ -76,7 +76,11 @@ struct Variable {
 /// Prints what was found.
 pub(crate) fn run(args: &Args, global: &Global) -> Result<Outcome> {
     let report = Report::collect(global);
-    if args.json { say_json(&report)? } else { report.print()? }
+    if args.json {
+        say_json(&report)?
+    } else {
+        report.print()?
+    }
     Ok(if report.selected_device.is_some() { Outcome::Passed } else { Outcome::Failed })
 }
 
@@ -88,7 +92,9 @@ impl Report {
         Self {
             version: env!("CARGO_PKG_VERSION"),
             target: format!("{}-{}", env::consts::ARCH, env::consts::OS),
-            devices: found.map(|found| DeviceReport::new(found.name, found.device.map_err(|why| why.to_string()))).collect(),
+            devices: found
+                .map(|found| DeviceReport::new(found.name, found.device.map_err(|why| why.to_string())))
+                .collect(),
             selected_device: selected.as_ref().ok().map(|device| device.info().id.to_string()),
             selected_error: selected.err().map(|error| format!("{error:#}")),
             cpu: CpuReport::collect(&machine),

@@ -48,7 +48,8 @@ mod tests {
 
     #[test]
     fn sizes_have_units() {
-        let cases = [("16GiB", 17_179_869_184), ("12.5GB", 12_500_000_000), ("1048576", 1_048_576), ("2 kB", 2000), ("7B", 7)];
+        let cases =
+            [("16GiB", 17_179_869_184), ("12.5GB", 12_500_000_000), ("1048576", 1_048_576), ("2 kB", 2000), ("7B", 7)];
         for (text, expected) in cases {
             assert_eq!(memory_bytes(text), Ok(expected), "{text}");
         }

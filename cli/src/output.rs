@@ -85,7 +85,8 @@ mod tests {
 
     #[test]
     fn numbers_have_three_digits_and_a_unit() {
-        let cases = [(0.0, "0 B"), (17.0, "17.0 B"), (999.0, "999 B"), (12_080_000_000.0, "12.1 GB"), (999_600.0, "1.00 MB")];
+        let cases =
+            [(0.0, "0 B"), (17.0, "17.0 B"), (999.0, "999 B"), (12_080_000_000.0, "12.1 GB"), (999_600.0, "1.00 MB")];
         for (count, expected) in cases {
             assert_eq!(bytes(count), expected);
         }

@@ -98,15 +98,27 @@ pub(crate) fn run(args: &Args, global: &Global) -> Result<Outcome> {
         shape,
         kernel: device.plan_attention(&problem)?.kernel,
         logits_bytes: logits_bytes(&problem),
-        passes: passes.into_iter().map(|(pass, gradients)| args.pass(&device, shape, pass, gradients)).collect::<Result<_>>()?,
+        passes: passes
+            .into_iter()
+            .map(|(pass, gradients)| args.pass(&device, shape, pass, gradients))
+            .collect::<Result<_>>()?,
         memory_bytes: args.memory,
     };
-    if args.json { say_json(&report)? } else { report.print()? }
+    if args.json {
+        say_json(&report)?
+    } else {
+        report.print()?
+    }
     Ok(Outcome::Passed)
 }
 
 impl Args {
-    fn problem(&self, [rows, _, heads, head_dim]: [usize; 4], seqlen: usize, gradients: bool) -> Result<AttentionProblem> {
+    fn problem(
+        &self,
+        [rows, _, heads, head_dim]: [usize; 4],
+        seqlen: usize,
+        gradients: bool,
+    ) -> Result<AttentionProblem> {
         ensure!(
             !self.biases.contains(&Bias::None) || self.biases.len() == 1,
             "--biases: `none` stands alone; leave it out or name nothing else"
@@ -127,11 +139,16 @@ impl Args {
     }
 
     fn pass(&self, device: &Device, shape: [usize; 4], pass: &'static str, gradients: bool) -> Result<PassReport> {
-        let need = |seqlen| Need::of(device, &self.problem(shape, seqlen, gradients)?, gradients);
-        let here = need(shape[1])?;
+        let here = Need::of(device, &self.problem(shape, shape[1], gradients)?, gradients)?;
+        let fits = |memory: u64, seqlen, bytes: fn(&Need) -> f64| -> Result<bool> {
+            let problem = self.problem(shape, seqlen, gradients)?;
+            // Nothing is planned for a length whose operands alone do not fit.
+            let memory = as_f64(memory);
+            Ok(operand_bytes(&problem, gradients) <= memory && bytes(&Need::of(device, &problem, gradients)?) <= memory)
+        };
+        // Sizes beyond the contract's limits do not fit either.
         let longest = |bytes: fn(&Need) -> f64| {
-            let fits = |memory: u64, seqlen| need(seqlen).is_ok_and(|need| bytes(&need) <= as_f64(memory));
-            self.memory.map(|memory| largest(|seqlen| fits(memory, seqlen)))
+            self.memory.map(|memory| largest(|seqlen| fits(memory, seqlen, bytes).unwrap_or(false)))
         };
         Ok(PassReport {
             pass,

@@ -107,23 +107,24 @@ pub(crate) fn run(args: &Args, global: &Global) -> Result<Outcome> {
             .map(|(name, tensor)| Written { name, dtype: tensor.dtype().to_string(), shape: tensor.shape().to_vec() })
             .collect(),
     };
-    if args.json { say_json(&report)? } else { report.print()? }
+    if args.json {
+        say_json(&report)?
+    } else {
+        report.print()?
+    }
     Ok(Outcome::Passed)
 }
 
 /// The output is a file of its own, in a folder that exists.
 fn check_paths(input: &Path, output: &Path) -> Result<()> {
-    let read = input.canonicalize().with_context(|| format!("cannot read {}; give a safetensors file", input.display()))?;
+    let read =
+        input.canonicalize().with_context(|| format!("cannot read {}; give a safetensors file", input.display()))?;
     if output.canonicalize().is_ok_and(|written| written == read) {
         bail!("{} is the input; name another output file", output.display());
     }
     ensure!(!output.is_dir(), "{} is a folder; name a file in it", output.display());
     let folder = output.parent().filter(|folder| !folder.as_os_str().is_empty());
-    ensure!(
-        folder.is_none_or(Path::is_dir),
-        "cannot write {}: no such folder; create it first",
-        output.display()
-    );
+    ensure!(folder.is_none_or(Path::is_dir), "cannot write {}: no such folder; create it first", output.display());
     Ok(())
 }
 
@@ -147,7 +148,8 @@ fn gradients(names: &[String], operands: &Operands) -> Result<Gradients> {
 fn named_gradients(names: &[String]) -> Result<Gradients> {
     let mut wanted = Gradients::default();
     for name in names {
-        let bias = name.strip_prefix("bias").and_then(|index| index.parse().ok()).filter(|&index: &usize| index < MAX_BIASES);
+        let bias =
+            name.strip_prefix("bias").and_then(|index| index.parse().ok()).filter(|&index: &usize| index < MAX_BIASES);
         match (name.as_str(), bias) {
             ("q", _) => wanted.q = true,
             ("k", _) => wanted.k = true,
@@ -165,7 +167,8 @@ impl Report {
         say(&format!("{} -> {} on {} ({})", self.input, self.output, self.device, self.kernel))?;
         let backward = self.backward_ms.map(|ms| format!(", backward {} ms", digits(ms))).unwrap_or_default();
         say(&format!("forward {} ms{backward}", digits(self.forward_ms)))?;
-        let mut lines = self.tensors.iter().map(|tensor| format!("  {} {} {}", tensor.name, tensor.dtype, shape(&tensor.shape)));
+        let mut lines =
+            self.tensors.iter().map(|tensor| format!("  {} {} {}", tensor.name, tensor.dtype, shape(&tensor.shape)));
         lines.try_for_each(|line| say(&line))
     }
 }

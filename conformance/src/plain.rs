@@ -199,7 +199,7 @@ impl<'a> Plain<'a> {
 
     fn query(&mut self, at: &Query) {
         let mut row = self.logits(at);
-        if row.max == f64::NEG_INFINITY as f32 {
+        if row.max == f32::NEG_INFINITY {
             if self.spec.empty_rows == EmptyRows::Uniform {
                 row.p.fill(1.0 / single(as_f64(self.spec.seqlen_k)));
                 row.p_error.fill(0.0);

@@ -47,9 +47,11 @@ const SPECIAL: [f64; 30] = [
     0.1,
 ];
 
+type Run = Box<dyn FnOnce(&dyn Backend) -> Result<(), String> + Send>;
+
 pub(crate) fn trials(device: &Arc<dyn Backend>) -> Vec<Trial> {
     let mut trials = Vec::new();
-    let mut add = |name: String, run: Box<dyn FnOnce(&dyn Backend) -> Result<(), String> + Send>| {
+    let mut add = |name: String, run: Run| {
         let device = Arc::clone(device);
         trials.push(Trial::new(GROUP, format!("{GROUP}/{name}"), move || run(&*device).map(|()| 0.0)));
     };

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use tilefold::{Arch, Backend, CpuBackend, DEVICE_VARIABLE, Device, OpenError};
+use tilefold::{Backend, CpuBackend, DEVICE_VARIABLE, Device, OpenError};
 
 use crate::suite::Subject;
 
@@ -66,11 +66,4 @@ pub fn candidates() -> Vec<Candidate> {
         }
     }
     candidates
-}
-
-/// The CPU with each instruction set of this machine other than the one in use.
-#[must_use]
-pub fn other_instruction_sets(in_use: &str) -> Vec<Subject> {
-    let others = Arch::available().into_iter().filter(|arch| arch.name() != in_use);
-    others.map(|arch| Subject { device: Arc::new(CpuBackend::with_arch(arch)), twins: Vec::new() }).collect()
 }

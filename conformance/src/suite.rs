@@ -1,4 +1,4 @@
-//! Every trial a device has to pass, made at run time: for the test binary, for `tilefold verify`, for a backend's author.
+//! Every trial a device has to pass, made at run time: for the test binary, for `tilefold verify`, for whoever writes a backend.
 
 use std::sync::Arc;
 
@@ -23,11 +23,13 @@ pub struct Filter {
     pub dtypes: Vec<DType>,
     /// Only trials whose name contains this.
     pub contains: Option<String>,
+    /// Whether to try problems that fill the memory: half a minute, and 11 GB where there are as many.
+    pub large: bool,
 }
 
 impl Default for Filter {
     fn default() -> Self {
-        Self { dtypes: DTYPES.to_vec(), contains: None }
+        Self { dtypes: DTYPES.to_vec(), contains: None, large: true }
     }
 }
 
@@ -83,7 +85,9 @@ pub fn trials(subject: &Subject, filter: &Filter) -> Vec<Trial> {
         trials.extend(table.into_iter().map(|case| case_trial(&subject.device, case)));
         trials.extend(packed::trials(&subject.device, dtype));
         trials.extend(merging::trials(&subject.device, dtype));
-        trials.extend(large::trials(&subject.device, dtype));
+        if filter.large {
+            trials.extend(large::trials(&subject.device, dtype));
+        }
     }
     trials.extend(relayouts::trials(&subject.device));
     trials.retain(|trial| filter.contains.as_ref().is_none_or(|part| trial.name.contains(part)));

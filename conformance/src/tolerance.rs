@@ -8,10 +8,11 @@
 //!   (logits of thousands, -1e9 added to every key) is allowed to a backend too, and nothing else is.
 //! * The estimated error stands in for luck: a plain result may be exact where another order of sums is not.
 //! * Rounding of the result is the unit roundoff of the dtype times the row's largest value. Below that, numbers may
-//!   vanish: half the smallest positive one in f16, and [`UNDERFLOW`] in f32 and bf16.
+//!   vanish: half the smallest positive one in f16, and 2^16 times the smallest normal one in f32 and bf16.
 //!
-//! Beyond that: NaN exactly where the oracle has it; what nothing contributes to is exactly 0 (lse exactly -inf); where the tolerance is wide, the
-//! direction still has to be right (cosine, at least 0.99 wherever the plain computation has it).
+//! Beyond that: NaN exactly where the oracle has it; what nothing contributes to is exactly 0 (lse exactly -inf); where
+//! the tolerance is wide, the direction still has to be right (cosine, at least 0.99 wherever the plain computation has
+//! it).
 
 use tilefold_core::DType;
 

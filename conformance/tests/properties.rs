@@ -2,6 +2,8 @@
 //!
 //! `TILEFOLD_SEED=7` chooses another sequence of problems; a failure prints the seed and the smallest problem found.
 
+#![allow(clippy::unwrap_used, reason = "a panic in a test is a failed test")]
+
 use std::time::{Duration, Instant};
 
 use proptest::prelude::*;

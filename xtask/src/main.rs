@@ -1,7 +1,8 @@
-//! The chores of this workspace: `cargo xtask test`.
+//! The chores of this workspace: `cargo xtask test` and what it is made of.
 #![allow(clippy::print_stdout, reason = "a program says what it does")]
 
 mod command;
+mod emulate;
 mod files;
 mod licences;
 mod report;
@@ -12,7 +13,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result};
-use clap::Parser;
+use clap::{Parser, Subcommand};
 
 /// Chores of the tilefold workspace.
 #[derive(Debug, Parser)]
@@ -20,18 +21,49 @@ use clap::Parser;
 enum Task {
     /// Runs everything that is checked: what CI runs
     Test {
-        /// Only formatting, lints and tests on the best instruction set; refused with CI=true
+        /// Only formatting, lints and tests on this machine's own instruction sets; refused with CI=true
         #[arg(long)]
         quick: bool,
+    },
+    /// Runs tests on an instruction set that this machine lacks
+    #[command(subcommand)]
+    Emulate(Emulate),
+}
+
+#[derive(Debug, Subcommand)]
+enum Emulate {
+    /// `cargo test` with these arguments, for 64-bit Arm
+    Neon {
+        /// What follows `cargo test`
+        #[arg(last = true)]
+        arguments: Vec<String>,
+    },
+    /// A test executable of this machine, on a processor with AVX-512 and BF16
+    Avx512 {
+        /// The executable
+        binary: PathBuf,
+        /// Its arguments
+        #[arg(last = true)]
+        arguments: Vec<String>,
     },
 }
 
 fn main() -> Result<ExitCode> {
-    let Task::Test { quick } = Task::parse();
+    let task = Task::parse();
     // Every command runs in the root, wherever this one was started.
     let root = workspace_root()?;
     std::env::set_current_dir(&root).with_context(|| format!("cannot enter {}", root.display()))?;
-    Ok(if suite::run_suite(quick) { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    match task {
+        Task::Test { quick } if !suite::run_suite(quick) => return Ok(ExitCode::FAILURE),
+        Task::Test { .. } => {}
+        Task::Emulate(Emulate::Neon { arguments }) => emulate::neon(&as_strs(&arguments))?,
+        Task::Emulate(Emulate::Avx512 { binary, arguments }) => emulate::avx512(&binary, &as_strs(&arguments))?,
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn as_strs(words: &[String]) -> Vec<&str> {
+    words.iter().map(String::as_str).collect()
 }
 
 fn workspace_root() -> Result<PathBuf> {

@@ -18,3 +18,22 @@ pub(crate) fn toolchain() -> Result<Count> {
     }
     Ok(Count::ONE)
 }
+
+/// Installs Debian packages whose programs are missing, as root or with sudo.
+pub(crate) fn programs(wanted: &[(&str, &str)]) -> Result<Count> {
+    let missing = wanted.iter().filter(|(program, _)| !succeeds(&[program, "--version"]));
+    let packages: Vec<&str> = missing.map(|&(_, package)| package).collect();
+    if packages.is_empty() {
+        return Ok(Count::ONE);
+    }
+    println!("installing {}", packages.join(" "));
+    ensure!(
+        succeeds(&["apt-get", "--version"]),
+        "{} missing, and there is no apt-get to add them with",
+        packages.join(", ")
+    );
+    let root = succeeds(&["sh", "-c", "test $(id -u) = 0"]);
+    let apt: &[&str] = if root { &["apt-get"] } else { &["sudo", "apt-get"] };
+    run(&[], &[apt, &["update"]].concat())?;
+    run(&[], &[apt, &["install", "--yes", "--no-install-recommends"], &packages].concat())
+}

@@ -42,7 +42,9 @@ fn steps(report: &mut Report, quick: bool) -> Result<()> {
         }
         documentation(report)?;
         demo(report)?;
-        other_archs(report)?;
+        let archs = archs()?;
+        other_archs(report, &archs)?;
+        emulated_archs(report, &archs, in_ci)?;
     }
     Ok(())
 }
@@ -115,14 +117,66 @@ fn demo(report: &mut Report) -> Result<()> {
 const CONFORMANCE: &str = "conformance";
 
 /// Conformance on the instruction sets of this machine that the tests did not choose by themselves.
-fn other_archs(report: &mut Report) -> Result<()> {
-    for arch in available_archs()?.into_iter().filter(|arch| !arch.selected) {
+fn other_archs(report: &mut Report, archs: &[Arch]) -> Result<()> {
+    for arch in archs.iter().filter(|arch| arch.available && !arch.selected) {
         report.step(&format!("conformance on {}", arch.name), || {
             let test = ["cargo", "test", "--workspace", "--all-features", "--test", CONFORMANCE, "--", "--quiet"];
             run(&[REQUIRED, ("TILEFOLD_CPU_ARCH", &arch.name)], &test)
         })?;
     }
     Ok(())
+}
+
+/// The part of conformance that is run where each instruction is emulated: every feature at once, in every dtype.
+const EMULATED: &str = "everything";
+
+/// Conformance on the instruction sets this machine lacks.
+fn emulated_archs(report: &mut Report, archs: &[Arch], in_ci: bool) -> Result<()> {
+    if !cfg!(all(target_os = "linux", target_arch = "x86_64")) && !in_ci {
+        println!("\nleft out: instruction sets this machine lacks are emulated on x86-64 Debian only");
+        return Ok(());
+    }
+    let lacks = |name: &str| archs.iter().any(|arch| arch.name == name && !arch.available);
+    let emulate = |kind: &str, arguments: &[&str]| {
+        let command = [&["cargo", "xtask", "emulate", kind], arguments].concat();
+        run(&[REQUIRED, ("TILEFOLD_CPU_ARCH", kind)], &command)
+    };
+    if lacks("neon") {
+        report.step("conformance on neon, emulated", || {
+            let package = ["--", "--package", "tilefold-conformance", "--test", CONFORMANCE];
+            emulate("neon", &[&package[..], &["--", EMULATED, "--quiet"]].concat())
+        })?;
+    }
+    if lacks("avx512") {
+        report.step("tools for the emulator of avx512", || {
+            setup::programs(&[("g++", "g++"), ("make", "make"), ("tar", "tar"), ("xz", "xz-utils")])
+        })?;
+        report.step("conformance on avx512, emulated", || {
+            emulate("avx512", &[&conformance_executable()?, "--", EMULATED, "--quiet"])
+        })?;
+    }
+    Ok(())
+}
+
+#[derive(Deserialize)]
+struct Artifact {
+    target: Target,
+    executable: Option<String>,
+}
+
+#[derive(Deserialize)]
+struct Target {
+    name: String,
+}
+
+/// The file that the tests ran as.
+fn conformance_executable() -> Result<String> {
+    let build = ["cargo", "test", "--workspace", "--all-features", "--test", CONFORMANCE, "--no-run"];
+    let messages = output(&[&build[..], &["--message-format", "json"]].concat())?;
+    let artifacts =
+        messages.split(|&byte| byte == b'\n').filter_map(|line| serde_json::from_slice::<Artifact>(line).ok());
+    let mut executables = artifacts.filter(|artifact| artifact.target.name == CONFORMANCE);
+    executables.find_map(|artifact| artifact.executable).context("cargo built no conformance test")
 }
 
 #[derive(Deserialize)]
@@ -143,12 +197,11 @@ struct Arch {
 }
 
 /// Instruction sets by the program's own word.
-fn available_archs() -> Result<Vec<Arch>> {
+fn archs() -> Result<Vec<Arch>> {
     let doctor = output(&["cargo", "run", "--release", "--quiet", "--", "doctor", "--json"])?;
     let doctor: Doctor = serde_json::from_slice(&doctor).context("cannot read what tilefold doctor prints")?;
-    let archs: Vec<Arch> = doctor.cpu.simd.into_iter().filter(|arch| arch.available).collect();
-    ensure!(archs.iter().any(|arch| arch.selected), "tilefold doctor selected no instruction set");
-    Ok(archs)
+    ensure!(doctor.cpu.simd.iter().any(|arch| arch.selected), "tilefold doctor selected no instruction set");
+    Ok(doctor.cpu.simd)
 }
 
 #[derive(Deserialize)]

@@ -108,8 +108,8 @@ impl Scratch {
         let keys = spec.seqlen_k.next_multiple_of(shape.tile_k);
         let queries = shape.tile_q;
         Self {
-            slab: shape.slab.then(|| carver.matrix(tiles * keys, queries)),
-            bias_sum: wants.bias_sum.then(|| carver.matrix(tiles * keys, queries)),
+            slab: shape.slab.then(|| carver.matrix(shape.heads * tiles * keys, queries)),
+            bias_sum: wants.bias_sum.then(|| carver.matrix(shape.heads * tiles * keys, queries)),
             tiles: (0..tiles)
                 .map(|_| QueryTile {
                     q: carver.matrix(queries, channels),
@@ -164,17 +164,19 @@ impl Backward<'_> {
 
     /// Rows of one item for a part of the queries; the bias sum starts at 0.
     pub(crate) fn run<S: Simd>(&self, s: S, item: &Item, part: &Part, scratch: &Scratch, wants: Wants) {
-        self.clear_bias_sum(part, scratch);
+        self.clear_bias_sum(item, part, scratch);
         self.build_slab(s, item, part, scratch);
         for row in item.rows.clone() {
-            self.run_row(s, item, part, row, scratch, wants);
+            for kv_head in item.kv_heads.clone() {
+                self.run_row(s, item, part, (row, kv_head), scratch, wants);
+            }
         }
     }
 
     /// Sets the sum of dS over rows to 0.
-    pub(crate) fn clear_bias_sum(&self, part: &Part, scratch: &Scratch) {
+    pub(crate) fn clear_bias_sum(&self, item: &Item, part: &Part, scratch: &Scratch) {
         if let Some(sum) = scratch.bias_sum {
-            let tiles = part.heads.len() * self.tiles(part);
+            let tiles = item.kv_heads.len() * part.heads.len() * self.tiles(part);
             // SAFETY: the sum was carved with a matrix per tile.
             unsafe { sum.data.write_bytes(0, tiles * self.padded_keys() * sum.stride) };
         }
@@ -201,16 +203,14 @@ impl Backward<'_> {
         Matrix { data: slab.at(index * self.padded_keys() + key, 0), ..slab }
     }
 
-    fn position(&self, item: &Item, row: usize, head_of_group: usize) -> Position {
-        let head = item.kv_head * self.inputs.problem.group() + head_of_group;
-        Position { batch: item.batch, row, head }
-    }
-
     fn build_slab<S: Simd>(&self, s: S, item: &Item, part: &Part, scratch: &Scratch) {
         let Some(slab) = scratch.slab else { return };
         let tiles = self.tiles(part);
-        for index in 0..part.heads.len() * tiles {
-            let at = self.position(item, item.rows.start, part.heads.start + index / tiles);
+        for index in 0..item.kv_heads.len() * part.heads.len() * tiles {
+            let (kv_head, head) =
+                (index / tiles / part.heads.len(), part.heads.start + index / tiles % part.heads.len());
+            let head = (item.kv_heads.start + kv_head) * self.inputs.problem.group() + head;
+            let at = Position { batch: item.batch, row: item.rows.start, head };
             let q = self.tile_range(part, index % tiles);
             for k in key_tiles(self.inputs.problem.spec().seqlen_k, self.shape.tile_k) {
                 let to = self.slab_at(slab, index, k.start);
@@ -223,13 +223,23 @@ impl Backward<'_> {
         }
     }
 
-    /// One row; adds to the bias sum.
-    pub(crate) fn run_row<S: Simd>(&self, s: S, item: &Item, part: &Part, row: usize, scratch: &Scratch, wants: Wants) {
+    /// One row of one key head; adds to the bias sum.
+    pub(crate) fn run_row<S: Simd>(
+        &self,
+        s: S,
+        item: &Item,
+        part: &Part,
+        (row, kv_head): (usize, usize),
+        scratch: &Scratch,
+        wants: Wants,
+    ) {
         let (spec, tiles) = (self.inputs.problem.spec(), self.tiles(part));
+        let first = kv_head * self.inputs.problem.group() + part.heads.start;
+        let position = |head: usize| Position { batch: item.batch, row, head: first + head };
         // SAFETY: carved for the channels of v.
         unsafe { scratch.uniform.write_bytes(0, padded_channels(spec.head_dim_v)) };
         for index in 0..part.heads.len() * tiles {
-            let at = self.position(item, row, part.heads.start + index / tiles);
+            let at = position(index / tiles);
             let q = self.tile_range(part, index % tiles);
             // SAFETY: the tile's matrices were carved for it.
             s.vectorize(
@@ -244,19 +254,19 @@ impl Backward<'_> {
             }
             let counted = k.start..k.end.min(length);
             if !counted.is_empty() && spec.mask.cover(&part.queries, &counted) != Cover::Empty {
-                self.run_keys(s, item, part, row, &counted, scratch, wants);
+                self.run_keys(s, item, part, (row, kv_head), &counted, scratch, wants);
             }
             if wants.row {
                 // SAFETY: the key tile was carved; its elements belong to this item.
                 s.vectorize(
                     #[inline(always)]
-                    || unsafe { self.finish_keys(item, part, row, &k, scratch) },
+                    || unsafe { self.finish_keys(item.batch, part, (row, kv_head), &k, scratch) },
                 );
             }
         }
         if wants.row {
             for index in 0..part.heads.len() * tiles {
-                let at = self.position(item, row, part.heads.start + index / tiles);
+                let at = position(index / tiles);
                 let q = self.tile_range(part, index % tiles);
                 // SAFETY: the tile was carved and computed; its elements belong to this item.
                 s.vectorize(
@@ -267,20 +277,18 @@ impl Backward<'_> {
         }
     }
 
-    /// Asks for a part of what the next row reads, while this one computes.
+    /// Asks for a part of what the next row or head reads, while this one computes.
     #[inline(always)]
-    fn prefetch_next<S: Simd>(&self, s: S, item: &Item, part: &Part, row: usize, step: (usize, usize)) {
+    fn prefetch_next<S: Simd>(&self, s: S, item: &Item, part: &Part, at: (usize, usize), step: (usize, usize)) {
         let spec = self.inputs.problem.spec();
-        if row + 1 >= item.rows.end {
-            return;
-        }
+        let Some((row, kv_head)) = item.after(at) else { return };
         for (operand, channels) in [(self.inputs.k, spec.head_dim), (self.inputs.v, spec.head_dim_v)] {
-            operand.prefetch(s, [item.batch, row + 1, 0, item.kv_head, 0], (spec.seqlen_k, channels), step);
+            operand.prefetch(s, [item.batch, row, 0, kv_head, 0], (spec.seqlen_k, channels), step);
         }
-        let head = item.kv_head * self.inputs.problem.group() + part.heads.start;
+        let head = kv_head * self.inputs.problem.group() + part.heads.start;
         let of_queries = [(self.inputs.q, spec.head_dim), (self.out, spec.head_dim_v), (self.d_out, spec.head_dim_v)];
         for (operand, channels) in of_queries {
-            let at = [item.batch, row + 1, part.queries.start, head, 0];
+            let at = [item.batch, row, part.queries.start, head, 0];
             operand.prefetch(s, at, (part.queries.len(), channels), step);
         }
     }
@@ -382,7 +390,7 @@ impl Backward<'_> {
         s: S,
         item: &Item,
         part: &Part,
-        row: usize,
+        (row, kv_head): (usize, usize),
         k: &Range<usize>,
         scratch: &Scratch,
         wants: Wants,
@@ -392,10 +400,15 @@ impl Backward<'_> {
         // SAFETY: the matrices were carved for a key tile.
         s.vectorize(
             #[inline(always)]
-            || unsafe { self.inputs.pack_keys((item.batch, row, item.kv_head), k, to) },
+            || unsafe { self.inputs.pack_keys((item.batch, row, kv_head), k, to) },
         );
+        let slab_start = (kv_head - item.kv_heads.start) * part.heads.len() * tiles;
         for head in 0..part.heads.len() {
-            let at = self.position(item, row, part.heads.start + head);
+            let at = Position {
+                batch: item.batch,
+                row,
+                head: kv_head * self.inputs.problem.group() + part.heads.start + head,
+            };
             // SAFETY: the scratch has room for a key tile.
             let keys = unsafe { self.inputs.key_values(at, k, k.len(), &scratch.bias) };
             let Some(keys) = keys else { continue };
@@ -405,8 +418,8 @@ impl Backward<'_> {
                 let q = self.tile_range(part, tile);
                 let all = part.heads.len() * tiles;
                 let step = k.start / self.shape.tile_k * all + head * tiles + tile;
-                self.prefetch_next(s, item, part, row, (step, self.padded_keys() / self.shape.tile_k * all));
-                self.run_tile(s, at, (&q, k), keys, head * tiles + tile, scratch, wants);
+                self.prefetch_next(s, item, part, (row, kv_head), (step, self.padded_keys() / self.shape.tile_k * all));
+                self.run_tile(s, at, (&q, k), keys, (head * tiles + tile, slab_start), scratch, wants);
             }
             if let (Some(sums), true) = (&self.key_sums, wants.row) {
                 let batch = part.chunk * spec.batch + at.batch;
@@ -428,13 +441,13 @@ impl Backward<'_> {
         at: Position,
         (q, k): (&Range<usize>, &Range<usize>),
         keys: *const f32,
-        index: usize,
+        (index, slab_start): (usize, usize),
         scratch: &Scratch,
         wants: Wants,
     ) {
         let spec = self.inputs.problem.spec();
         let tile = scratch.tiles[index];
-        let slab = scratch.slab.map(|slab| self.slab_at(slab, index, k.start));
+        let slab = scratch.slab.map(|slab| self.slab_at(slab, slab_start + index, k.start));
         // SAFETY: the scratch covers the tile.
         let bias = s.vectorize(
             #[inline(always)]
@@ -443,7 +456,7 @@ impl Backward<'_> {
         let Some(bias) = bias else { return };
         let vectors = q.len().div_ceil(S::LANES);
         let (p, ds) = (scratch.probabilities, scratch.gradients);
-        let bias_sum = scratch.bias_sum.map(|sum| self.slab_at(sum, index, k.start));
+        let bias_sum = scratch.bias_sum.map(|sum| self.slab_at(sum, slab_start + index, k.start));
         let d_scores = wants.bias_sum
             || self.dq.is_some()
             || self.dk.is_some()
@@ -494,7 +507,14 @@ impl Backward<'_> {
 
     /// Writes dK and dV of a key tile, or adds them to the partial sums.
     #[inline(always)]
-    unsafe fn finish_keys(&self, item: &Item, part: &Part, row: usize, k: &Range<usize>, scratch: &Scratch) {
+    unsafe fn finish_keys(
+        &self,
+        batch: usize,
+        part: &Part,
+        (row, kv_head): (usize, usize),
+        k: &Range<usize>,
+        scratch: &Scratch,
+    ) {
         let spec = self.inputs.problem.spec();
         let softmax_scale = scale_f32(&self.inputs);
         let pairs = [
@@ -508,14 +528,14 @@ impl Backward<'_> {
                 unsafe {
                     let values = std::slice::from_raw_parts_mut(from.at(j, 0), channels);
                     if let Some(partial) = partial {
-                        let batch = part.chunk * spec.batch + item.batch;
-                        let to = partial.at([batch, row, k.start + j, item.kv_head, 0]).cast::<f32>();
+                        let chunk = part.chunk * spec.batch + batch;
+                        let to = partial.at([chunk, row, k.start + j, kv_head, 0]).cast::<f32>();
                         let to = std::slice::from_raw_parts_mut(to, channels);
                         to.iter_mut().zip(values).for_each(|(to, value)| *to += *value);
                         continue;
                     }
                     values.iter_mut().for_each(|value| *value *= factor);
-                    let data = operand.at([item.batch, row, k.start + j, item.kv_head, 0]);
+                    let data = operand.at([batch, row, k.start + j, kv_head, 0]);
                     Row { data, dtype: operand.dtype, stride: operand.strides[4] }.write(channels, from.at(j, 0));
                 }
             }

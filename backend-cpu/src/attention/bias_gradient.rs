@@ -167,14 +167,16 @@ pub(crate) fn owner_pass<S: Simd>(
         lease.with(bytes, |block| {
             let scratch = backward.scratch(&mut Carver::over(block), OWNER_WANTS);
             let mut part = Part { heads: 0..1, queries, chunk: 0 };
-            backward.clear_bias_sum(&part, &scratch);
+
+            let rows = sharing(bias.shape[1], spec.rows, n);
+            let mut item = Item { batch: b, kv_heads: 0..1, rows, queries: part.queries.clone() };
+            backward.clear_bias_sum(&item, &part, &scratch);
             for batch in sharing(bias.shape[0], spec.batch, b) {
                 for head in sharing(bias.shape[2], spec.heads, h) {
                     part.heads = head % group..head % group + 1;
-                    let rows = sharing(bias.shape[1], spec.rows, n);
-                    let item = Item { batch, kv_head: head / group, rows, queries: part.queries.clone() };
+                    (item.batch, item.kv_heads) = (batch, head / group..head / group + 1);
                     for row in item.rows.clone() {
-                        backward.run_row(s, &item, &part, row, &scratch, OWNER_WANTS);
+                        backward.run_row(s, &item, &part, (row, head / group), &scratch, OWNER_WANTS);
                     }
                 }
             }

@@ -43,17 +43,30 @@ pub(crate) struct ItemShape {
     pub(crate) tile_k: usize,
     /// Most queries of an item, a multiple of `tile_q`.
     pub(crate) item_q: usize,
+    /// Most key heads of an item: narrow heads share a cache line.
+    pub(crate) heads: usize,
     /// Whether an item keeps a slab of what its rows share.
     pub(crate) slab: bool,
 }
 
-/// One work item: rows of one batch and key head, with a range of queries.
+/// One work item: rows and key heads of one batch, with a range of queries.
 #[derive(Clone, Debug)]
 pub(crate) struct Item {
     pub(crate) batch: usize,
-    pub(crate) kv_head: usize,
+    pub(crate) kv_heads: Range<usize>,
     pub(crate) rows: Range<usize>,
     pub(crate) queries: Range<usize>,
+}
+
+impl Item {
+    /// The row and key head that come after one.
+    pub(crate) fn after(&self, (row, kv_head): (usize, usize)) -> Option<(usize, usize)> {
+        if kv_head + 1 < self.kv_heads.end {
+            Some((row, kv_head + 1))
+        } else {
+            (row + 1 < self.rows.end).then_some((row + 1, self.kv_heads.start))
+        }
+    }
 }
 
 /// Smallest running maximum: finite, so that a row that starts with -inf does not become NaN.
@@ -94,7 +107,7 @@ impl Scratch {
         let tiles = problem.group() * shape.item_q / shape.tile_q;
         let keys = spec.seqlen_k.next_multiple_of(shape.tile_k);
         Self {
-            slab: shape.slab.then(|| carver.matrix(tiles * keys, shape.tile_q)),
+            slab: shape.slab.then(|| carver.matrix(shape.heads * tiles * keys, shape.tile_q)),
             tiles: (0..tiles)
                 .map(|_| QueryTile {
                     q: carver.matrix(channels, shape.tile_q),
@@ -130,7 +143,9 @@ impl Forward<'_> {
             self.build_slab(s, item, &scratch);
         }
         for row in item.rows.clone() {
-            self.run_row(s, item, row, &scratch);
+            for kv_head in item.kv_heads.clone() {
+                self.run_row(s, item, (row, kv_head), &scratch);
+            }
         }
     }
 
@@ -143,7 +158,7 @@ impl Forward<'_> {
         item.queries.len().div_ceil(self.shape.tile_q)
     }
 
-    /// The slab's part for query tile `index` (of all heads) and keys from `key`.
+    /// The slab's part for query tile `index` (of all heads of the item) and keys from `key`.
     fn slab_at(&self, slab: Matrix, index: usize, key: usize) -> Matrix {
         let keys = self.inputs.problem.spec().seqlen_k.next_multiple_of(self.shape.tile_k);
         Matrix { data: slab.at(index * keys + key, 0), ..slab }
@@ -151,9 +166,10 @@ impl Forward<'_> {
 
     fn build_slab<S: Simd>(&self, s: S, item: &Item, scratch: &Scratch) {
         let Some(slab) = scratch.slab else { return };
-        let tiles = self.tiles_per_head(item);
-        for (index, head) in (0..tiles * self.inputs.problem.group()).map(|index| (index, index / tiles)) {
-            let at = self.position(item, item.rows.start, head);
+        let (tiles, group) = (self.tiles_per_head(item), self.inputs.problem.group());
+        for index in 0..item.kv_heads.len() * group * tiles {
+            let head = item.kv_heads.start * group + index / tiles;
+            let at = Position { batch: item.batch, row: item.rows.start, head };
             let q = self.tile_range(item, index % tiles);
             for k in key_tiles(self.inputs.problem.spec().seqlen_k, self.shape.tile_k) {
                 let part = self.slab_at(slab, index, k.start);
@@ -166,16 +182,14 @@ impl Forward<'_> {
         }
     }
 
-    fn position(&self, item: &Item, row: usize, head_of_group: usize) -> Position {
-        let head = item.kv_head * self.inputs.problem.group() + head_of_group;
-        Position { batch: item.batch, row, head }
-    }
-
-    fn run_row<S: Simd>(&self, s: S, item: &Item, row: usize, scratch: &Scratch) {
+    fn run_row<S: Simd>(&self, s: S, item: &Item, (row, kv_head): (usize, usize), scratch: &Scratch) {
         let (spec, tiles) = (self.inputs.problem.spec(), self.tiles_per_head(item));
-        let all = tiles * self.inputs.problem.group();
+        let (batch, group) = (item.batch, self.inputs.problem.group());
+        let all = tiles * group;
+        let position = |head_of_group: usize| Position { batch, row, head: kv_head * group + head_of_group };
+        let slab_start = (kv_head - item.kv_heads.start) * all;
         for index in 0..all {
-            let at = self.position(item, row, index / tiles);
+            let at = position(index / tiles);
             // SAFETY: the tile's matrices were carved for it.
             s.vectorize(
                 #[inline(always)]
@@ -192,11 +206,11 @@ impl Forward<'_> {
             s.vectorize(
                 #[inline(always)]
                 || unsafe {
-                    self.inputs.pack_keys((item.batch, row, item.kv_head), &k, (scratch.keys, scratch.values));
+                    self.inputs.pack_keys((batch, row, kv_head), &k, (scratch.keys, scratch.values));
                 },
             );
-            for head in 0..self.inputs.problem.group() {
-                let at = self.position(item, row, head);
+            for head in 0..group {
+                let at = position(head);
                 // SAFETY: the scratch has room for a key tile.
                 let keys = unsafe { self.inputs.key_values(at, &k, k.len(), &scratch.bias) };
                 let Some(keys) = keys else { continue };
@@ -205,34 +219,38 @@ impl Forward<'_> {
                         k.start / self.shape.tile_k * all + head * tiles + tile,
                         length.div_ceil(self.shape.tile_k) * all,
                     );
-                    self.prefetch_next(s, item, row, part);
-                    self.run_tile(s, at, (&self.tile_range(item, tile), &k), keys, head * tiles + tile, scratch);
+                    self.prefetch_next(s, item, (row, kv_head), part);
+                    self.run_tile(
+                        s,
+                        at,
+                        (&self.tile_range(item, tile), &k),
+                        keys,
+                        (head * tiles + tile, slab_start),
+                        scratch,
+                    );
                 }
             }
         }
         let mut mean = None;
         for index in 0..all {
-            let at = self.position(item, row, index / tiles);
+            let at = position(index / tiles);
             let q = self.tile_range(item, index % tiles);
             // SAFETY: the tile was carved and computed.
             unsafe { self.finish_tile(s, at, &q, scratch, scratch.tiles[index], &mut mean) };
         }
     }
 
-    /// Asks for a part of what the next row reads and writes, while this one computes.
+    /// Asks for a part of what the next row or head reads and writes, while this one computes.
     #[inline(always)]
-    fn prefetch_next<S: Simd>(&self, s: S, item: &Item, row: usize, part: (usize, usize)) {
+    fn prefetch_next<S: Simd>(&self, s: S, item: &Item, at: (usize, usize), part: (usize, usize)) {
         let spec = self.inputs.problem.spec();
-        if row + 1 >= item.rows.end {
-            return;
-        }
-        let (keys, queries) = ((item.batch, item.kv_head), (item.batch, item.kv_head * self.inputs.problem.group()));
+        let Some((row, kv_head)) = item.after(at) else { return };
         let key_rows = [(self.inputs.k, spec.head_dim), (self.inputs.v, spec.head_dim_v)];
         for (operand, channels) in key_rows {
-            operand.prefetch(s, [keys.0, row + 1, 0, keys.1, 0], (spec.seqlen_k, channels), part);
+            operand.prefetch(s, [item.batch, row, 0, kv_head, 0], (spec.seqlen_k, channels), part);
         }
         for (operand, channels) in [(self.inputs.q, spec.head_dim), (self.out, spec.head_dim_v)] {
-            let at = [queries.0, row + 1, item.queries.start, queries.1, 0];
+            let at = [item.batch, row, item.queries.start, kv_head * self.inputs.problem.group(), 0];
             operand.prefetch(s, at, (item.queries.len(), channels), part);
         }
     }
@@ -270,12 +288,12 @@ impl Forward<'_> {
         at: Position,
         (q, k): (&Range<usize>, &Range<usize>),
         keys: *const f32,
-        index: usize,
+        (index, slab_start): (usize, usize),
         scratch: &Scratch,
     ) {
         let spec = self.inputs.problem.spec();
         let tile = scratch.tiles[index];
-        let slab = scratch.slab.map(|slab| self.slab_at(slab, index, k.start));
+        let slab = scratch.slab.map(|slab| self.slab_at(slab, slab_start + index, k.start));
         // SAFETY: the scratch covers the tile.
         let bias = s.vectorize(
             #[inline(always)]

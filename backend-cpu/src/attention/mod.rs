@@ -132,7 +132,7 @@ impl<'p> BackwardPlan<'p> {
         let bias_sum = reductions.contains(&Some(Reduction::Rows));
         let schedule = BackwardSchedule::new(problem, workers, bias_sum);
         let wants = Wants { row: true, bias_sum };
-        let owner = ItemShape { item_q: OWNER_TILES * schedule.shape.tile_q, slab: false, ..schedule.shape };
+        let owner = ItemShape { item_q: OWNER_TILES * schedule.shape.tile_q, heads: 1, slab: false, ..schedule.shape };
         let mut item_bytes = backward::scratch_bytes(problem, schedule.shape, wants);
         if reductions.contains(&Some(Reduction::Owner)) {
             let wants = Wants { row: false, bias_sum: true };
@@ -318,8 +318,8 @@ impl RowGradients {
     ) {
         let (spec, shape) = (plan.problem.spec(), plan.schedule.shape);
         let tiles = backward.tiles(part);
-        for index in 0..part.heads.len() * tiles {
-            let head = item.kv_head * part.heads.len() + index / tiles;
+        for index in 0..item.kv_heads.len() * part.heads.len() * tiles {
+            let head = item.kv_heads.start * part.heads.len() + index / tiles;
             let q = backward.tile_range(part, index % tiles);
             let from = backward.slab_at(sum, index, 0);
             // SAFETY: the sum is complete for this item, which alone writes these elements.

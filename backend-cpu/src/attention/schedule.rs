@@ -12,7 +12,7 @@ use super::forward::{Item, ItemShape};
 /// Queries of a tile: whole vectors of every instruction set, and with [`tile_keys`] a tile that fits the L1 cache.
 const TILE_QUERIES: usize = 48;
 /// A slab's share of the cache in forward, which can cut queries freely.
-const FORWARD_SLAB_BYTES: usize = 1 << 20;
+const FORWARD_SLAB_BYTES: usize = 2 << 20;
 /// A slab's share in backward, where a cut costs another pass over dK and dV.
 const BACKWARD_SLAB_BYTES: usize = 4 << 20;
 /// A slab larger than this, for one tile of queries, is not worth its memory: biases are read tile by tile.
@@ -30,6 +30,15 @@ fn tile_keys(spec: &AttentionSpec, most: usize) -> usize {
     (4096 / channels).clamp(16, most).next_multiple_of(16)
 }
 
+/// Bytes of a cache line.
+const LINE_BYTES: usize = 64;
+
+/// Key heads of an item: as many as share a cache line, so that a line is fetched once.
+fn item_heads(spec: &AttentionSpec) -> usize {
+    let bytes = spec.head_dim.min(spec.head_dim_v) * spec.dtype.size_bytes();
+    (LINE_BYTES / bytes).clamp(1, spec.kv_heads.min(4))
+}
+
 /// Whether rows share a bias (or ALiBi) that a slab would hold.
 fn shares_bias(spec: &AttentionSpec) -> bool {
     let per_row = |shape: &[usize; 5]| shape[1] != 1 && shape[3] != 1;
@@ -41,7 +50,8 @@ fn shares_bias(spec: &AttentionSpec) -> bool {
 /// Queries per item for a slab within `bytes`, cut evenly; `None` when a slab does not pay.
 fn slab_queries(problem: &AttentionProblem, tile_k: usize, queries: usize, bytes: usize) -> Option<usize> {
     let spec = problem.spec();
-    let per_query = problem.group() * spec.seqlen_k.next_multiple_of(tile_k) * size_of::<f32>();
+    let heads = item_heads(spec) * problem.group();
+    let per_query = heads * spec.seqlen_k.next_multiple_of(tile_k) * size_of::<f32>();
     let smallest = per_query.checked_mul(TILE_QUERIES)?;
     if spec.rows < 2 || !shares_bias(spec) || smallest > LARGEST_SLAB_BYTES {
         return None;
@@ -68,23 +78,24 @@ impl ForwardSchedule {
         let spec = problem.spec();
         let tile_k = tile_keys(spec, 96);
         let slab = slab_queries(problem, tile_k, spec.seqlen_q, FORWARD_SLAB_BYTES);
-        let outer = spec.batch * spec.kv_heads;
+        let heads = item_heads(spec);
+        let outer = spec.batch * spec.kv_heads.div_ceil(heads);
         let wanted = workers * 8;
         // Without a slab a few tiles of queries are enough to pay for packing keys.
         let few = (spec.seqlen_q / (wanted / (outer * spec.rows)).max(1)).clamp(4 * TILE_QUERIES, 16 * TILE_QUERIES);
         let item_q = slab.unwrap_or_else(|| even_cut(spec.seqlen_q, few));
         let parts = outer * spec.seqlen_q.div_ceil(item_q);
         let rows = (spec.rows * parts).div_ceil(wanted).clamp(1, spec.rows);
-        Self { shape: ItemShape { tile_q: TILE_QUERIES, tile_k, item_q, slab: slab.is_some() }, rows }
+        Self { shape: ItemShape { tile_q: TILE_QUERIES, tile_k, item_q, heads, slab: slab.is_some() }, rows }
     }
 
     /// All items; neighbours share a slab.
     pub(crate) fn items(&self, spec: &AttentionSpec) -> Vec<Item> {
         let mut items = Vec::new();
-        for (batch, kv_head) in pairs(spec.batch, spec.kv_heads) {
+        for (batch, kv_heads) in head_groups(spec, self.shape.heads) {
             for queries in cuts(0..spec.seqlen_q, self.shape.item_q) {
                 for rows in cuts(0..spec.rows, self.rows) {
-                    items.push(Item { batch, kv_head, rows, queries: queries.clone() });
+                    items.push(Item { batch, kv_heads: kv_heads.clone(), rows, queries: queries.clone() });
                 }
             }
         }
@@ -107,7 +118,8 @@ impl BackwardSchedule {
     pub(crate) fn new(problem: &AttentionProblem, workers: usize, bias_sum: bool) -> Self {
         let spec = problem.spec();
         let tile_k = tile_keys(spec, 48);
-        let outer = spec.batch * spec.kv_heads;
+        let heads = item_heads(spec);
+        let outer = spec.batch * spec.kv_heads.div_ceil(heads);
         let row_chunks = if bias_sum && spec.rows >= 8 { SPLIT_ITEMS.div_ceil(outer).min(spec.rows / 4) } else { 1 };
         let items = if bias_sum { outer * row_chunks } else { outer * spec.rows };
         let most_chunks = (spec.seqlen_q / (2 * TILE_QUERIES)).clamp(1, MAX_QUERY_CHUNKS);
@@ -116,7 +128,7 @@ impl BackwardSchedule {
         let slab = slab_queries(problem, tile_k, chunk, BACKWARD_SLAB_BYTES);
         let without = if bias_sum {
             // The sum has the size of a slab, whether or not one is read.
-            let per_query = problem.group() * spec.seqlen_k.next_multiple_of(tile_k) * size_of::<f32>();
+            let per_query = heads * problem.group() * spec.seqlen_k.next_multiple_of(tile_k) * size_of::<f32>();
             BACKWARD_SLAB_BYTES / per_query
         } else {
             BACKWARD_QUERIES / problem.group()
@@ -127,7 +139,7 @@ impl BackwardSchedule {
         } else {
             (spec.rows * outer * spec.seqlen_q.div_ceil(chunk)).div_ceil(workers * 8).clamp(1, spec.rows)
         };
-        Self { shape: ItemShape { tile_q: TILE_QUERIES, tile_k, item_q, slab: slab.is_some() }, rows, chunk }
+        Self { shape: ItemShape { tile_q: TILE_QUERIES, tile_k, item_q, heads, slab: slab.is_some() }, rows, chunk }
     }
 
     /// Chunks of queries.
@@ -148,10 +160,10 @@ impl BackwardSchedule {
     /// All items.
     pub(crate) fn items(&self, spec: &AttentionSpec) -> Vec<Item> {
         let mut items = Vec::new();
-        for (batch, kv_head) in pairs(spec.batch, spec.kv_heads) {
+        for (batch, kv_heads) in head_groups(spec, self.shape.heads) {
             for queries in cuts(0..spec.seqlen_q, self.chunk) {
                 for rows in cuts(0..spec.rows, self.rows) {
-                    items.push(Item { batch, kv_head, rows, queries: queries.clone() });
+                    items.push(Item { batch, kv_heads: kv_heads.clone(), rows, queries: queries.clone() });
                 }
             }
         }
@@ -159,8 +171,10 @@ impl BackwardSchedule {
     }
 }
 
-fn pairs(a: usize, b: usize) -> impl Iterator<Item = (usize, usize)> {
-    (0..a).flat_map(move |i| (0..b).map(move |j| (i, j)))
+/// Every batch with every group of key heads.
+fn head_groups(spec: &AttentionSpec, heads: usize) -> impl Iterator<Item = (usize, Range<usize>)> {
+    let kv_heads = spec.kv_heads;
+    (0..spec.batch).flat_map(move |batch| cuts(0..kv_heads, heads).map(move |group| (batch, group)))
 }
 
 /// Consecutive parts of a range.
@@ -189,7 +203,8 @@ mod tests {
             let forward = ForwardSchedule::new(&problem, 2).items(spec);
             let backward = [true, false].map(|sum| BackwardSchedule::new(&problem, 2, sum).items(spec));
             for items in [forward].into_iter().chain(backward) {
-                let cells: usize = items.iter().map(|item| item.rows.len() * item.queries.len()).sum();
+                let cells: usize =
+                    items.iter().map(|item| item.rows.len() * item.queries.len() * item.kv_heads.len()).sum();
                 assert_eq!(cells, rows * seqlen * heads);
                 assert!(items.iter().all(|item| item.queries.start % TILE_QUERIES == 0));
             }

@@ -76,7 +76,9 @@ fn main() -> std::io::Result<()> {
 }
 
 fn answer(request: Request, loaded: &mut Option<Loaded>) -> Result<Value, Refusal> {
-    let ready = |loaded: &mut Option<Loaded>| loaded.take().ok_or_else(|| Refusal::Wrong("nothing loaded; send `load` first".into()));
+    let ready = |loaded: &mut Option<Loaded>| {
+        loaded.take().ok_or_else(|| Refusal::Wrong("nothing loaded; send `load` first".into()))
+    };
     match request {
         Request::Load(load) => {
             *loaded = None;

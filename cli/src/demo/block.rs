@@ -59,10 +59,7 @@ fn one(device: &Device, variant: Variant, from: VariantInputs) -> Result<Case> {
     };
     let plan = tilefold::Backend::plan_attention(device, &problem)?;
     let findings = check::check(&problem, &checked)?;
-    Ok(Case {
-        peak_bytes,
-        ..Case::new(variant.name(), &plan, DType::F32, [median(0), median(1)], findings)
-    })
+    Ok(Case { peak_bytes, ..Case::new(variant.name(), &plan, DType::F32, [median(0), median(1)], findings) })
 }
 
 /// One variant's tensors in the order in which a model holds them.

@@ -168,22 +168,31 @@ impl<'a> Analysis<'a> {
             out_error.iter_mut().zip(v).for_each(|(error, v)| *error += query.p_error * p * v.abs());
         }
         let (mut delta, mut delta_error) = (0.0, 0.0);
-        for c in 0..spec.head_dim {
-            out_error[c] = out_error[c] * query.gate[c] + (precision.result + 8.0 * precision.sum) * query.out[c].abs();
-            bounds.out[at.channels.start + c] += out_error[c];
+        for (c, error) in out_error.iter().enumerate() {
+            let (d_out, out, gate) = (query.d_out[c].abs(), query.out[c].abs(), query.gate[c]);
+            let rounding = (precision.result + 8.0 * precision.sum) * out;
+            let out_error = error * gate + rounding;
+            bounds.out[at.channels.start + c] += out_error;
             delta += query.d_out[c] * query.out[c];
-            delta_error += query.d_out[c].abs() * (out_error[c] + channels * query.out[c].abs());
-            let open = query.d_out[c].abs() * (1.0 - query.gate[c]);
+            delta_error += d_out * (out_error + channels * out);
             // d_gate = d_out · out · (1 - σ): errors of out, of its own rounding, and of 1 - σ.
-            bounds.d_gate[at.channels.start + c] += open * (out_error[c] + (precision.result + 8.0 * precision.sum) * query.out[c].abs())
-                + 8.0 * precision.sum * query.d_out[c].abs() * query.out[c].abs();
+            bounds.d_gate[at.channels.start + c] +=
+                d_out * ((1.0 - gate) * (out_error + rounding) + 8.0 * precision.sum * out);
         }
         for (key, &p) in query.p.iter().enumerate().filter(|(_, p)| **p != 0.0) {
             self.add_key(at, query, key, p, [delta.abs(), delta_error], bounds);
         }
     }
 
-    fn add_key(&self, at: &At, query: &Query<'_>, key: usize, p: f64, [delta, delta_error]: [f64; 2], bounds: &mut Bounds) {
+    fn add_key(
+        &self,
+        at: &At,
+        query: &Query<'_>,
+        key: usize,
+        p: f64,
+        [delta, delta_error]: [f64; 2],
+        bounds: &mut Bounds,
+    ) {
         let (spec, precision) = (self.problem.spec(), self.precision);
         let channels = (as_f64(spec.head_dim) + 4.0) * precision.sum;
         let length = as_f64(spec.seqlen_q.max(spec.seqlen_k)) * precision.sum;
@@ -194,8 +203,8 @@ impl<'a> Analysis<'a> {
         // The sum over queries and the final rounding are taken of magnitudes: no more than the true ones.
         let sums = length + precision.result;
         let ds = p * (dp + delta);
-        let ds_error = (query.p_error + precision.product + sums) * ds
-            + p * ((precision.product + channels) * dp + delta_error);
+        let ds_error =
+            (query.p_error + precision.product + sums) * ds + p * ((precision.product + channels) * dp + delta_error);
         for c in 0..spec.head_dim {
             let (q, k) = (query.q[c].abs(), self.inputs.k[in_k.start + c].abs());
             bounds.dv[in_k.start + c] += (query.p_error + precision.product + sums) * p * d_o(c);

@@ -186,3 +186,71 @@ fn compare(tensor: &'static str, got: &[f64], expected: &[f64], bound: &[f64]) -
     }
     finding
 }
+
+#[cfg(test)]
+mod tests {
+    use tilefold::{DType, Device, Tensor, attention, attention_backward};
+    use tilefold_benches::{normal, random_bools};
+
+    use super::*;
+
+    const SHAPE: [usize; 5] = [1, 6, 20, 2, 8];
+
+    /// Checks an attention after one value of a result was moved by `shift` of the result's own size.
+    fn worst(dtype: DType, moved: &str, shift: f32) -> f64 {
+        let tensor = |seed| normal(dtype, &SHAPE, seed).unwrap();
+        let [q, k, v, gate, d_out] = [1, 2, 3, 4, 5].map(tensor);
+        let bias = normal(dtype, &[1, 1, 2, 20, 20], 6).unwrap();
+        let mask = random_bools(&[1, 6, 20], 7).unwrap();
+        let mut inputs = Inputs::new(q.view(), k.view(), v.view());
+        (inputs.gate, inputs.key_mask) = (Some(gate.view()), Some(mask.view()));
+        inputs.biases.push(bias.view());
+        let (device, options) = (Device::cpu().unwrap(), Options::default());
+        let wanted = all_gradients(&inputs);
+        let forward = attention(&device, &inputs, &options).unwrap();
+        let backward = attention_backward(&device, &inputs, &options, &forward, &d_out.view(), wanted).unwrap();
+        let result = |name: &str, tensor: &Tensor| {
+            let mut values = tensor.to_f64().unwrap();
+            if name == moved {
+                // In a row, and in a head and query of the bias, that the crop holds.
+                let middle = values.len() / 2;
+                values[middle] += f64::from(shift) * values.iter().fold(0.0_f64, |size, value| size.max(value.abs()));
+            }
+            Tensor::from_f64(&values, DType::F32, tensor.shape()).unwrap()
+        };
+        let gradient = |name, tensor: &Option<Tensor>| result(name, tensor.as_ref().unwrap());
+        let out = result("out", &forward.out);
+        let [dq, dk, dv] = [("dq", &backward.dq), ("dk", &backward.dk), ("dv", &backward.dv)]
+            .map(|(name, tensor)| gradient(name, tensor));
+        let d_gate = gradient("dgate", &backward.d_gate);
+        let dbias = gradient("dbias", &backward.dbiases[0]);
+        let problem = problem(&inputs, &options, wanted).unwrap();
+        let checked = Checked {
+            d_out: d_out.view(),
+            out: out.view(),
+            dq: dq.view(),
+            dk: dk.view(),
+            dv: dv.view(),
+            d_gate: Some(d_gate.view()),
+            dbias: Some(dbias.view()),
+            inputs: inputs.clone(),
+        };
+        check(&problem, &checked).unwrap().iter().map(|finding| finding.of_tolerance).fold(0.0, f64::max)
+    }
+
+    #[test]
+    fn correct_results_pass_in_every_dtype() {
+        for dtype in [DType::F32, DType::F16, DType::BF16] {
+            let worst = worst(dtype, "nothing", 0.0);
+            assert!((1e-3..1.0).contains(&worst), "{dtype}: {worst}");
+        }
+    }
+
+    #[test]
+    fn one_wrong_value_of_any_result_fails() {
+        for result in ["out", "dq", "dk", "dv", "dgate", "dbias"] {
+            assert!(worst(DType::F32, result, 1e-3) > 1.0, "{result}");
+            assert!(worst(DType::F32, result, f32::NAN) > 1.0, "{result}");
+        }
+    }
+}

@@ -51,7 +51,9 @@ fn slopes(text: &str, heads: usize) -> Result<Vec<f32>> {
         return Ok(paper_slopes(heads));
     }
     let parse = |part: &str| {
-        part.trim().parse().with_context(|| format!("--alibi: expected `auto` or numbers such as 0.5,0.25, got `{part}`"))
+        part.trim()
+            .parse()
+            .with_context(|| format!("--alibi: expected `auto` or numbers such as 0.5,0.25, got `{part}`"))
     };
     text.split(',').map(parse).collect()
 }

@@ -49,7 +49,8 @@ fn bench_refuses_what_it_does_not_know() {
     assert!(message.contains("no workload `alphafold9`") && message.contains("msa-row-initial"), "{message}");
     assert!(failure(1, &["bench", "--shape", "2,16,2,300"]).contains("head_dim"));
     assert_eq!(failure(2, &["bench", "small", "--shape", "2,16,2,8"]).matches("cannot be used with").count(), 1);
-    let unwritable = failure_after_results(&["bench", "--shape", "1,8,1,8", "--repeats", "1", "--plot", "no/such/folder.svg"]);
+    let unwritable =
+        failure_after_results(&["bench", "--shape", "1,8,1,8", "--repeats", "1", "--plot", "no/such/folder.svg"]);
     assert!(unwritable.contains("no/such/folder.svg"), "{unwritable}");
 }
 

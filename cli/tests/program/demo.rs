@@ -13,15 +13,22 @@ fn demo_computes_and_checks_the_four_variants() {
     fs::write(&file, SMALL).unwrap();
     let out = folder.path().to_str().unwrap();
     let report = json(&["demo", file.to_str().unwrap(), "--no-paper-size", "--out", out, "--json"]);
-    assert_eq!((&report["passed"], &report["alignment"]["n_seq"], &report["alignment"]["n_res"]), (&true.into(), &3.into(), &10.into()));
+    assert_eq!(
+        (&report["passed"], &report["alignment"]["n_seq"], &report["alignment"]["n_res"]),
+        (&true.into(), &3.into(), &10.into())
+    );
     let cases = report["cases"].as_array().unwrap();
     let names: Vec<_> = cases.iter().map(|case| case["variant"].as_str().unwrap()).collect();
     assert_eq!(names, ["msa_row", "msa_column", "triangle_starting", "triangle_ending"]);
     for case in cases {
         assert!(case["forward_ms"].as_f64().unwrap() > 0.0 && case["backward_ms"].as_f64().unwrap() > 0.0);
-        let checked: Vec<_> = case["checks"].as_array().unwrap().iter().map(|check| check["tensor"].as_str().unwrap()).collect();
-        let expected: &[&str] =
-            if case["variant"] == "msa_column" { &["out", "dq", "dk", "dv", "dgate"] } else { &["out", "dq", "dk", "dv", "dgate", "dbias"] };
+        let checked: Vec<_> =
+            case["checks"].as_array().unwrap().iter().map(|check| check["tensor"].as_str().unwrap()).collect();
+        let expected: &[&str] = if case["variant"] == "msa_column" {
+            &["out", "dq", "dk", "dv", "dgate"]
+        } else {
+            &["out", "dq", "dk", "dv", "dgate", "dbias"]
+        };
         assert_eq!(checked, expected);
         // Rounding explains the errors, and is seen: the oracle is another computation.
         let share = case["of_tolerance"].as_f64().unwrap();

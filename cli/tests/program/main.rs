@@ -1,5 +1,7 @@
 //! The `tilefold` program as a user meets it: commands, exit codes, JSON, messages.
 
+#![allow(clippy::unwrap_used, reason = "a panic in a test is a failed test")]
+
 mod bench;
 mod demo;
 mod machine;
@@ -44,7 +46,13 @@ fn text(bytes: &[u8]) -> String {
 
 #[test]
 fn usage_errors_end_with_code_2() {
-    for args in [&["nothing"] as &[&str], &["plan"], &["--threads", "0", "doctor"], &["bench", "--dtype", "f64"], &["run", "one"]] {
+    for args in [
+        &["nothing"] as &[&str],
+        &["plan"],
+        &["--threads", "0", "doctor"],
+        &["bench", "--dtype", "f64"],
+        &["run", "one"],
+    ] {
         assert!(failure(2, args).contains("Usage") || failure(2, args).contains("error:"), "{args:?}");
     }
 }
@@ -52,5 +60,8 @@ fn usage_errors_end_with_code_2() {
 #[test]
 fn an_unknown_device_is_named_with_those_there_are() {
     let message = failure(1, &["--device", "tpu", "bench", "small"]);
-    assert!(message.contains("`tpu`") && message.contains("known: cpu") && message.contains("tilefold doctor"), "{message}");
+    assert!(
+        message.contains("`tpu`") && message.contains("known: cpu") && message.contains("tilefold doctor"),
+        "{message}"
+    );
 }

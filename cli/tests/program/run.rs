@@ -46,7 +46,8 @@ fn expected(tensors: &Tensors, options: &Options) -> BTreeMap<String, Vec<f64>> 
     (inputs.key_mask, inputs.gate) = (Some(view("key_mask")), Some(view("gate")));
     let problem = problem(&inputs, options, all_gradients(&inputs)).unwrap();
     let Inputs { q, k, v, biases, key_mask, gate, .. } = &inputs;
-    let exact = ReferenceInputs::from_views(&problem, q, k, v, biases, key_mask.as_ref(), None, None, gate.as_ref()).unwrap();
+    let exact =
+        ReferenceInputs::from_views(&problem, q, k, v, biases, key_mask.as_ref(), None, None, gate.as_ref()).unwrap();
     let forward = reference::forward(&problem, &exact);
     let gradients = reference::backward(&problem, &exact, &tensors["d_out"].to_f64().unwrap());
     let mut named = BTreeMap::from([
@@ -145,7 +146,8 @@ fn axes_may_be_left_out() {
             "key_mask" => Tensor::from_f64(&[1.0, 1.0, 0.0, 1.0, 1.0, 0.0], DType::Bool, shape).unwrap(),
             _ => normal(DType::BF16, shape, seed).unwrap(),
         };
-        let tensors = shapes.iter().zip(1..).map(|((name, forms), seed)| (*name, tensor(name, forms[form], seed))).collect();
+        let tensors =
+            shapes.iter().zip(1..).map(|((name, forms), seed)| (*name, tensor(name, forms[form], seed))).collect();
         let [input, output] = write(folder.path(), &tensors);
         stdout(&["run", &input, &output]);
         let got = safetensors::read(&output).unwrap();
