@@ -1,4 +1,5 @@
-//! Merging: attention over parts of the keys, put together, is attention over all of them; and the arithmetic by itself.
+//! Merging: attention over parts of the keys, put together, is attention over all of them; and the arithmetic by
+//! itself.
 
 use std::sync::Arc;
 

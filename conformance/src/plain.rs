@@ -1,13 +1,13 @@
 //! The computation a backend is measured against: unfused attention in the problem's own dtype, as a framework does it.
 //!
-//! Inputs in the dtype; products, sums and softmax in f32; rounded to the dtype where a framework stores a tensor in it:
-//! q times the scale, the probabilities before they meet v, the gated gradient, dS before it meets q and k, outputs. What
-//! the contract keeps in f32 stays in f32 here too: logits, the softmax, and the dS that bias gradients sum. `delta` comes
-//! from the rounded output, since that is what the contract hands to a backward pass.
+//! Inputs in the dtype; products, sums and softmax in f32; rounded to the dtype where a framework stores a tensor in
+//! it: q times the scale, the probabilities before they meet v, the gated gradient, dS before it meets q and k,
+//! outputs. What the contract keeps in f32 stays in f32 here too: logits, the softmax, and the dS that bias gradients
+//! sum. `delta` comes from the rounded output, since that is what the contract hands to a backward pass.
 //!
 //! Beside each value stands an estimate of the rounding error that any such computation may have there, since one
-//! computation can be exact by luck. It is first-order analysis with independent roundings (root of the sum of squares),
-//! and plain sums where one error is common to a whole row of logits.
+//! computation can be exact by luck. It is first-order analysis with independent roundings (root of the sum of
+//! squares), and plain sums where one error is common to a whole row of logits.
 
 use tilefold_core::attention::reference::ReferenceInputs;
 use tilefold_core::{AttentionProblem, AttentionSpec, DType, EmptyRows};

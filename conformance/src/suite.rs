@@ -1,4 +1,5 @@
-//! Every trial a device has to pass, made at run time: for the test binary, for `tilefold verify`, for whoever writes a backend.
+//! Every trial a device has to pass, made at run time: for the test binary, for `tilefold verify`, for whoever writes
+//! a backend.
 
 use std::sync::Arc;
 

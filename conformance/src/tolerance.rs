@@ -1,6 +1,7 @@
 //! How far a result may lie from the oracle, and why.
 //!
-//! allowed = 3 · (error of the plain computation + estimated error + rounding of the result), for each row of channels.
+//! allowed = 3 · (error of the plain computation + estimated error + rounding of the result), for each row of
+//! channels.
 //!
 //! * The factor 3 is trifast's: a fused kernel orders its sums differently, folds scales into operands and rescales its
 //!   accumulators, and each may cost as much again as the plain computation; an error of logic costs far more.
@@ -88,8 +89,8 @@ fn allowed(expected: &[f64], plain: &[f64], floor: f64, stored: Stored) -> f64 {
     FACTOR * (plain_error + floor + stored.unit * largest + smallest(stored.dtype))
 }
 
-/// Devices may flush or clamp what is below the smallest normal f32 inside a computation, and other factors, taken to be
-/// below 2^16, enlarge what that leaves.
+/// Devices may flush or clamp what is below the smallest normal f32 inside a computation, and other factors, taken to
+/// be below 2^16, enlarge what that leaves.
 const UNDERFLOW: f64 = 65_536.0 * f32::MIN_POSITIVE as f64;
 
 /// What may vanish in a result.

@@ -240,14 +240,15 @@ unsafe impl Simd for Avx512 {
     #[inline(always)]
     fn exp2(self, x: __m512) -> __m512 {
         let x = self.max(self.splat(EXP2_ZERO), x);
-        // x minus x rounded to the nearest integer, in one instruction.
-        let f = unsafe { _mm512_reduce_ps::<0x08>(x) };
+        // Not VREDUCEPS, which rounds a tie to the even integer: the addition rounds it to the even mantissa.
+        let magic = self.splat(EXP2_MAGIC);
+        let shifted = self.add(x, magic);
+        let f = self.sub(x, self.sub(shifted, magic));
         let mut p = self.splat(EXP2[4]);
         for c in [EXP2[3], EXP2[2], EXP2[1], EXP2[0], 1.0] {
             p = self.fma(p, f, self.splat(c));
         }
-        let power = self.add(x, self.splat(EXP2_MAGIC));
-        let power = unsafe { _mm512_castsi512_ps(_mm512_slli_epi32::<23>(_mm512_castps_si512(power))) };
+        let power = unsafe { _mm512_castsi512_ps(_mm512_slli_epi32::<23>(_mm512_castps_si512(shifted))) };
         self.mul(p, power)
     }
 
