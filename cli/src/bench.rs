@@ -132,6 +132,14 @@ impl Args {
             return Ok(named);
         }
         let at = |workload: &Workload, seqlen| Workload { seqlen, seqlen_k: None, ..workload.clone() };
+        let named: Vec<_> = match self.shape.as_slice() {
+            // One name for all lengths, so that they make one line of a plot.
+            [rows, _, heads, head_dim] => {
+                let name = format!("{rows}xLx{heads}x{head_dim}");
+                named.into_iter().map(|workload| Workload { name: name.clone(), ..workload }).collect()
+            }
+            _ => named,
+        };
         Ok(named.iter().flat_map(|workload| self.lengths.iter().map(|&seqlen| at(workload, seqlen))).collect())
     }
 

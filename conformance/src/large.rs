@@ -19,8 +19,8 @@ use crate::values::{Host, Inputs};
 
 const GROUP: &str = "large";
 
-/// Elements from one row to the next: beyond unsigned 32-bit indices, or beyond signed ones where a system does not give
-/// out so many addresses. Multiples of the step from one position of packed q, k and v to the next (3 · 2 heads · 8
+/// Elements from one row to the next: beyond unsigned 32-bit indices, or beyond signed ones where a system does not
+/// give out so many addresses. Multiples of the step from one position of packed q, k and v to the next (3 · 2 heads · 8
 /// channels), as in a slice of something larger.
 const FAR: [i64; 2] = [(1 << 32) + 12_320, (1 << 31) + 12_304];
 

@@ -50,6 +50,8 @@ pub enum Bug {
     BiasGradientMissesRow,
     /// The bias gradient includes the softmax scale.
     BiasGradientScaled,
+    /// The bias gradient is summed over rows in the dtype of q instead of f32.
+    BiasGradientInHalf,
     /// The gradient of k ignores the scale.
     KeyGradientUnscaled,
     /// d_gate misses the factor 1 - σ.
@@ -64,7 +66,7 @@ pub enum Bug {
 
 impl Bug {
     /// Every bug.
-    pub const ALL: [Self; 24] = [
+    pub const ALL: [Self; 25] = [
         Self::CausalOffByOne,
         Self::WindowMirrored,
         Self::OffsetsIgnored,
@@ -84,6 +86,7 @@ impl Bug {
         Self::BiasGradientDropped,
         Self::BiasGradientMissesRow,
         Self::BiasGradientScaled,
+        Self::BiasGradientInHalf,
         Self::KeyGradientUnscaled,
         Self::GateGradient,
         Self::GateForgottenInBackward,
@@ -229,6 +232,22 @@ fn without_tail<'a>(values: &mut Vec<f64>, to: TensorViewMut<'a>) -> Option<Tens
     to.slice(2, 0..kept, 1).ok()
 }
 
+/// Bias gradients of one row after another, each sum rounded to the dtype of q.
+fn dbiases_in_half(problem: &AttentionProblem, inputs: &ReferenceInputs, d_out: &[f64]) -> Vec<Vec<f64>> {
+    let s = problem.spec();
+    let width = s.seqlen_q * s.heads * s.head_dim_v;
+    let mut sums: Vec<Vec<f64>> = s.biases.iter().map(|bias| vec![0.0; bias.shape.iter().product()]).collect();
+    for row in 0..s.batch * s.rows {
+        let mut alone = vec![0.0; d_out.len()];
+        alone[row * width..(row + 1) * width].copy_from_slice(&d_out[row * width..(row + 1) * width]);
+        let parts = reference::backward(problem, inputs, &alone).dbiases;
+        for (sum, part) in sums.iter_mut().flatten().zip(parts.into_iter().flatten()) {
+            *sum = crate::values::round_to(s.dtype, *sum + part);
+        }
+    }
+    sums
+}
+
 fn unreadable() -> DeviceError {
     DeviceError::Unsupported { limit: "the host cannot read an operand".into() }
 }
@@ -337,6 +356,9 @@ impl Backend for Planted {
         let gate = inputs.gate.clone();
         let mut gradients = reference::backward(&problem, &inputs, &d_out);
         self.backward_bugs(&problem, &mut gradients, gate.as_deref());
+        if self.has(Bug::BiasGradientInHalf) {
+            gradients.dbiases = dbiases_in_half(&problem, &inputs, &d_out);
+        }
         if self.has(Bug::LseRounded) {
             self.scale_by_rounded_lse(&o, &problem, &inputs, &mut gradients)?;
         }

@@ -27,7 +27,7 @@ pub enum Arch {
     Portable,
     /// x86-64 with AVX2 and FMA: 8 lanes.
     Avx2,
-    /// x86-64 with AVX-512 F, BW, DQ, VL: 16 lanes; with AVX512-BF16, bf16 products in hardware.
+    /// x86-64 with AVX-512 F, BW, DQ, VL: 16 lanes.
     Avx512,
     /// AArch64 with NEON: 4 lanes.
     Neon,

@@ -10,7 +10,7 @@ fn bench_measures_what_it_promises() {
     let file_arg = format!("--json={}", file.display());
     let rest = [file_arg.as_str(), "--plot", plot.to_str().unwrap()];
     let table = stdout(&[&args[..], &rest[..]].concat());
-    assert!(table.contains("GFLOP/s") && table.contains("2x16x2x8"), "{table}");
+    assert!(table.contains("GFLOP/s") && table.contains("2xLx2x8") && table.contains("2 x 32 x 2 x 8"), "{table}");
     let record: serde_json::Value = serde_json::from_str(&std::fs::read_to_string(&file).unwrap()).unwrap();
     let entries = record["entries"].as_array().unwrap();
     assert_eq!(entries.len(), 2 * 2 * 3);
