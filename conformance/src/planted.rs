@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use tilefold_core::attention::reference::{self, ReferenceInputs};
 use tilefold_core::{
-    AttentionPlan, AttentionProblem, AttentionSpec, Backend, BackwardArgs, DType, DeviceError, DeviceInfo,
+    AttentionPlan, AttentionProblem, AttentionSpec, Backend, BackwardArgs, BiasSpec, DType, DeviceError, DeviceInfo,
     DeviceResult, EmptyRows, Event, ForwardArgs, MergeArgs, RelayoutArgs, Storage, Stream, Tensor, TensorViewMut,
     Window,
 };
@@ -232,20 +232,38 @@ fn without_tail<'a>(values: &mut Vec<f64>, to: TensorViewMut<'a>) -> Option<Tens
     to.slice(2, 0..kept, 1).ok()
 }
 
-/// Bias gradients of one row after another, each sum rounded to the dtype of q.
-fn dbiases_in_half(problem: &AttentionProblem, inputs: &ReferenceInputs, d_out: &[f64]) -> Vec<Vec<f64>> {
-    let s = problem.spec();
-    let width = s.seqlen_q * s.heads * s.head_dim_v;
-    let mut sums: Vec<Vec<f64>> = s.biases.iter().map(|bias| vec![0.0; bias.shape.iter().product()]).collect();
-    for row in 0..s.batch * s.rows {
-        let mut alone = vec![0.0; d_out.len()];
-        alone[row * width..(row + 1) * width].copy_from_slice(&d_out[row * width..(row + 1) * width]);
-        let parts = reference::backward(problem, inputs, &alone).dbiases;
-        for (sum, part) in sums.iter_mut().flatten().zip(parts.into_iter().flatten()) {
-            *sum = crate::values::round_to(s.dtype, *sum + part);
-        }
+/// Bias gradients as sums of dS in the dtype of q: one term after another, rounded after each.
+fn dbiases_in_half(problem: &AttentionProblem, inputs: &ReferenceInputs, d_out: &[f64]) -> DeviceResult<Vec<Vec<f64>>> {
+    let (full, mut spec, mut expanded) = (problem.logits_shape(), problem.spec().clone(), inputs.clone());
+    let logits: usize = full.iter().product();
+    // A bias of full shape has dS as its gradient.
+    for (bias, values) in spec.biases.iter_mut().zip(&mut expanded.biases) {
+        *values = (0..logits).map(|logit| values[source(logit, &full, &bias.shape)]).collect();
+        bias.shape = full;
     }
-    sums
+    let expanded_problem = AttentionProblem::new(spec);
+    let expanded_problem = expanded_problem.map_err(|error| DeviceError::Unsupported { limit: error.to_string() })?;
+    let gradients = reference::backward(&expanded_problem, &expanded, d_out).dbiases;
+    let sum = |(bias, ds): (&BiasSpec, Vec<f64>)| {
+        let mut sums = vec![0.0; bias.shape.iter().product()];
+        for (logit, ds) in ds.into_iter().enumerate() {
+            let at = source(logit, &full, &bias.shape);
+            sums[at] = crate::values::round_to(problem.spec().dtype, sums[at] + ds);
+        }
+        sums
+    };
+    Ok(problem.spec().biases.iter().zip(gradients).map(sum).collect())
+}
+
+/// Element of a bias of shape `own` that reaches a logit.
+fn source(logit: usize, full: &[usize; 5], own: &[usize; 5]) -> usize {
+    let (mut rest, mut step, mut source) = (logit, 1, 0);
+    for (&size, &own) in full.iter().zip(own).rev() {
+        source += if own == 1 { 0 } else { rest % size * step };
+        rest /= size;
+        step *= own;
+    }
+    source
 }
 
 fn unreadable() -> DeviceError {
@@ -357,7 +375,7 @@ impl Backend for Planted {
         let mut gradients = reference::backward(&problem, &inputs, &d_out);
         self.backward_bugs(&problem, &mut gradients, gate.as_deref());
         if self.has(Bug::BiasGradientInHalf) {
-            gradients.dbiases = dbiases_in_half(&problem, &inputs, &d_out);
+            gradients.dbiases = dbiases_in_half(&problem, &inputs, &d_out)?;
         }
         if self.has(Bug::LseRounded) {
             self.scale_by_rounded_lse(&o, &problem, &inputs, &mut gradients)?;

@@ -41,7 +41,7 @@ fn traces(bug: Bug) -> (&'static str, &'static str) {
         Bug::BiasGradientDropped => ("biases/mask_and_pair", "dbias1"),
         Bug::BiasGradientMissesRow => ("bias/11hqk_alone", "dbias0["),
         Bug::BiasGradientScaled => ("bias/bnhqk", "dbias0["),
-        Bug::BiasGradientInHalf => ("outer/1x300x1/10", "dbias0["),
+        Bug::BiasGradientInHalf => ("outer/3x5600x4", "dbias0["),
         Bug::KeyGradientUnscaled => ("seqlen/33", "dk["),
         Bug::GateGradient => ("gate/normal", "d_gate["),
         Bug::GateForgottenInBackward => ("gate/normal", "dv["),
