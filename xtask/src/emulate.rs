@@ -15,7 +15,6 @@ mod guest;
 
 use std::ffi::OsStr;
 use std::fs::{self, File};
-use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
