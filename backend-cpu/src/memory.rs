@@ -9,11 +9,16 @@ use tilefold_core::{DeviceError, DeviceId, DeviceResult, Storage};
 /// Alignment of every block: a cache line, and the widest vector.
 const ALIGN_BYTES: usize = 64;
 
+/// Alignment asked of the allocator: up to here the system hands out fresh zero pages; beyond it, the standard library
+/// takes memory as it is and writes zeros itself, which touches every page.
+const SYSTEM_ALIGN_BYTES: usize = 16;
+
 /// A zeroed, aligned block, freed on drop.
 #[derive(Debug)]
 pub(crate) struct Block {
-    address: NonNull<u8>,
+    base: NonNull<u8>,
     layout: Layout,
+    bytes: usize,
 }
 
 // SAFETY: the block owns its memory and hands it out only through `&mut self` or as a raw address.
@@ -27,27 +32,30 @@ impl Block {
     /// # Errors
     /// [`DeviceError::OutOfMemory`].
     pub(crate) fn zeroed(bytes: usize) -> DeviceResult<Self> {
-        let layout = Layout::from_size_align(bytes.max(1), ALIGN_BYTES).map_err(|_| out_of_memory(bytes))?;
+        let padded = bytes.max(1).checked_add(ALIGN_BYTES - SYSTEM_ALIGN_BYTES).ok_or_else(|| out_of_memory(bytes))?;
+        let layout = Layout::from_size_align(padded, SYSTEM_ALIGN_BYTES).map_err(|_| out_of_memory(bytes))?;
         // SAFETY: the layout's size is not 0.
-        let address = NonNull::new(unsafe { alloc_zeroed(layout) }).ok_or_else(|| out_of_memory(bytes))?;
-        Ok(Self { address, layout })
+        let base = NonNull::new(unsafe { alloc_zeroed(layout) }).ok_or_else(|| out_of_memory(bytes))?;
+        Ok(Self { base, layout, bytes: bytes.max(1) })
     }
 
     /// Size in bytes.
     pub(crate) fn bytes(&self) -> usize {
-        self.layout.size()
+        self.bytes
     }
 
     /// First byte.
     pub(crate) fn address(&mut self) -> *mut u8 {
-        self.address.as_ptr()
+        // At most ALIGN_BYTES - SYSTEM_ALIGN_BYTES further, since the base is a multiple of the latter.
+        let base = self.base.as_ptr();
+        base.wrapping_add(base.align_offset(ALIGN_BYTES))
     }
 }
 
 impl Drop for Block {
     fn drop(&mut self) {
         // SAFETY: allocated in `zeroed` with this layout, and freed only here.
-        unsafe { dealloc(self.address.as_ptr(), self.layout) }
+        unsafe { dealloc(self.base.as_ptr(), self.layout) }
     }
 }
 

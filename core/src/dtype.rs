@@ -88,7 +88,37 @@ macro_rules! element {
     };
 }
 element!(f32, F32, f64::from, |v| v as f32);
-element!(f16, F16, f16::to_f64, f16::from_f64);
-element!(bf16, BF16, bf16::to_f64, bf16::from_f64);
+element!(f16, F16, f16::to_f64, |v| f16::from_f32(round_to_odd(v)));
+element!(bf16, BF16, bf16::to_f64, |v| bf16::from_f32(round_to_odd(v)));
 element!(i32, I32, f64::from, |v| v as i32);
 element!(u8, Bool, f64::from, |v| u8::from(v != 0.0));
+
+/// The f32 next to `value` towards 0, its last bit set when it is not exact: rounding that once more to half precision
+/// gives the nearest half-precision number, as rounding twice to nearest would not.
+#[allow(clippy::cast_possible_truncation, reason = "rounding to f32 is the first step")]
+fn round_to_odd(value: f64) -> f32 {
+    let nearest = value as f32;
+    if value.is_nan() || f64::from(nearest) == value {
+        return nearest;
+    }
+    let beyond = f64::from(nearest).abs() > value.abs();
+    f32::from_bits((nearest.to_bits() - u32::from(beyond)) | 1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn f64_is_rounded_once() {
+        // Just above the middle of 1 and the next f16: rounding to f32 first would land on the middle, then on 1.
+        let above_middle = 1.0 + 2_f64.powi(-11) + 2_f64.powi(-40);
+        assert_eq!(f16::from_f32(round_to_odd(above_middle)), f16::from_bits(0x3c01));
+        assert_eq!(<f16 as Element>::from_f64(-above_middle), f16::from_bits(0xbc01));
+        assert_eq!(<f16 as Element>::from_f64(1.0 + 2_f64.powi(-11)), f16::from_bits(0x3c00), "ties to even");
+        assert_eq!(<bf16 as Element>::from_f64(1.0 + 2_f64.powi(-8) + 2_f64.powi(-40)), bf16::from_bits(0x3f81));
+        assert_eq!(<bf16 as Element>::from_f64(f64::MAX), bf16::INFINITY);
+        assert!(<f16 as Element>::from_f64(f64::NAN).is_nan());
+        assert_eq!(<f16 as Element>::from_f64(f64::NEG_INFINITY), f16::NEG_INFINITY);
+    }
+}

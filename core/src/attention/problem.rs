@@ -257,10 +257,14 @@ fn check_sizes(s: &AttentionSpec) -> Result<(), ProblemError> {
         return Err(ProblemError::HeadGroups { heads: s.heads, kv_heads: s.kv_heads });
     }
     // Every operand's byte count must fit 63 bits; the logits need not, since they are never stored.
-    let outer = [s.batch, s.rows, s.heads];
-    let dims = [("q", s.seqlen_q, s.head_dim), ("k", s.seqlen_k, s.head_dim), ("v", s.seqlen_k, s.head_dim_v)];
-    for (tensor, seqlen, head_dim) in dims.into_iter().chain([("out", s.seqlen_q, s.head_dim_v)]) {
-        let factors = outer.into_iter().chain([seqlen, head_dim, s.dtype.size_bytes()]);
+    let operands = [
+        ("q", [s.seqlen_q, s.heads, s.head_dim]),
+        ("k", [s.seqlen_k, s.kv_heads, s.head_dim]),
+        ("v", [s.seqlen_k, s.kv_heads, s.head_dim_v]),
+        ("out", [s.seqlen_q, s.heads, s.head_dim_v]),
+    ];
+    for (tensor, inner) in operands {
+        let factors = [s.batch, s.rows, s.dtype.size_bytes()].into_iter().chain(inner);
         let bytes = factors.into_iter().try_fold(1_i64, |product, size| product.checked_mul(i64::try_from(size).ok()?));
         bytes.ok_or(ProblemError::Overflow { tensor, quantity: "size in bytes" })?;
     }
