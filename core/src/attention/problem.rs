@@ -264,9 +264,7 @@ fn check_sizes(s: &AttentionSpec) -> Result<(), ProblemError> {
         ("out", [s.seqlen_q, s.heads, s.head_dim_v]),
     ];
     for (tensor, inner) in operands {
-        let factors = [s.batch, s.rows, s.dtype.size_bytes()].into_iter().chain(inner);
-        let bytes = factors.into_iter().try_fold(1_i64, |product, size| product.checked_mul(i64::try_from(size).ok()?));
-        bytes.ok_or(ProblemError::Overflow { tensor, quantity: "size in bytes" })?;
+        check_bytes(tensor, [s.batch, s.rows, s.dtype.size_bytes()].into_iter().chain(inner))?;
     }
     Ok(())
 }
@@ -298,8 +296,16 @@ fn check_biases(s: &AttentionSpec) -> Result<(), ProblemError> {
                 return Err(ProblemError::NotBroadcastable { tensor, dimension, expected, got });
             }
         }
+        check_bytes(tensor, bias.shape.into_iter().chain([bias.dtype.size_bytes()]))?;
     }
     Ok(())
+}
+
+/// The product of sizes fits 63 bits.
+fn check_bytes(tensor: &'static str, factors: impl IntoIterator<Item = usize>) -> Result<(), ProblemError> {
+    let multiply = |product: i64, size: usize| product.checked_mul(i64::try_from(size).ok()?);
+    let bytes = factors.into_iter().try_fold(1, multiply);
+    bytes.map(|_| ()).ok_or(ProblemError::Overflow { tensor, quantity: "size in bytes" })
 }
 
 fn check_masks(s: &AttentionSpec) -> Result<(), ProblemError> {

@@ -45,8 +45,6 @@ pub(crate) enum ExtraMsaTensor {
     K,
     /// Values.
     V,
-    /// Gate before its sigmoid.
-    Gate,
     /// Gradient of the output, standard normal.
     DOut,
 }
@@ -61,8 +59,8 @@ pub(crate) struct ExtraMsa {
     bias: Vec<f32>,
     /// Which row of the tables each place takes, `[n_seq, n_res]`.
     kinds: Vec<usize>,
-    /// q, k, v and gate of each kind, `[kinds, heads, head_dim]`.
-    tables: [Vec<f32>; 4],
+    /// q, k and v of each kind, `[kinds, heads, head_dim]`.
+    tables: [Vec<f32>; 3],
 }
 
 impl ExtraMsa {
@@ -82,7 +80,7 @@ impl ExtraMsa {
         let features = MsaFeatures::tiled(alignment, n_seq, n_res)?;
         let (kinds, mut embedded) = embed_kinds(&features, channels, seed);
         layer_norm(&mut embedded, channels);
-        let tables = [stream::Q, stream::K, stream::V, stream::GATE]
+        let tables = [stream::Q, stream::K, stream::V]
             .map(|role| Linear::dense(channels, heads * head_dim, seed, stream::EXTRA_MSA + role).apply(&embedded));
         let bias = pair_bias(alignment, &options)?;
         Ok(Self { options, mask: features.mask(), bias, kinds, tables })
@@ -121,12 +119,11 @@ impl ExtraMsa {
         if out.len() != self.row_len() {
             return Err(FeatureError::RowLength { expected: self.row_len(), got: out.len() });
         }
-        let [q, k, v, gate] = &self.tables;
+        let [q, k, v] = &self.tables;
         match tensor {
             ExtraMsaTensor::Q => self.look_up(q, kinds, out),
             ExtraMsaTensor::K => self.look_up(k, kinds, out),
             ExtraMsaTensor::V => self.look_up(v, kinds, out),
-            ExtraMsaTensor::Gate => self.look_up(gate, kinds, out),
             ExtraMsaTensor::DOut => {
                 let place = u64::try_from(row).map_err(|_| no_such_row())?;
                 fill_normal(out, self.options.seed, stream::EXTRA_MSA_D_OUT + place);

@@ -252,12 +252,7 @@ fn an_extra_msa_row_is_the_embedding_normalised_and_projected() {
     assert_eq!(extra.bias().len(), 3 * 8 * 8);
     let embedding = ResidueEmbedding::new(6, 9);
     let mut row = vec![0.0; extra.row_len()];
-    let roles = [
-        (ExtraMsaTensor::Q, stream::Q),
-        (ExtraMsaTensor::K, stream::K),
-        (ExtraMsaTensor::V, stream::V),
-        (ExtraMsaTensor::Gate, stream::GATE),
-    ];
+    let roles = [(ExtraMsaTensor::Q, stream::Q), (ExtraMsaTensor::K, stream::K), (ExtraMsaTensor::V, stream::V)];
     for (sequence, (tensor, role)) in (0..5).flat_map(|sequence| roles.map(|role| (sequence, role))) {
         let mut embedded = vec![0.0; 8 * 6];
         for (place, out) in (sequence * 8..).zip(embedded.chunks_exact_mut(6)) {
