@@ -2,7 +2,7 @@
 
 use std::env;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
 use serde::Deserialize;
@@ -83,17 +83,17 @@ fn named(features: &str) -> &str {
     if features.is_empty() { "none" } else { features }
 }
 
-/// The examples, which the tests built.
+/// The examples, in order.
 fn examples(report: &mut Report) -> Result<()> {
-    let mut examples: Vec<PathBuf> = Vec::new();
-    for entry in fs::read_dir("examples").context("cannot list examples")? {
-        let path = entry.context("cannot list examples")?.path();
-        examples.extend(path.extension().is_some_and(|extension| extension == "rs").then_some(path));
-    }
+    let mut examples = Vec::new();
+    report.step("building the examples", || {
+        examples = executables(&["build", "--workspace", "--all-features", "--examples"])?;
+        ensure!(!examples.is_empty(), "cargo built no example");
+        Ok(Count::ONE)
+    })?;
     examples.sort();
-    for example in examples {
-        let name = example.file_stem().and_then(|name| name.to_str()).context("an example without a name")?;
-        report.step(&format!("example {name}"), || cargo(&["run", "--quiet", "--all-features", "--example", name]))?;
+    for (name, executable) in examples {
+        report.step(&format!("example {name}"), || run(&[], &[&executable]))?;
     }
     Ok(())
 }
@@ -144,7 +144,7 @@ fn emulated_archs(report: &mut Report, archs: &[Arch], in_ci: bool) -> Result<()
     if lacks("neon") {
         report.step("conformance on neon, emulated", || {
             let package = ["--", "--package", "tilefold-conformance", "--test", CONFORMANCE];
-            emulate("neon", &[&package[..], &["--", EMULATED, "--quiet"]].concat())
+            emulate("neon", &[&package[..], &["--", EMULATED, "--quiet", "--color=never"]].concat())
         })?;
     }
     if lacks("avx512") {
@@ -152,10 +152,17 @@ fn emulated_archs(report: &mut Report, archs: &[Arch], in_ci: bool) -> Result<()
             setup::programs(&[("g++", "g++"), ("make", "make"), ("tar", "tar"), ("xz", "xz-utils")])
         })?;
         report.step("conformance on avx512, emulated", || {
-            emulate("avx512", &[&conformance_executable()?, "--", EMULATED, "--quiet"])
+            emulate("avx512", &[&conformance_executable()?, "--", EMULATED, "--quiet", "--color=never"])
         })?;
     }
     Ok(())
+}
+
+/// The file that the tests ran as.
+fn conformance_executable() -> Result<String> {
+    let built = executables(&["test", "--workspace", "--all-features", "--test", CONFORMANCE, "--no-run"])?;
+    let found = built.into_iter().find(|(name, _)| name == CONFORMANCE);
+    Ok(found.context("cargo built no conformance test")?.1)
 }
 
 #[derive(Deserialize)]
@@ -169,14 +176,12 @@ struct Target {
     name: String,
 }
 
-/// The file that the tests ran as.
-fn conformance_executable() -> Result<String> {
-    let build = ["cargo", "test", "--workspace", "--all-features", "--test", CONFORMANCE, "--no-run"];
-    let messages = output(&[&build[..], &["--message-format", "json"]].concat())?;
-    let artifacts =
-        messages.split(|&byte| byte == b'\n').filter_map(|line| serde_json::from_slice::<Artifact>(line).ok());
-    let mut executables = artifacts.filter(|artifact| artifact.target.name == CONFORMANCE);
-    executables.find_map(|artifact| artifact.executable).context("cargo built no conformance test")
+/// Names and files of what a cargo command builds; asked of cargo with the features of the tests, nothing is built again.
+fn executables(arguments: &[&str]) -> Result<Vec<(String, String)>> {
+    let messages = output(&[&["cargo"], arguments, &["--message-format", "json"]].concat())?;
+    let lines = messages.split(|&byte| byte == b'\n');
+    let artifacts = lines.filter_map(|line| serde_json::from_slice::<Artifact>(line).ok());
+    Ok(artifacts.filter_map(|artifact| Some((artifact.target.name, artifact.executable?))).collect())
 }
 
 #[derive(Deserialize)]
