@@ -7,6 +7,8 @@ use crate::arch::Simd;
 
 /// Most rows of a register block.
 const MAX_BLOCK_ROWS: usize = 8;
+/// Steps of a sum between two jumps.
+const UNROLL: usize = 4;
 
 /// A matrix in packed memory: first element and elements from one row to the next.
 #[derive(Clone, Copy, Debug)]
@@ -119,21 +121,44 @@ impl<S: Simd> Block<S> {
             let mut sum = phase.start::<M, N>(s, self.row, self.column);
             let mut b = self.b.at(0, self.column).cast_const();
             let mut a = self.a;
-            for _ in 0..self.depth {
-                let mut lanes = [s.splat(0.0); N];
-                for j in 0..N {
-                    lanes[j] = s.load(b.add(j * S::LANES));
-                }
-                for i in 0..M {
-                    let factor = s.splat(*a.wrapping_add(if TRANSPOSED { i } else { i * self.a_stride }));
-                    for j in 0..N {
-                        sum[i][j] = s.fma(factor, lanes[j], sum[i][j]);
-                    }
-                }
+            let a_step = if TRANSPOSED { self.a_stride } else { 1 };
+            // Four steps at a time: their addresses are offsets from the first one's.
+            for _ in 0..self.depth / UNROLL {
+                self.steps::<M, N, UNROLL, TRANSPOSED>(&mut sum, a, b);
+                a = a.wrapping_add(UNROLL * a_step);
+                b = b.wrapping_add(UNROLL * self.b.stride);
+            }
+            for _ in 0..self.depth % UNROLL {
+                self.steps::<M, N, 1, TRANSPOSED>(&mut sum, a, b);
+                a = a.wrapping_add(a_step);
                 b = b.wrapping_add(self.b.stride);
-                a = a.wrapping_add(if TRANSPOSED { self.a_stride } else { 1 });
             }
             phase.finish(s, self.row, self.column, sum);
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn steps<const M: usize, const N: usize, const STEPS: usize, const TRANSPOSED: bool>(
+        &self,
+        sum: &mut [[S::V; N]; M],
+        a: *const f32,
+        b: *const f32,
+    ) {
+        let s = self.s;
+        for step in 0..STEPS {
+            let mut lanes = [s.splat(0.0); N];
+            for j in 0..N {
+                // SAFETY: row `step` of B has the columns of N vectors.
+                lanes[j] = unsafe { s.load(b.add(step * self.b.stride + j * S::LANES)) };
+            }
+            for i in 0..M {
+                let at = if TRANSPOSED { step * self.a_stride + i } else { i * self.a_stride + step };
+                // SAFETY: A has an element for every row of the block and every step.
+                let factor = s.splat(unsafe { *a.add(at) });
+                for j in 0..N {
+                    sum[i][j] = s.fma(factor, lanes[j], sum[i][j]);
+                }
+            }
         }
     }
 }
