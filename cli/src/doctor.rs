@@ -206,7 +206,7 @@ impl CpuReport {
 /// Whether this build has kernels for it.
 fn is_compiled(arch: Arch) -> bool {
     match arch {
-        Arch::Avx2 | Arch::Avx512 => cfg!(target_arch = "x86_64"),
+        Arch::Avx2 | Arch::Avx512 | Arch::Avx512Bf16 => cfg!(target_arch = "x86_64"),
         Arch::Neon => cfg!(target_arch = "aarch64"),
         _ => true,
     }

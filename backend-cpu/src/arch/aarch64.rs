@@ -33,6 +33,7 @@ unsafe impl Simd for Neon {
     // 24 accumulators, 4 vectors and a broadcast of 32 registers.
     const BLOCK_ROWS: usize = 6;
     const BLOCK_VECTORS: usize = 4;
+    const PAIRS: bool = false;
 
     fn half(self) -> Self {
         self

@@ -25,10 +25,14 @@ pub(crate) use x86_64::{Avx2, Avx512};
 pub enum Arch {
     /// Plain Rust, any processor.
     Portable,
+    /// Plain Rust that multiplies bf16 in pairs as [`Arch::Avx512Bf16`] does: slow, to test that on any processor.
+    PortableBf16,
     /// x86-64 with AVX2 and FMA: 8 lanes.
     Avx2,
     /// x86-64 with AVX-512 F, BW, DQ, VL: 16 lanes.
     Avx512,
+    /// x86-64 with AVX-512 and BF16: 16 lanes, bf16 products in pairs with f32 sums.
+    Avx512Bf16,
     /// AArch64 with NEON: 4 lanes.
     Neon,
 }
@@ -38,15 +42,18 @@ const VARIABLE: &str = "TILEFOLD_CPU_ARCH";
 
 impl Arch {
     /// Every instruction set, slowest first.
-    pub const ALL: [Self; 4] = [Self::Portable, Self::Neon, Self::Avx2, Self::Avx512];
+    pub const ALL: [Self; 6] =
+        [Self::PortableBf16, Self::Portable, Self::Neon, Self::Avx2, Self::Avx512, Self::Avx512Bf16];
 
     /// The name `TILEFOLD_CPU_ARCH` knows.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
             Self::Portable => "portable",
+            Self::PortableBf16 => "portable-bf16",
             Self::Avx2 => "avx2",
             Self::Avx512 => "avx512",
+            Self::Avx512Bf16 => "avx512bf16",
             Self::Neon => "neon",
         }
     }
@@ -55,8 +62,8 @@ impl Arch {
     #[must_use]
     pub fn lanes(self) -> usize {
         match self {
-            Self::Portable | Self::Avx2 => 8,
-            Self::Avx512 => 16,
+            Self::Portable | Self::PortableBf16 | Self::Avx2 => 8,
+            Self::Avx512 | Self::Avx512Bf16 => 16,
             Self::Neon => 4,
         }
     }
@@ -65,11 +72,13 @@ impl Arch {
     #[must_use]
     pub fn is_available(self) -> bool {
         match self {
-            Self::Portable => true,
+            Self::Portable | Self::PortableBf16 => true,
             #[cfg(target_arch = "x86_64")]
-            Self::Avx2 => Avx2::detect().is_some(),
+            Self::Avx2 => Avx2::<false>::detect().is_some(),
             #[cfg(target_arch = "x86_64")]
-            Self::Avx512 => Avx512::detect().is_some(),
+            Self::Avx512 => Avx512::<false>::detect().is_some(),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512Bf16 => Avx512::<true>::detect().is_some(),
             #[cfg(target_arch = "aarch64")]
             Self::Neon => Neon::detect().is_some(),
             #[allow(unreachable_patterns, reason = "which sets are left depends on the target")]

@@ -2,9 +2,9 @@
 
 use super::simd::{EXP2, EXP2_MAGIC, EXP2_ZERO, Simd};
 
-/// No instructions beyond the target's baseline.
+/// No instructions beyond the target's baseline. With `PAIRS`, what sets with bf16 products do, step by step.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Portable;
+pub(crate) struct Portable<const PAIRS: bool>;
 
 const LANES: usize = 8;
 
@@ -13,12 +13,13 @@ fn map2(a: [f32; LANES], b: [f32; LANES], f: impl Fn(f32, f32) -> f32) -> [f32; 
 }
 
 // SAFETY: the methods use no special instructions.
-unsafe impl Simd for Portable {
+unsafe impl<const PAIRS: bool> Simd for Portable<PAIRS> {
     type V = [f32; LANES];
     type Half = Self;
     const LANES: usize = LANES;
     const BLOCK_ROWS: usize = 4;
     const BLOCK_VECTORS: usize = 2;
+    const PAIRS: bool = PAIRS;
 
     fn half(self) -> Self {
         self
@@ -57,6 +58,19 @@ unsafe impl Simd for Portable {
     #[inline(always)]
     fn fma(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V {
         std::array::from_fn(|i| a[i] * b[i] + c[i])
+    }
+
+    #[inline(always)]
+    fn multiply(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V {
+        if !PAIRS {
+            return self.fma(a, b, c);
+        }
+        let halves = |x: f32| (f32::from_bits(x.to_bits() << 16), f32::from_bits(x.to_bits() & 0xffff_0000));
+        std::array::from_fn(|i| {
+            let (a, b) = (halves(a[i]), halves(b[i]));
+            // A product of two bf16 has no rounding error of its own.
+            a.0 * b.0 + (a.1 * b.1 + c[i])
+        })
     }
 
     #[inline(always)]

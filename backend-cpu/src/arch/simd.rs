@@ -1,5 +1,7 @@
 //! The vector operations a kernel is written in; each instruction set implements them once.
 
+use half::bf16;
+
 /// exp2(f) on [-1/2, 1/2] as 1 + f · polynomial: relative error 9e-8 before rounding. The constant is exactly 1, so that
 /// exp2(0) is exactly 1.
 #[allow(clippy::approx_constant, reason = "a minimax coefficient close to ln 2, not ln 2")]
@@ -11,8 +13,14 @@ pub(crate) const EXP2_MAGIC: f32 = 12_582_912.0 + 127.0;
 /// Smallest argument told apart from -inf: exp2 of it, and of anything below, is exactly 0.
 pub(crate) const EXP2_ZERO: f32 = -127.0;
 
+/// Lanes of the widest set.
+const MOST_LANES: usize = 16;
+
 /// One instruction set, as a token: a value exists only where the processor has it, which is what makes the methods safe
 /// to call.
+///
+/// With `PAIRS`, products multiply bf16: a 32-bit slot of their operands holds two neighbours along the summed axis, the
+/// first in its lower half, and one instruction adds both products to an f32. All else is f32.
 ///
 /// # Safety
 /// An implementer's constructor must check that the processor has the instructions its methods use.
@@ -27,6 +35,8 @@ pub(crate) unsafe trait Simd: Copy + Send + Sync + 'static {
     const BLOCK_ROWS: usize;
     /// Vectors in a row of the register block: 2 or 4.
     const BLOCK_VECTORS: usize;
+    /// Whether products take pairs of bf16.
+    const PAIRS: bool;
 
     /// The token of the narrower set.
     fn half(self) -> Self::Half;
@@ -53,6 +63,18 @@ pub(crate) unsafe trait Simd: Copy + Send + Sync + 'static {
     fn div(self, a: Self::V, b: Self::V) -> Self::V;
     /// `a · b + c`, rounded once where the processor can.
     fn fma(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V;
+    /// `a · b + c` for slots of a product: f32, or with `PAIRS` both halves of each slot, the second one first.
+    #[inline(always)]
+    fn multiply(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V {
+        self.fma(a, b, c)
+    }
+
+    /// Slots that hold `first` and `second`, rounded to the nearest bf16, ties to even.
+    #[inline(always)]
+    fn pair(self, first: Self::V, second: Self::V) -> Self::V {
+        pair_lanes(self, first, second)
+    }
+
     /// The larger one; `b` when either is NaN.
     fn max(self, a: Self::V, b: Self::V) -> Self::V;
     /// `then` in lanes where `a = b`, `other` elsewhere.
@@ -75,9 +97,51 @@ pub(crate) unsafe trait Simd: Copy + Send + Sync + 'static {
     /// `to` is valid for writes of `LANES` f32.
     unsafe fn store(self, to: *mut f32, v: Self::V);
 
+    /// `LANES` values to `to`, rounded to the nearest bf16, ties to even.
+    ///
+    /// # Safety
+    /// `to` is valid for writes of `LANES` bf16.
+    #[inline(always)]
+    unsafe fn store_bf16(self, to: *mut bf16, v: Self::V) {
+        // SAFETY: the caller's.
+        unsafe { store_bf16_lanes(self, to, v) }
+    }
+
     /// `to[j][i] = from[i][j]` for a block of `LANES × LANES`, with row strides in elements.
     ///
     /// # Safety
     /// All `LANES` rows of `from` and `to` are valid for reads and writes of `LANES` f32, and do not overlap.
     unsafe fn transpose(self, from: *const f32, from_stride: usize, to: *mut f32, to_stride: usize);
+}
+
+/// [`Simd::pair`] for any set; those with bf16 have an instruction.
+#[inline(always)]
+pub(crate) fn pair_lanes<S: Simd>(s: S, first: S::V, second: S::V) -> S::V {
+    let (mut low, mut high) = ([0.0; MOST_LANES], [0.0; MOST_LANES]);
+    // SAFETY: both arrays hold LANES elements.
+    unsafe {
+        s.store(low.as_mut_ptr(), first);
+        s.store(high.as_mut_ptr(), second);
+        for (low, high) in low.iter_mut().zip(high) {
+            let bits = |x| u32::from(bf16::from_f32(x).to_bits());
+            *low = f32::from_bits(bits(*low) | bits(high) << 16);
+        }
+        s.load(low.as_ptr())
+    }
+}
+
+/// [`Simd::store_bf16`] for any set; those with bf16 have an instruction.
+///
+/// # Safety
+/// `to` is valid for writes of `LANES` bf16.
+#[inline(always)]
+pub(crate) unsafe fn store_bf16_lanes<S: Simd>(s: S, to: *mut bf16, v: S::V) {
+    let mut lanes = [0.0; MOST_LANES];
+    // SAFETY: the array holds LANES elements, `to` has room for them.
+    unsafe {
+        s.store(lanes.as_mut_ptr(), v);
+        for (i, lane) in lanes.into_iter().enumerate().take(S::LANES) {
+            to.add(i).write_unaligned(bf16::from_f32(lane));
+        }
+    }
 }

@@ -82,7 +82,42 @@ fn check_transpose<S: Simd>(s: S) {
     }
 }
 
+/// Rounding to bf16 and products of pairs, against arithmetic in f64.
+fn check_pairs<S: Simd>(s: S) {
+    use half::bf16;
+    let n = S::LANES;
+    let x = values(4 * n);
+    let [a0, a1, b0, b1] = std::array::from_fn(|i| &x[i * n..(i + 1) * n]);
+    // SAFETY: every slice has LANES elements, and so has every array.
+    let load = |x: &[f32]| unsafe { s.load(x.as_ptr()) };
+    let (mut slots, mut sums, mut rounded) = ([0.0; 16], [0.0; 16], [bf16::ZERO; 16]);
+    s.vectorize(|| {
+        let (a, b) = (s.pair(load(a0), load(a1)), s.pair(load(b0), load(b1)));
+        // SAFETY: as above.
+        unsafe {
+            s.store(slots.as_mut_ptr(), a);
+            s.store_bf16(rounded.as_mut_ptr(), load(a1));
+            if S::PAIRS {
+                s.store(sums.as_mut_ptr(), s.multiply(a, b, s.splat(3.0)));
+            }
+        }
+    });
+    let round = |x: f32| f64::from(bf16::from_f32(x));
+    for i in 0..n {
+        let [low, high] = [slots[i].to_bits() << 16, slots[i].to_bits() & 0xffff_0000].map(f32::from_bits);
+        assert_eq!((f64::from(low), f64::from(high)), (round(a0[i]), round(a1[i])), "slot {i}");
+        assert_eq!(f64::from(rounded[i]), round(a1[i]), "value {i}");
+        let terms = [3.0, round(a0[i]) * round(b0[i]), round(a1[i]) * round(b1[i])];
+        // Two roundings to f32, of sums no larger than the sum of magnitudes.
+        let bound = terms.iter().map(|term| term.abs()).sum::<f64>() * f64::from(f32::EPSILON);
+        let error = (f64::from(sums[i]) - terms.iter().sum::<f64>()).abs();
+        assert!(!S::PAIRS || error <= bound, "lane {i}: error {error:e}, bound {bound:e}");
+    }
+}
+
 fn check_all<S: Simd>(s: S) {
+    check_pairs(s);
+    check_pairs(s.half());
     check(s);
     check_exp2(s);
     check_transpose(s);
@@ -90,11 +125,13 @@ fn check_all<S: Simd>(s: S) {
 
 #[test]
 fn every_set_of_this_machine_computes_the_same() {
-    check_all(Portable);
+    check_all(Portable::<false>);
+    check_all(Portable::<true>);
     #[cfg(target_arch = "x86_64")]
     {
-        Avx2::detect().map_or_else(|| eprintln!("avx2: not on this machine"), check_all);
-        Avx512::detect().map_or_else(|| eprintln!("avx512: not on this machine"), check_all);
+        Avx2::<false>::detect().map_or_else(|| eprintln!("avx2: not on this machine"), check_all);
+        Avx512::<false>::detect().map_or_else(|| eprintln!("avx512: not on this machine"), check_all);
+        Avx512::<true>::detect().map_or_else(|| eprintln!("avx512bf16: not on this machine"), check_all);
     }
     #[cfg(target_arch = "aarch64")]
     Neon::detect().map_or_else(|| eprintln!("neon: not on this machine"), check_all);

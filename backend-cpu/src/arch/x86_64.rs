@@ -1,4 +1,4 @@
-//! AVX2 with FMA, and AVX-512.
+//! AVX2 with FMA, AVX-512, and AVX-512 with bf16 products.
 #![allow(
     clippy::undocumented_unsafe_blocks,
     reason = "every block is one intrinsic whose only condition is that the processor has it, which the token proves; \
@@ -6,14 +6,17 @@
 )]
 
 use std::arch::x86_64::*;
+use std::mem::transmute;
 
-use super::simd::{EXP2, EXP2_MAGIC, EXP2_ZERO, Simd};
+use half::bf16;
 
-/// Proof that the processor has AVX2 and FMA.
+use super::simd::{EXP2, EXP2_MAGIC, EXP2_ZERO, Simd, pair_lanes, store_bf16_lanes};
+
+/// Proof that the processor has AVX2 and FMA; with `PAIRS` also AVX-512 BF16.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Avx2(());
+pub(crate) struct Avx2<const PAIRS: bool>(());
 
-impl Avx2 {
+impl Avx2<false> {
     /// The token, where the processor has the instructions.
     pub(crate) fn detect() -> Option<Self> {
         (is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c"))
@@ -27,13 +30,14 @@ fn with_avx2<R>(work: impl FnOnce() -> R) -> R {
 }
 
 // SAFETY: `detect` checks every feature the methods use.
-unsafe impl Simd for Avx2 {
+unsafe impl<const PAIRS: bool> Simd for Avx2<PAIRS> {
     type V = __m256;
     type Half = Self;
     const LANES: usize = 8;
     // 12 accumulators, 2 vectors and a broadcast: 15 of 16 registers.
     const BLOCK_ROWS: usize = 6;
     const BLOCK_VECTORS: usize = 2;
+    const PAIRS: bool = PAIRS;
 
     fn half(self) -> Self {
         self
@@ -41,7 +45,8 @@ unsafe impl Simd for Avx2 {
 
     #[inline(always)]
     fn vectorize<R>(self, work: impl FnOnce() -> R) -> R {
-        unsafe { with_avx2(work) }
+        // SAFETY: the token proves the features of its own PAIRS.
+        unsafe { if PAIRS { with_avx512bf16(work) } else { with_avx2(work) } }
     }
 
     #[inline(always)]
@@ -77,6 +82,28 @@ unsafe impl Simd for Avx2 {
     #[inline(always)]
     fn fma(self, a: __m256, b: __m256, c: __m256) -> __m256 {
         unsafe { _mm256_fmadd_ps(a, b, c) }
+    }
+
+    #[inline(always)]
+    fn multiply(self, a: __m256, b: __m256, c: __m256) -> __m256 {
+        if !PAIRS {
+            return self.fma(a, b, c);
+        }
+        // SAFETY: vectors of the same size, any bits; PAIRS proves AVX-512 BF16.
+        unsafe { _mm256_dpbf16_ps(c, transmute::<__m256, __m256bh>(a), transmute::<__m256, __m256bh>(b)) }
+    }
+
+    #[inline(always)]
+    fn pair(self, first: __m256, second: __m256) -> __m256 {
+        if !PAIRS {
+            return pair_lanes(self, first, second);
+        }
+        // SAFETY: as above; ORDER_256 has the size of a vector.
+        unsafe {
+            let both = transmute::<__m256bh, __m256i>(_mm256_cvtne2ps_pbh(second, first));
+            let order = _mm256_loadu_si256(ORDER_256.as_ptr().cast());
+            _mm256_castsi256_ps(_mm256_permutexvar_epi16(order, both))
+        }
     }
 
     #[inline(always)]
@@ -121,6 +148,16 @@ unsafe impl Simd for Avx2 {
     }
 
     #[inline(always)]
+    unsafe fn store_bf16(self, to: *mut bf16, v: __m256) {
+        if !PAIRS {
+            // SAFETY: the caller's.
+            return unsafe { store_bf16_lanes(self, to, v) };
+        }
+        // SAFETY: the caller promises room for 8 bf16.
+        unsafe { _mm_storeu_si128(to.cast(), transmute::<__m128bh, __m128i>(_mm256_cvtneps_pbh(v))) }
+    }
+
+    #[inline(always)]
     unsafe fn transpose(self, from: *const f32, from_stride: usize, to: *mut f32, to_stride: usize) {
         // SAFETY: the caller promises 8 rows of 8 f32 on both sides; the rest moves registers.
         unsafe {
@@ -147,18 +184,25 @@ unsafe impl Simd for Avx2 {
     }
 }
 
-/// Proof that the processor has AVX-512 F, BW, DQ and VL.
+/// Proof that the processor has AVX-512 F, BW, DQ and VL; with `PAIRS` also BF16.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Avx512(Avx2);
+pub(crate) struct Avx512<const PAIRS: bool>(Avx2<PAIRS>);
 
-impl Avx512 {
+impl Avx512<true> {
+    /// The token, where the processor has the instructions.
+    pub(crate) fn detect() -> Option<Self> {
+        Avx512::<false>::detect().filter(|_| is_x86_feature_detected!("avx512bf16")).map(|_| Self(Avx2(())))
+    }
+}
+
+impl Avx512<false> {
     /// The token, where the processor has the instructions.
     pub(crate) fn detect() -> Option<Self> {
         (is_x86_feature_detected!("avx512f")
             && is_x86_feature_detected!("avx512bw")
             && is_x86_feature_detected!("avx512dq")
             && is_x86_feature_detected!("avx512vl"))
-        .then(Avx2::detect)
+        .then(Avx2::<false>::detect)
         .flatten()
         .map(Self)
     }
@@ -169,22 +213,44 @@ fn with_avx512<R>(work: impl FnOnce() -> R) -> R {
     work()
 }
 
+#[target_feature(enable = "avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")]
+fn with_avx512bf16<R>(work: impl FnOnce() -> R) -> R {
+    work()
+}
+
+/// Element i of the first half beside element i of the second one.
+const ORDER_512: [u16; 32] = interleaved();
+const ORDER_256: [u16; 16] = interleaved();
+
+#[allow(clippy::cast_possible_truncation, reason = "at most 32")]
+const fn interleaved<const N: usize>() -> [u16; N] {
+    let mut order = [0; N];
+    let mut i = 0;
+    while i < N {
+        order[i] = (i / 2 + i % 2 * (N / 2)) as u16;
+        i += 1;
+    }
+    order
+}
+
 // SAFETY: `detect` checks every feature the methods use.
-unsafe impl Simd for Avx512 {
+unsafe impl<const PAIRS: bool> Simd for Avx512<PAIRS> {
     type V = __m512;
-    type Half = Avx2;
+    type Half = Avx2<PAIRS>;
     const LANES: usize = 16;
     // 16 accumulators and 4 vectors of 32 registers; the broadcast is part of the instruction.
     const BLOCK_ROWS: usize = 4;
     const BLOCK_VECTORS: usize = 4;
+    const PAIRS: bool = PAIRS;
 
-    fn half(self) -> Avx2 {
+    fn half(self) -> Avx2<PAIRS> {
         self.0
     }
 
     #[inline(always)]
     fn vectorize<R>(self, work: impl FnOnce() -> R) -> R {
-        unsafe { with_avx512(work) }
+        // SAFETY: the token proves the features of its own PAIRS.
+        unsafe { if PAIRS { with_avx512bf16(work) } else { with_avx512(work) } }
     }
 
     #[inline(always)]
@@ -220,6 +286,28 @@ unsafe impl Simd for Avx512 {
     #[inline(always)]
     fn fma(self, a: __m512, b: __m512, c: __m512) -> __m512 {
         unsafe { _mm512_fmadd_ps(a, b, c) }
+    }
+
+    #[inline(always)]
+    fn multiply(self, a: __m512, b: __m512, c: __m512) -> __m512 {
+        if !PAIRS {
+            return self.fma(a, b, c);
+        }
+        // SAFETY: vectors of the same size, any bits; PAIRS proves AVX-512 BF16.
+        unsafe { _mm512_dpbf16_ps(c, transmute::<__m512, __m512bh>(a), transmute::<__m512, __m512bh>(b)) }
+    }
+
+    #[inline(always)]
+    fn pair(self, first: __m512, second: __m512) -> __m512 {
+        if !PAIRS {
+            return pair_lanes(self, first, second);
+        }
+        // SAFETY: as above; ORDER_512 has the size of a vector.
+        unsafe {
+            let both = transmute::<__m512bh, __m512i>(_mm512_cvtne2ps_pbh(second, first));
+            let order = _mm512_loadu_si512(ORDER_512.as_ptr().cast());
+            _mm512_castsi512_ps(_mm512_permutexvar_epi16(order, both))
+        }
     }
 
     #[inline(always)]
@@ -262,6 +350,16 @@ unsafe impl Simd for Avx512 {
     unsafe fn store(self, to: *mut f32, v: __m512) {
         // SAFETY: the caller promises 16 writable f32.
         unsafe { _mm512_storeu_ps(to, v) }
+    }
+
+    #[inline(always)]
+    unsafe fn store_bf16(self, to: *mut bf16, v: __m512) {
+        if !PAIRS {
+            // SAFETY: the caller's.
+            return unsafe { store_bf16_lanes(self, to, v) };
+        }
+        // SAFETY: the caller promises room for 16 bf16.
+        unsafe { _mm256_storeu_si256(to.cast(), transmute::<__m256bh, __m256i>(_mm512_cvtneps_pbh(v))) }
     }
 
     #[inline(always)]

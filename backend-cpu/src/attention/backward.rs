@@ -18,10 +18,10 @@ use std::ops::Range;
 use tilefold_core::attention::Cover;
 use tilefold_core::{AttentionProblem, EmptyRows};
 
-use super::forward::{Item, ItemShape, key_tiles, padded_channels, scale_base2, sigmoid};
+use super::forward::{Item, ItemShape, key_tiles, padded_channels, padded_slots, scale_base2, sigmoid};
 use super::operands::{Inputs, Operand};
-use super::pack::{Row, pack_rows, scale, transpose};
-use super::product::{Accumulate, Matrix, Probabilities, ScoreGradients, product};
+use super::pack::{Row, pack_rows, pair_columns, pair_rows, scale, transpose};
+use super::product::{Accumulate, Matrix, Probabilities, ScoreGradients, product, slots};
 use super::tile::{Position, TileScratch};
 use super::workspace::Carver;
 use crate::arch::Simd;
@@ -70,12 +70,23 @@ pub(crate) struct Scratch {
     /// Sum of dS over rows, in the same order.
     pub(crate) bias_sum: Option<Matrix>,
     tiles: Vec<QueryTile>,
+    /// What products take of K and V, summed over channels, and of K summed over keys.
     keys: Matrix,
     values: Matrix,
+    keys_by_key: Matrix,
+    /// Of one key tile, or with [`ItemShape::whole_keys`] of all keys.
     dk: Matrix,
     dv: Matrix,
+    /// P and dS in f32, and what products take of them, summed over queries and over keys: the same memory without
+    /// `PAIRS`, with which dS in f32 has the memory of P.
     probabilities: Matrix,
+    p_by_query: Matrix,
     gradients: Matrix,
+    ds_by_query: Matrix,
+    ds_by_key: Matrix,
+    /// With `PAIRS`, rows in f32 and rows of slots, on the way in.
+    wide: Matrix,
+    narrow: Matrix,
     key_sum: *mut f32,
     /// Gradient that rows without keys give every v.
     uniform: *mut f32,
@@ -87,6 +98,7 @@ pub(crate) struct Scratch {
 
 #[derive(Clone, Copy)]
 struct QueryTile {
+    /// What products take of Q and dO, summed over queries, and over channels.
     q: Matrix,
     q_turned: Matrix,
     d_out: Matrix,
@@ -100,22 +112,33 @@ struct QueryTile {
 }
 
 impl Scratch {
-    fn carve(carver: &mut Carver, problem: &AttentionProblem, shape: ItemShape, wants: Wants) -> Self {
+    fn carve<S: Simd>(carver: &mut Carver, problem: &AttentionProblem, shape: ItemShape, wants: Wants) -> Self {
         let spec = problem.spec();
         let (channels, channels_v) = (padded_channels(spec.head_dim), padded_channels(spec.head_dim_v));
         let group = if wants.row { problem.group() } else { 1 };
         let tiles = group * shape.item_q / shape.tile_q;
         let keys = spec.seqlen_k.next_multiple_of(shape.tile_k);
         let queries = shape.tile_q;
+        let only_pairs = |rows: usize| if S::PAIRS { rows } else { 0 };
+        let (in_slots, in_slots_v) = (padded_slots::<S>(spec.head_dim), padded_slots::<S>(spec.head_dim_v));
+        let probabilities = carver.matrix(shape.tile_k, queries);
+        let mut of_pairs = |pairs: (usize, usize), otherwise: Option<Matrix>| {
+            let (rows, stride) = if S::PAIRS { pairs } else { (shape.tile_k, queries) };
+            otherwise.filter(|_| !S::PAIRS).unwrap_or_else(|| carver.matrix(rows, stride))
+        };
+        let p_by_query = of_pairs((shape.tile_k, queries / 2), Some(probabilities));
+        let ds_by_query = of_pairs((shape.tile_k, queries / 2), None);
+        let ds_by_key = of_pairs((shape.tile_k.div_ceil(2), queries), Some(ds_by_query));
+        let keys_matrix = carver.matrix(shape.tile_k, in_slots);
         Self {
             slab: shape.slab.then(|| carver.matrix(shape.heads * tiles * keys, queries)),
             bias_sum: wants.bias_sum.then(|| carver.matrix(shape.heads * tiles * keys, queries)),
             tiles: (0..tiles)
                 .map(|_| QueryTile {
-                    q: carver.matrix(queries, channels),
-                    q_turned: carver.matrix(channels, queries),
-                    d_out: carver.matrix(queries, channels_v),
-                    d_out_turned: carver.matrix(channels_v, queries),
+                    q: carver.matrix(slots::<S>(queries), channels),
+                    q_turned: carver.matrix(in_slots, queries),
+                    d_out: carver.matrix(slots::<S>(queries), channels_v),
+                    d_out_turned: carver.matrix(in_slots_v, queries),
                     dq_turned: carver.matrix(channels, queries),
                     lse: carver.floats(queries),
                     lse_low: carver.floats(queries),
@@ -123,12 +146,18 @@ impl Scratch {
                     query_sum: carver.floats(queries),
                 })
                 .collect(),
-            keys: carver.matrix(shape.tile_k, channels),
-            values: carver.matrix(shape.tile_k, channels_v),
-            dk: carver.matrix(shape.tile_k, channels),
-            dv: carver.matrix(shape.tile_k, channels_v),
-            probabilities: carver.matrix(shape.tile_k, queries),
-            gradients: carver.matrix(shape.tile_k, queries),
+            keys: keys_matrix,
+            values: carver.matrix(shape.tile_k, in_slots_v),
+            keys_by_key: if S::PAIRS { carver.matrix(shape.tile_k.div_ceil(2), channels) } else { keys_matrix },
+            dk: carver.matrix(if shape.whole_keys { keys } else { shape.tile_k }, channels),
+            dv: carver.matrix(if shape.whole_keys { keys } else { shape.tile_k }, channels_v),
+            probabilities,
+            p_by_query,
+            gradients: if S::PAIRS { probabilities } else { ds_by_query },
+            ds_by_query,
+            ds_by_key,
+            wide: carver.matrix(only_pairs(shape.tile_k.max(queries)), channels.max(channels_v)),
+            narrow: carver.matrix(only_pairs(queries), in_slots.max(in_slots_v)),
             key_sum: carver.floats(shape.tile_k),
             uniform: carver.floats(channels_v),
             rows: std::array::from_fn(|_| carver.floats(channels.max(channels_v))),
@@ -138,10 +167,33 @@ impl Scratch {
     }
 }
 
+impl Scratch {
+    /// Where rows of f32 are packed that products take as `to`: there, unless they take pairs.
+    fn rows_of(&self, to: Matrix, channels: usize, pairs: bool) -> Matrix {
+        if pairs { Matrix { data: self.wide.data, stride: channels } } else { to }
+    }
+
+    /// What products take of `lanes` rows of f32, summed over rows and, turned, over channels.
+    #[inline(always)]
+    unsafe fn turn<S: Simd>(&self, s: S, lanes: usize, rows: Matrix, (by_row, turned): (Matrix, Matrix)) {
+        // SAFETY: the caller's; the matrices were carved for a tile.
+        unsafe {
+            if S::PAIRS {
+                let narrow = Matrix { stride: padded_slots::<S>(rows.stride), ..self.narrow };
+                pair_rows(s, lanes, rows.stride, rows, by_row);
+                pair_columns(s, lanes, rows.stride, rows, narrow);
+                transpose(s, lanes, narrow.stride, narrow, turned);
+            } else {
+                transpose(s, lanes, rows.stride, rows, turned);
+            }
+        }
+    }
+}
+
 /// Bytes one item needs.
-pub(crate) fn scratch_bytes(problem: &AttentionProblem, shape: ItemShape, wants: Wants) -> usize {
+pub(crate) fn scratch_bytes<S: Simd>(problem: &AttentionProblem, shape: ItemShape, wants: Wants) -> usize {
     let mut carver = Carver::counting();
-    Scratch::carve(&mut carver, problem, shape, wants);
+    Scratch::carve::<S>(&mut carver, problem, shape, wants);
     carver.bytes()
 }
 
@@ -154,12 +206,15 @@ pub(crate) struct Part {
     pub(crate) queries: Range<usize>,
     /// Number of the chunk of queries, for partial sums.
     pub(crate) chunk: usize,
+    /// Whether sums over the parts of an item start and end here.
+    pub(crate) first: bool,
+    pub(crate) last: bool,
 }
 
 impl Backward<'_> {
     /// Scratch of an item, cut from a block of [`scratch_bytes`].
-    pub(crate) fn scratch(&self, carver: &mut Carver, wants: Wants) -> Scratch {
-        Scratch::carve(carver, self.inputs.problem, self.shape, wants)
+    pub(crate) fn scratch<S: Simd>(&self, carver: &mut Carver, wants: Wants) -> Scratch {
+        Scratch::carve::<S>(carver, self.inputs.problem, self.shape, wants)
     }
 
     /// Rows of one item for a part of the queries; the bias sum starts at 0.
@@ -169,6 +224,15 @@ impl Backward<'_> {
         for row in item.rows.clone() {
             for kv_head in item.kv_heads.clone() {
                 self.run_row(s, item, part, (row, kv_head), scratch, wants);
+            }
+        }
+    }
+
+    /// All parts of the queries for one row after the other, where rows share nothing.
+    pub(crate) fn run_by_row<S: Simd>(&self, s: S, item: &Item, parts: &[Part], scratch: &Scratch, wants: Wants) {
+        for row in item.rows.clone() {
+            for kv_head in item.kv_heads.clone() {
+                parts.iter().for_each(|part| self.run_row(s, item, part, (row, kv_head), scratch, wants));
             }
         }
     }
@@ -249,8 +313,9 @@ impl Backward<'_> {
         }
         let length = self.inputs.problem.kv_length(item.batch, row);
         for k in key_tiles(spec.seqlen_k, self.shape.tile_k) {
+            let gradients = self.key_gradients(&k, scratch);
             if wants.row {
-                self.start_keys(&k, scratch);
+                self.start_keys(&k, part, gradients, scratch.uniform);
             }
             let counted = k.start..k.end.min(length);
             if !counted.is_empty() && spec.mask.cover(&part.queries, &counted) != Cover::Empty {
@@ -260,7 +325,7 @@ impl Backward<'_> {
                 // SAFETY: the key tile was carved; its elements belong to this item.
                 s.vectorize(
                     #[inline(always)]
-                    || unsafe { self.finish_keys(item.batch, part, (row, kv_head), &k, scratch) },
+                    || unsafe { self.finish_keys(item.batch, part, (row, kv_head), &k, gradients) },
                 );
             }
         }
@@ -271,19 +336,35 @@ impl Backward<'_> {
                 // SAFETY: the tile was carved and computed; its elements belong to this item.
                 s.vectorize(
                     #[inline(always)]
-                    || unsafe { self.finish_tile(s, at, &q, scratch.tiles[index]) },
+                    || unsafe { self.finish_tile(s, at, &q, scratch, scratch.tiles[index]) },
                 );
             }
         }
     }
 
-    /// Asks for a part of what the next row or head reads, while this one computes.
+    /// Asks for a part of the next key tile, and with the last one for the queries of the next row or head: early enough
+    /// to arrive, late enough to stay in the cache.
     #[inline(always)]
-    fn prefetch_next<S: Simd>(&self, s: S, item: &Item, part: &Part, at: (usize, usize), step: (usize, usize)) {
+    fn prefetch_next<S: Simd>(
+        &self,
+        s: S,
+        item: &Item,
+        part: &Part,
+        (row, kv_head): (usize, usize),
+        k: &Range<usize>,
+        step: (usize, usize),
+    ) {
         let spec = self.inputs.problem.spec();
-        let Some((row, kv_head)) = item.after(at) else { return };
+        let more = k.end < self.inputs.problem.kv_length(item.batch, row);
+        let next = if more { Some((row, kv_head)) } else { item.after((row, kv_head)) };
+        let Some((row, kv_head)) = next else { return };
+        let start = if more { k.end } else { 0 };
+        let count = self.shape.tile_k.min(spec.seqlen_k - start);
         for (operand, channels) in [(self.inputs.k, spec.head_dim), (self.inputs.v, spec.head_dim_v)] {
-            operand.prefetch(s, [item.batch, row, 0, kv_head, 0], (spec.seqlen_k, channels), step);
+            operand.prefetch(s, [item.batch, row, start, kv_head, 0], (count, channels), step);
+        }
+        if more {
+            return;
         }
         let head = kv_head * self.inputs.problem.group() + part.heads.start;
         let of_queries = [(self.inputs.q, spec.head_dim), (self.out, spec.head_dim_v), (self.d_out, spec.head_dim_v)];
@@ -313,10 +394,14 @@ impl Backward<'_> {
         };
         // SAFETY: all queries of `q` exist; the matrices were carved for a tile.
         unsafe {
-            pack_rows((q.len(), lanes, spec.head_dim), |i| row(&self.inputs.q, i), tile.q);
-            transpose(s, lanes, channels, tile.q, tile.q_turned);
-            scale(channels, lanes, scale_base2(&self.inputs), tile.q_turned);
-            pack_rows((q.len(), lanes, spec.head_dim_v), |i| row(&self.d_out, i), tile.d_out);
+            let rows = scratch.rows_of(tile.q, channels, S::PAIRS);
+            pack_rows((q.len(), lanes, spec.head_dim), |i| row(&self.inputs.q, i), rows);
+            scratch.turn(s, lanes, rows, (tile.q, tile.q_turned));
+            if !S::PAIRS {
+                scale(channels, lanes, scale_base2(&self.inputs), tile.q_turned);
+            }
+            let d_out = scratch.rows_of(tile.d_out, channels_v, S::PAIRS);
+            pack_rows((q.len(), lanes, spec.head_dim_v), |i| row(&self.d_out, i), d_out);
             let [out, gate, d_gate] = scratch.rows;
             out.write_bytes(0, channels_v);
             gate.write_bytes(0, channels_v);
@@ -324,10 +409,10 @@ impl Backward<'_> {
                 let exists = i < q.len();
                 if exists {
                     row(&self.out, i).read(spec.head_dim_v, out);
-                    *tile.delta.add(i) = dot(s.half(), channels_v, tile.d_out.at(i, 0), out);
+                    *tile.delta.add(i) = dot(s.half(), channels_v, d_out.at(i, 0), out);
                     if let Some(operand) = &self.inputs.gate {
                         row(operand, i).read(spec.head_dim_v, gate);
-                        gate_gradient(s.half(), channels_v, gate, out, tile.d_out.at(i, 0), d_gate);
+                        gate_gradient(s.half(), channels_v, gate, out, d_out.at(i, 0), d_gate);
                         if let (Some(operand), true) = (&self.d_gate, wants.row) {
                             row(operand, i).write(spec.head_dim_v, d_gate);
                         }
@@ -338,13 +423,13 @@ impl Backward<'_> {
                 let index = [at.batch, at.row, at.head, q.start + i];
                 let (lse, low) = if exists { self.lse_base2(index) } else { (f32::INFINITY, 0.0) };
                 if exists && lse == f32::INFINITY && spec.empty_rows == EmptyRows::Uniform {
-                    self.add_uniform(tile.d_out.at(i, 0), scratch.uniform);
+                    self.add_uniform(d_out.at(i, 0), scratch.uniform);
                 }
                 *tile.lse.add(i) = lse;
                 *tile.lse_low.add(i) = low;
                 *tile.query_sum.add(i) = 0.0;
             }
-            transpose(s, lanes, channels_v, tile.d_out, tile.d_out_turned);
+            scratch.turn(s, lanes, d_out, (tile.d_out, tile.d_out_turned));
             tile.dq_turned.data.write_bytes(0, channels * tile.dq_turned.stride);
         }
     }
@@ -374,12 +459,44 @@ impl Backward<'_> {
         }
     }
 
-    fn start_keys(&self, k: &Range<usize>, scratch: &Scratch) {
-        // SAFETY: carved for a key tile; `uniform` has a row's channels.
+    /// Where dK and dV of a key tile are summed.
+    fn key_gradients(&self, k: &Range<usize>, scratch: &Scratch) -> [Matrix; 2] {
+        let row = if self.shape.whole_keys { k.start } else { 0 };
+        [scratch.dk, scratch.dv].map(|sum| Matrix { data: sum.at(row, 0), ..sum })
+    }
+
+    fn start_keys(&self, k: &Range<usize>, part: &Part, [dk, dv]: [Matrix; 2], uniform: *const f32) {
+        // SAFETY: carved for the key tile; `uniform` has a row's channels.
         unsafe {
-            scratch.dk.data.write_bytes(0, k.len() * scratch.dk.stride);
+            if part.first || !self.shape.whole_keys {
+                dk.data.write_bytes(0, k.len() * dk.stride);
+                dv.data.write_bytes(0, k.len() * dv.stride);
+            }
             for j in 0..k.len() {
-                scratch.dv.at(j, 0).copy_from_nonoverlapping(scratch.uniform, scratch.dv.stride);
+                for channel in 0..dv.stride {
+                    *dv.at(j, channel) += *uniform.add(channel);
+                }
+            }
+        }
+    }
+
+    /// K and V of a key tile.
+    #[inline(always)]
+    unsafe fn pack_keys<S: Simd>(&self, s: S, at: (usize, usize, usize), k: &Range<usize>, scratch: &Scratch) {
+        let (inputs, spec) = (&self.inputs, self.inputs.problem.spec());
+        for (operand, channels, to) in
+            [(&inputs.k, spec.head_dim, scratch.keys), (&inputs.v, spec.head_dim_v, scratch.values)]
+        {
+            let rows = scratch.rows_of(to, padded_channels(channels), S::PAIRS);
+            // SAFETY: the caller's; the matrices were carved for a key tile.
+            unsafe {
+                inputs.pack_keys(operand, at, k, channels, rows);
+                if S::PAIRS {
+                    pair_columns(s, k.len(), rows.stride, rows, to);
+                }
+                if S::PAIRS && to.data == scratch.keys.data {
+                    pair_rows(s, k.len(), rows.stride, rows, scratch.keys_by_key);
+                }
             }
         }
     }
@@ -396,11 +513,10 @@ impl Backward<'_> {
         wants: Wants,
     ) {
         let (spec, tiles) = (self.inputs.problem.spec(), self.tiles(part));
-        let to = (scratch.keys, scratch.values);
         // SAFETY: the matrices were carved for a key tile.
         s.vectorize(
             #[inline(always)]
-            || unsafe { self.inputs.pack_keys((item.batch, row, kv_head), k, to) },
+            || unsafe { self.pack_keys(s, (item.batch, row, kv_head), k, scratch) },
         );
         let slab_start = (kv_head - item.kv_heads.start) * part.heads.len() * tiles;
         for head in 0..part.heads.len() {
@@ -417,8 +533,7 @@ impl Backward<'_> {
             for tile in 0..tiles {
                 let q = self.tile_range(part, tile);
                 let all = part.heads.len() * tiles;
-                let step = k.start / self.shape.tile_k * all + head * tiles + tile;
-                self.prefetch_next(s, item, part, (row, kv_head), (step, self.padded_keys() / self.shape.tile_k * all));
+                self.prefetch_next(s, item, part, (row, kv_head), k, (head * tiles + tile, all));
                 self.run_tile(s, at, (&q, k), keys, (head * tiles + tile, slab_start), scratch, wants);
             }
             if let (Some(sums), true) = (&self.key_sums, wants.row) {
@@ -447,6 +562,7 @@ impl Backward<'_> {
     ) {
         let spec = self.inputs.problem.spec();
         let tile = scratch.tiles[index];
+        let [dk, dv] = self.key_gradients(k, scratch);
         let slab = scratch.slab.map(|slab| self.slab_at(slab, slab_start + index, k.start));
         // SAFETY: the scratch covers the tile.
         let bias = s.vectorize(
@@ -455,51 +571,60 @@ impl Backward<'_> {
         );
         let Some(bias) = bias else { return };
         let vectors = q.len().div_ceil(S::LANES);
-        let (p, ds) = (scratch.probabilities, scratch.gradients);
-        let bias_sum = scratch.bias_sum.map(|sum| self.slab_at(sum, slab_start + index, k.start));
-        let d_scores = wants.bias_sum
-            || self.dq.is_some()
-            || self.dk.is_some()
-            || self.key_sums.is_some()
-            || self.query_sums.is_some();
+        let sums_wanted = self.key_sums.is_some() || self.query_sums.is_some();
+        let d_scores = wants.bias_sum || self.dq.is_some() || self.dk.is_some() || sums_wanted;
         // The phases are separate functions: inlined into one body they would spill registers.
         // SAFETY: every matrix was carved for a tile, and holds what the phase before wrote.
         unsafe {
-            let mut phase = Probabilities { bias, lse: tile.lse, lse_low: tile.lse_low, probabilities: p };
-            let shape = (k.len(), vectors, spec.head_dim);
+            let phase = Probabilities {
+                bias,
+                scale: scale_base2(&self.inputs),
+                lse: tile.lse,
+                lse_low: tile.lse_low,
+                probabilities: scratch.probabilities,
+                by_query: scratch.p_by_query,
+            };
+            let shape = (k.len(), vectors, slots::<S>(spec.head_dim));
             s.vectorize(
                 #[inline(always)]
-                || product::<S, _, false>(s, shape, scratch.keys, tile.q_turned, &mut phase),
+                || product::<S, _, false>(s, shape, scratch.keys, tile.q_turned, phase),
             );
             if d_scores {
-                let mut phase = ScoreGradients { delta: tile.delta, probabilities: p, gradients: ds, bias_sum };
-                let shape = (k.len(), vectors, spec.head_dim_v);
+                let phase = ScoreGradients {
+                    delta: tile.delta,
+                    probabilities: scratch.probabilities,
+                    gradients: (!S::PAIRS || sums_wanted).then_some(scratch.gradients),
+                    by_query: scratch.ds_by_query,
+                    by_key: scratch.ds_by_key,
+                    bias_sum: scratch.bias_sum.map(|sum| self.slab_at(sum, slab_start + index, k.start)),
+                };
+                let shape = (k.len(), vectors, slots::<S>(spec.head_dim_v));
                 s.vectorize(
                     #[inline(always)]
-                    || product::<S, _, false>(s, shape, scratch.values, tile.d_out_turned, &mut phase),
+                    || product::<S, _, false>(s, shape, scratch.values, tile.d_out_turned, phase),
                 );
             }
             if !wants.row {
                 return;
             }
             if self.dv.is_some() {
-                outer(s, (k.len(), q.len()), p, tile.d_out, scratch.dv);
+                outer(s, (k.len(), q.len()), scratch.p_by_query, tile.d_out, dv);
             }
             if self.dk.is_some() {
-                outer(s, (k.len(), q.len()), ds, tile.q, scratch.dk);
+                outer(s, (k.len(), q.len()), scratch.ds_by_query, tile.q, dk);
             }
             if self.dq.is_some() {
-                let mut phase = Accumulate { c: tile.dq_turned };
-                let shape = (spec.head_dim, vectors, k.len());
+                let phase = Accumulate { c: tile.dq_turned };
+                let shape = (spec.head_dim, vectors, slots::<S>(k.len()));
                 s.vectorize(
                     #[inline(always)]
-                    || product::<S, _, true>(s, shape, scratch.keys, ds, &mut phase),
+                    || product::<S, _, true>(s, shape, scratch.keys_by_key, scratch.ds_by_key, phase),
                 );
             }
-            if self.key_sums.is_some() || self.query_sums.is_some() {
+            if sums_wanted {
                 s.vectorize(
                     #[inline(always)]
-                    || sums(s, k.len(), vectors, ds, scratch.key_sum, tile.query_sum),
+                    || sums(s, k.len(), vectors, scratch.gradients, scratch.key_sum, tile.query_sum),
                 );
             }
         }
@@ -513,13 +638,16 @@ impl Backward<'_> {
         part: &Part,
         (row, kv_head): (usize, usize),
         k: &Range<usize>,
-        scratch: &Scratch,
+        [dk, dv]: [Matrix; 2],
     ) {
+        if self.shape.whole_keys && !part.last {
+            return;
+        }
         let spec = self.inputs.problem.spec();
         let softmax_scale = scale_f32(&self.inputs);
         let pairs = [
-            (self.dk, self.key_partials.dk, scratch.dk, spec.head_dim, softmax_scale),
-            (self.dv, self.key_partials.dv, scratch.dv, spec.head_dim_v, 1.0),
+            (self.dk, self.key_partials.dk, dk, spec.head_dim, softmax_scale),
+            (self.dv, self.key_partials.dv, dv, spec.head_dim_v, 1.0),
         ];
         for (operand, partial, from, channels, factor) in pairs {
             let Some(operand) = operand else { continue };
@@ -531,7 +659,12 @@ impl Backward<'_> {
                         let chunk = part.chunk * spec.batch + batch;
                         let to = partial.at([chunk, row, k.start + j, kv_head, 0]).cast::<f32>();
                         let to = std::slice::from_raw_parts_mut(to, channels);
-                        to.iter_mut().zip(values).for_each(|(to, value)| *to += *value);
+                        // Never read first: fresh memory would cost two page faults instead of one.
+                        if part.first || self.shape.whole_keys {
+                            to.copy_from_slice(values);
+                        } else {
+                            to.iter_mut().zip(values).for_each(|(to, value)| *to += *value);
+                        }
                         continue;
                     }
                     values.iter_mut().for_each(|value| *value *= factor);
@@ -544,7 +677,7 @@ impl Backward<'_> {
 
     /// Turns dQᵀ and writes it; writes the sums of dS over the keys.
     #[inline(always)]
-    unsafe fn finish_tile<S: Simd>(&self, s: S, at: Position, q: &Range<usize>, tile: QueryTile) {
+    unsafe fn finish_tile<S: Simd>(&self, s: S, at: Position, q: &Range<usize>, scratch: &Scratch, tile: QueryTile) {
         let spec = self.inputs.problem.spec();
         let channels = padded_channels(spec.head_dim);
         // SAFETY: the tile's matrices were carved for it; every written element belongs to this item.
@@ -552,11 +685,12 @@ impl Backward<'_> {
             if let Some(dq) = self.dq {
                 let lanes = q.len().next_multiple_of(S::LANES);
                 // Q itself is no longer needed.
-                transpose(s, channels, lanes, tile.dq_turned, tile.q);
-                scale(q.len(), channels, scale_f32(&self.inputs), tile.q);
+                let rows = scratch.rows_of(tile.q, channels, S::PAIRS);
+                transpose(s, channels, lanes, tile.dq_turned, rows);
+                scale(q.len(), channels, scale_f32(&self.inputs), rows);
                 for i in 0..q.len() {
                     let data = dq.at([at.batch, at.row, q.start + i, at.head, 0]);
-                    Row { data, dtype: dq.dtype, stride: dq.strides[4] }.write(spec.head_dim, tile.q.at(i, 0));
+                    Row { data, dtype: dq.dtype, stride: dq.strides[4] }.write(spec.head_dim, rows.at(i, 0));
                 }
             }
             if let Some(sums) = self.query_sums {
@@ -577,21 +711,21 @@ pub(crate) fn scale_f32(inputs: &Inputs<'_>) -> f32 {
 /// `C[key][channel] += A[key][query] B[query][channel]`, in half vectors where whole ones do not fit the channels.
 #[inline(always)]
 unsafe fn outer<S: Simd>(s: S, (keys, queries): (usize, usize), a: Matrix, b: Matrix, c: Matrix) {
-    let mut phase = Accumulate { c };
+    let phase = Accumulate { c };
     // SAFETY: the caller's.
     unsafe {
         if b.stride.is_multiple_of(S::LANES) {
-            let shape = (keys, b.stride / S::LANES, queries);
+            let shape = (keys, b.stride / S::LANES, slots::<S>(queries));
             s.vectorize(
                 #[inline(always)]
-                || product::<S, _, false>(s, shape, a, b, &mut phase),
+                || product::<S, _, false>(s, shape, a, b, phase),
             );
         } else {
             let half = s.half();
-            let shape = (keys, b.stride / S::Half::LANES, queries);
+            let shape = (keys, b.stride / S::Half::LANES, slots::<S>(queries));
             half.vectorize(
                 #[inline(always)]
-                || product::<S::Half, _, false>(half, shape, a, b, &mut phase),
+                || product::<S::Half, _, false>(half, shape, a, b, phase),
             );
         }
     }

@@ -165,8 +165,8 @@ pub(crate) fn owner_pass<S: Simd>(
     work.into_par_iter().try_for_each(|(owner, queries)| {
         let [b, n, h] = owner;
         lease.with(bytes, |block| {
-            let scratch = backward.scratch(&mut Carver::over(block), OWNER_WANTS);
-            let mut part = Part { heads: 0..1, queries, chunk: 0 };
+            let scratch = backward.scratch::<S>(&mut Carver::over(block), OWNER_WANTS);
+            let mut part = Part { heads: 0..1, queries, chunk: 0, first: true, last: true };
 
             let rows = sharing(bias.shape[1], spec.rows, n);
             let mut item = Item { batch: b, kv_heads: 0..1, rows, queries: part.queries.clone() };

@@ -18,8 +18,8 @@ use tilefold_core::attention::Cover;
 use tilefold_core::{AttentionProblem, EmptyRows};
 
 use super::operands::{Inputs, Operand};
-use super::pack::{Row, pack_rows, scale, transpose};
-use super::product::{Accumulate, Matrix, Scores, product};
+use super::pack::{Row, pack_rows, pair_columns, pair_rows, scale, transpose};
+use super::product::{Accumulate, Matrix, Scores, product, slots};
 use super::tile::{Position, TileScratch};
 use super::workspace::Carver;
 use crate::arch::Simd;
@@ -47,6 +47,8 @@ pub(crate) struct ItemShape {
     pub(crate) heads: usize,
     /// Whether an item keeps a slab of what its rows share.
     pub(crate) slab: bool,
+    /// Whether backward keeps dK and dV of all keys of one row and head, to go through the queries in several parts.
+    pub(crate) whole_keys: bool,
 }
 
 /// One work item: rows and key heads of one batch, with a range of queries.
@@ -77,16 +79,24 @@ pub(crate) fn padded_channels(channels: usize) -> usize {
     channels.next_multiple_of(8)
 }
 
+/// Slots of a row of padded channels, padded in the same way.
+pub(crate) fn padded_slots<S: Simd>(channels: usize) -> usize {
+    padded_channels(slots::<S>(padded_channels(channels)))
+}
+
 struct Scratch {
     slab: Option<Matrix>,
     /// For every head of the group and query tile: Qᵀ, Oᵀ, row max, row sum.
     tiles: Vec<QueryTile>,
+    /// What a product takes of K and V, and with `PAIRS` the same in f32, on the way.
     keys: Matrix,
     values: Matrix,
+    wide: Matrix,
     scores: Matrix,
     old_max: *mut f32,
-    /// `[query][channel]`, on the way in and out.
+    /// `[query][channel]`, on the way in and out; with `PAIRS` also `[query][slot]`.
     rows: Matrix,
+    pairs: Matrix,
     gate: *mut f32,
     mean: *mut f32,
     bias: TileScratch,
@@ -101,26 +111,30 @@ struct QueryTile {
 }
 
 impl Scratch {
-    fn carve(carver: &mut Carver, problem: &AttentionProblem, shape: ItemShape) -> Self {
+    fn carve<S: Simd>(carver: &mut Carver, problem: &AttentionProblem, shape: ItemShape) -> Self {
         let spec = problem.spec();
         let (channels, channels_v) = (padded_channels(spec.head_dim), padded_channels(spec.head_dim_v));
         let tiles = problem.group() * shape.item_q / shape.tile_q;
         let keys = spec.seqlen_k.next_multiple_of(shape.tile_k);
+        let slot_stride = padded_slots::<S>(spec.head_dim);
+        let only_pairs = |rows: usize| if S::PAIRS { rows } else { 0 };
         Self {
             slab: shape.slab.then(|| carver.matrix(shape.heads * tiles * keys, shape.tile_q)),
             tiles: (0..tiles)
                 .map(|_| QueryTile {
-                    q: carver.matrix(channels, shape.tile_q),
+                    q: carver.matrix(slot_stride, shape.tile_q),
                     out: carver.matrix(channels_v, shape.tile_q),
                     row_max: carver.floats(shape.tile_q),
                     row_sum: carver.floats(shape.tile_q),
                 })
                 .collect(),
-            keys: carver.matrix(shape.tile_k, channels),
-            values: carver.matrix(shape.tile_k, channels_v),
+            keys: carver.matrix(shape.tile_k, slot_stride),
+            values: carver.matrix(slots::<S>(shape.tile_k), channels_v),
+            wide: carver.matrix(only_pairs(shape.tile_k), channels.max(channels_v)),
             scores: carver.matrix(shape.tile_k, shape.tile_q),
             old_max: carver.floats(shape.tile_q),
             rows: carver.matrix(shape.tile_q, channels.max(channels_v)),
+            pairs: carver.matrix(only_pairs(shape.tile_q), slot_stride),
             gate: carver.floats(channels_v),
             mean: carver.floats(channels_v),
             bias: TileScratch::carve(carver, shape.tile_q, shape.tile_k),
@@ -129,16 +143,16 @@ impl Scratch {
 }
 
 /// Bytes one item needs.
-pub(crate) fn scratch_bytes(problem: &AttentionProblem, shape: ItemShape) -> usize {
+pub(crate) fn scratch_bytes<S: Simd>(problem: &AttentionProblem, shape: ItemShape) -> usize {
     let mut carver = Carver::counting();
-    Scratch::carve(&mut carver, problem, shape);
+    Scratch::carve::<S>(&mut carver, problem, shape);
     carver.bytes()
 }
 
 impl Forward<'_> {
     /// Computes one item in a block of [`scratch_bytes`].
     pub(crate) fn run<S: Simd>(&self, s: S, item: &Item, carver: &mut Carver) {
-        let scratch = Scratch::carve(carver, self.inputs.problem, self.shape);
+        let scratch = Scratch::carve::<S>(carver, self.inputs.problem, self.shape);
         if scratch.slab.is_some() {
             self.build_slab(s, item, &scratch);
         }
@@ -205,9 +219,7 @@ impl Forward<'_> {
             // SAFETY: the matrices were carved for a key tile.
             s.vectorize(
                 #[inline(always)]
-                || unsafe {
-                    self.inputs.pack_keys((batch, row, kv_head), &k, (scratch.keys, scratch.values));
-                },
+                || unsafe { self.pack_keys(s, (batch, row, kv_head), &k, scratch) },
             );
             for head in 0..group {
                 let at = position(head);
@@ -215,11 +227,8 @@ impl Forward<'_> {
                 let keys = unsafe { self.inputs.key_values(at, &k, k.len(), &scratch.bias) };
                 let Some(keys) = keys else { continue };
                 for tile in 0..tiles {
-                    let part = (
-                        k.start / self.shape.tile_k * all + head * tiles + tile,
-                        length.div_ceil(self.shape.tile_k) * all,
-                    );
-                    self.prefetch_next(s, item, (row, kv_head), part);
+                    let part = (head * tiles + tile, all);
+                    self.prefetch_next(s, item, (row, kv_head), (&k, length), part);
                     self.run_tile(
                         s,
                         at,
@@ -240,14 +249,47 @@ impl Forward<'_> {
         }
     }
 
-    /// Asks for a part of what the next row or head reads and writes, while this one computes.
+    /// K and V of a key tile: K as rows of channels, V so that keys are summed over.
     #[inline(always)]
-    fn prefetch_next<S: Simd>(&self, s: S, item: &Item, at: (usize, usize), part: (usize, usize)) {
+    unsafe fn pack_keys<S: Simd>(&self, s: S, at: (usize, usize, usize), k: &Range<usize>, scratch: &Scratch) {
+        let (inputs, spec) = (&self.inputs, self.inputs.problem.spec());
+        // SAFETY: the caller's; the matrices were carved for a key tile.
+        unsafe {
+            if !S::PAIRS {
+                inputs.pack_keys(&inputs.k, at, k, spec.head_dim, scratch.keys);
+                inputs.pack_keys(&inputs.v, at, k, spec.head_dim_v, scratch.values);
+                return;
+            }
+            let wide = Matrix { stride: padded_channels(spec.head_dim), ..scratch.wide };
+            inputs.pack_keys(&inputs.k, at, k, spec.head_dim, wide);
+            pair_columns(s, k.len(), wide.stride, wide, scratch.keys);
+            let wide = Matrix { stride: padded_channels(spec.head_dim_v), ..scratch.wide };
+            inputs.pack_keys(&inputs.v, at, k, spec.head_dim_v, wide);
+            pair_rows(s, k.len(), wide.stride, wide, scratch.values);
+        }
+    }
+
+    /// Asks for a part of the next key tile, and with the last one for the queries and outputs of the next row or head:
+    /// early enough to arrive, late enough to stay in the cache.
+    #[inline(always)]
+    fn prefetch_next<S: Simd>(
+        &self,
+        s: S,
+        item: &Item,
+        (row, kv_head): (usize, usize),
+        (k, length): (&Range<usize>, usize),
+        part: (usize, usize),
+    ) {
         let spec = self.inputs.problem.spec();
-        let Some((row, kv_head)) = item.after(at) else { return };
-        let key_rows = [(self.inputs.k, spec.head_dim), (self.inputs.v, spec.head_dim_v)];
-        for (operand, channels) in key_rows {
-            operand.prefetch(s, [item.batch, row, 0, kv_head, 0], (spec.seqlen_k, channels), part);
+        let next = if k.end < length { Some((row, kv_head)) } else { item.after((row, kv_head)) };
+        let Some((row, kv_head)) = next else { return };
+        let start = if k.end < length { k.end } else { 0 };
+        let count = self.shape.tile_k.min(spec.seqlen_k - start);
+        for (operand, channels) in [(self.inputs.k, spec.head_dim), (self.inputs.v, spec.head_dim_v)] {
+            operand.prefetch(s, [item.batch, row, start, kv_head, 0], (count, channels), part);
+        }
+        if start > 0 {
+            return;
         }
         for (operand, channels) in [(self.inputs.q, spec.head_dim), (self.out, spec.head_dim_v)] {
             let at = [item.batch, row, item.queries.start, kv_head * self.inputs.problem.group(), 0];
@@ -271,8 +313,13 @@ impl Forward<'_> {
         // SAFETY: all queries of `q` exist; the matrices were carved for a tile.
         unsafe {
             pack_rows((q.len(), lanes, channels), row, rows);
-            scale(lanes, padded, scale_base2(&self.inputs), rows);
-            transpose(s, lanes, padded, rows, tile.q);
+            if S::PAIRS {
+                pair_columns(s, lanes, padded, rows, scratch.pairs);
+                transpose(s, lanes, scratch.pairs.stride, scratch.pairs, tile.q);
+            } else {
+                scale(lanes, padded, scale_base2(&self.inputs), rows);
+                transpose(s, lanes, padded, rows, tile.q);
+            }
             for i in 0..self.shape.tile_q {
                 *tile.row_max.add(i) = LOWEST_MAX;
                 *tile.row_sum.add(i) = 0.0;
@@ -305,10 +352,12 @@ impl Forward<'_> {
         // SAFETY: every matrix was carved for a tile, and holds what the phase before wrote.
         unsafe {
             scratch.old_max.copy_from_nonoverlapping(tile.row_max, vectors * S::LANES);
-            let mut scores = Scores { bias, scores: scratch.scores, row_max: tile.row_max };
+            let scores =
+                Scores { bias, scale: scale_base2(&self.inputs), scores: scratch.scores, row_max: tile.row_max };
+            let shape = (k.len(), vectors, slots::<S>(spec.head_dim));
             s.vectorize(
                 #[inline(always)]
-                || product::<S, _, false>(s, (k.len(), vectors, spec.head_dim), scratch.keys, tile.q, &mut scores),
+                || product::<S, _, false>(s, shape, scratch.keys, tile.q, scores),
             );
             s.vectorize(
                 #[inline(always)]
@@ -318,11 +367,11 @@ impl Forward<'_> {
                 #[inline(always)]
                 || exponentials(s, k.len(), vectors, scratch.scores, &tile),
             );
-            let mut out = Accumulate { c: tile.out };
-            let shape = (spec.head_dim_v, vectors, k.len());
+            let out = Accumulate { c: tile.out };
+            let shape = (spec.head_dim_v, vectors, slots::<S>(k.len()));
             s.vectorize(
                 #[inline(always)]
-                || product::<S, _, true>(s, shape, scratch.values, scratch.scores, &mut out),
+                || product::<S, _, true>(s, shape, scratch.values, scratch.scores, out),
             );
         }
     }
@@ -451,7 +500,7 @@ unsafe fn rescale<S: Simd>(s: S, vectors: usize, channels: usize, old_max: *cons
     }
 }
 
-/// Pᵀ = exp2(Sᵀ - max) in place, added into the row sums.
+/// Pᵀ = exp2(Sᵀ - max) in place, added into the row sums; with `PAIRS` a slot is a pair of keys, rounded after the sum.
 #[inline(always)]
 unsafe fn exponentials<S: Simd>(s: S, keys: usize, vectors: usize, scores: Matrix, tile: &QueryTile) {
     let mut vector = 0;
@@ -479,12 +528,21 @@ unsafe fn exponential_columns<S: Simd, const N: usize>(s: S, keys: usize, at: us
             max[j] = s.load(tile.row_max.add(at + j * S::LANES));
         }
         let mut sum = [s.splat(0.0); N];
-        for key in 0..keys {
+        for key in (0..keys).step_by(if S::PAIRS { 2 } else { 1 }) {
             for j in 0..N {
                 let score = scores.at(key, at + j * S::LANES);
                 let p = s.exp2(s.sub(s.load(score), max[j]));
                 sum[j] = s.add(sum[j], p);
-                s.store(score, p);
+                if !S::PAIRS {
+                    s.store(score, p);
+                    continue;
+                }
+                let mut second = s.splat(0.0);
+                if key + 1 < keys {
+                    second = s.exp2(s.sub(s.load(score.add(scores.stride)), max[j]));
+                    sum[j] = s.add(sum[j], second);
+                }
+                s.store(scores.at(key / 2, at + j * S::LANES), s.pair(p, second));
             }
         }
         for (j, sum) in sum.into_iter().enumerate() {

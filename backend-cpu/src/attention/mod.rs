@@ -12,11 +12,13 @@ mod workspace;
 
 use rayon::prelude::*;
 use tilefold_core::{
-    AttentionPlan, AttentionProblem, BackwardArgs, BackwardOperands, DeviceId, DeviceResult, ForwardArgs,
+    AttentionPlan, AttentionProblem, BackwardArgs, BackwardOperands, DType, DeviceId, DeviceResult, ForwardArgs,
     ForwardOperands,
 };
 
 use crate::arch::{Arch, Portable, Simd};
+#[cfg(target_arch = "x86_64")]
+use crate::arch::{Avx2, Avx512};
 use crate::memory::Block;
 use backward::{Backward, KeyPartials, Part, Wants};
 use bias_gradient::{Reduction, owner_pass, reduce_sums, write_tile};
@@ -29,32 +31,41 @@ use schedule::{BackwardSchedule, ForwardSchedule, cuts};
 pub(crate) use workspace::BlockCache;
 use workspace::{Carver, Lease};
 
-/// Calls a function generic over the instruction set with the token of a run-time choice.
+/// Calls a function generic over the instruction set with the token of a run-time choice. Products of pairs are for
+/// problems in bf16 alone.
 macro_rules! dispatch {
-    ($arch:expr, $run:ident($($argument:expr),*)) => {
+    ($arch:expr, $problem:expr, $run:ident($($argument:expr),*)) => {{
+        let pairs = $problem.spec().dtype == DType::BF16;
         match $arch {
+            Arch::PortableBf16 if pairs => $run(Portable::<true>, $($argument),*),
             #[cfg(target_arch = "x86_64")]
-            Arch::Avx512 if let Some(s) = crate::arch::Avx512::detect() => $run(s, $($argument),*),
+            Arch::Avx512Bf16 if let Some(s) = Avx512::<true>::detect().filter(|_| pairs) => $run(s, $($argument),*),
             #[cfg(target_arch = "x86_64")]
-            Arch::Avx2 if let Some(s) = crate::arch::Avx2::detect() => $run(s, $($argument),*),
+            Arch::Avx512 | Arch::Avx512Bf16 if let Some(s) = Avx512::<false>::detect() => $run(s, $($argument),*),
+            #[cfg(target_arch = "x86_64")]
+            Arch::Avx2 if let Some(s) = Avx2::<false>::detect() => $run(s, $($argument),*),
             #[cfg(target_arch = "aarch64")]
             Arch::Neon if let Some(s) = crate::arch::Neon::detect() => $run(s, $($argument),*),
-            _ => $run(Portable, $($argument),*),
+            _ => $run(Portable::<false>, $($argument),*),
         }
-    };
+    }};
 }
 
 /// Tiles and workspace of a problem.
 pub(crate) fn plan(problem: &AttentionProblem, arch: Arch, workers: usize) -> AttentionPlan {
-    let forward = ForwardSchedule::new(problem, workers);
-    let backward = BackwardPlan::new(problem, workers);
+    dispatch!(arch, problem, plan_for(problem, arch, workers))
+}
+
+fn plan_for<S: Simd>(_: S, problem: &AttentionProblem, arch: Arch, workers: usize) -> AttentionPlan {
+    let forward = ForwardSchedule::new(problem, S::LANES, workers);
+    let backward = BackwardPlan::new::<S>(problem, workers);
     AttentionPlan {
         problem: problem.clone(),
         device: DeviceId::CPU,
         kernel: format!("cpu-{arch}-{}", problem.spec().dtype),
         tile_q: forward.shape.tile_q,
         tile_k: forward.shape.tile_k,
-        forward_workspace_bytes: workers * forward::scratch_bytes(problem, forward.shape),
+        forward_workspace_bytes: workers * forward::scratch_bytes::<S>(problem, forward.shape),
         backward_workspace_bytes: workers * backward.item_bytes + backward.shared_bytes(),
         deterministic: true,
     }
@@ -64,14 +75,14 @@ pub(crate) fn plan(problem: &AttentionProblem, arch: Arch, workers: usize) -> At
 pub(crate) fn forward(arch: Arch, cache: &BlockCache, args: ForwardArgs<'_>) -> DeviceResult<()> {
     let problem = &args.plan().problem;
     let operands = args.into_operands();
-    dispatch!(arch, run_forward(problem, operands, cache))
+    dispatch!(arch, problem, run_forward(problem, operands, cache))
 }
 
 /// Runs a backward launch.
 pub(crate) fn backward(arch: Arch, cache: &BlockCache, args: BackwardArgs<'_>) -> DeviceResult<()> {
     let problem = &args.plan().problem;
     let operands = args.into_operands();
-    dispatch!(arch, run_backward(problem, operands, cache))
+    dispatch!(arch, problem, run_backward(problem, operands, cache))
 }
 
 fn run_forward<S: Simd>(
@@ -81,7 +92,7 @@ fn run_forward<S: Simd>(
     cache: &BlockCache,
 ) -> DeviceResult<()> {
     let workers = rayon::current_num_threads();
-    let schedule = ForwardSchedule::new(problem, workers);
+    let schedule = ForwardSchedule::new(problem, S::LANES, workers);
     let views = Views {
         q: &operands.q,
         k: &operands.k,
@@ -99,7 +110,7 @@ fn run_forward<S: Simd>(
         lse_low: operands.lse_low.map(Operand::write),
         shape: schedule.shape,
     };
-    let bytes = forward::scratch_bytes(problem, schedule.shape);
+    let bytes = forward::scratch_bytes::<S>(problem, schedule.shape);
     let items = schedule.items(problem.spec());
     let lease = cache.lease(workers.min(items.len()), bytes)?;
     items
@@ -124,19 +135,19 @@ struct BackwardPlan<'p> {
 const OWNER_TILES: usize = 4;
 
 impl<'p> BackwardPlan<'p> {
-    fn new(problem: &'p AttentionProblem, workers: usize) -> Self {
+    fn new<S: Simd>(problem: &'p AttentionProblem, workers: usize) -> Self {
         let spec = problem.spec();
         let wanted = spec.gradients.biases;
         let reductions: Vec<_> =
             spec.biases.iter().enumerate().map(|(i, bias)| wanted[i].then(|| Reduction::of(bias, spec))).collect();
         let bias_sum = reductions.contains(&Some(Reduction::Rows));
-        let schedule = BackwardSchedule::new(problem, workers, bias_sum);
+        let schedule = BackwardSchedule::new(problem, S::LANES, workers, bias_sum);
         let wants = Wants { row: true, bias_sum };
-        let owner = ItemShape { item_q: OWNER_TILES * schedule.shape.tile_q, heads: 1, slab: false, ..schedule.shape };
-        let mut item_bytes = backward::scratch_bytes(problem, schedule.shape, wants);
+        let owner = ItemShape { item_q: OWNER_TILES * schedule.shape.tile_q, heads: 1, slab: false, whole_keys: false, ..schedule.shape };
+        let mut item_bytes = backward::scratch_bytes::<S>(problem, schedule.shape, wants);
         if reductions.contains(&Some(Reduction::Owner)) {
             let wants = Wants { row: false, bias_sum: true };
-            item_bytes = item_bytes.max(backward::scratch_bytes(problem, owner, wants));
+            item_bytes = item_bytes.max(backward::scratch_bytes::<S>(problem, owner, wants));
         }
         Self { problem, reductions, schedule, wants, owner, item_bytes }
     }
@@ -206,7 +217,7 @@ fn run_backward<S: Simd>(
     cache: &BlockCache,
 ) -> DeviceResult<()> {
     let workers = rayon::current_num_threads();
-    let plan = BackwardPlan::new(problem, workers);
+    let plan = BackwardPlan::new::<S>(problem, workers);
     let spec = problem.spec();
     let views = Views {
         q: &operands.q,
@@ -284,10 +295,18 @@ fn main_pass<S: Simd>(
     let group = plan.problem.group();
     plan.schedule.items(plan.problem.spec()).into_par_iter().with_max_len(1).try_for_each(|item| {
         lease.with(plan.item_bytes, |block| {
-            let scratch = backward.scratch(&mut Carver::over(block), plan.wants);
+            let scratch = backward.scratch::<S>(&mut Carver::over(block), plan.wants);
             let chunk = item.queries.start / plan.schedule.chunk;
-            for queries in cuts(item.queries.clone(), plan.schedule.shape.item_q) {
-                let part = Part { heads: 0..group, queries, chunk };
+            let parts = cuts(item.queries.clone(), plan.schedule.shape.item_q).map(|queries| {
+                let (first, last) = (queries.start == item.queries.start, queries.end == item.queries.end);
+                Part { heads: 0..group, queries, chunk, first, last }
+            });
+            if plan.schedule.shape.whole_keys {
+                let parts: Vec<_> = parts.collect();
+                backward.run_by_row(s, &item, &parts, &scratch, plan.wants);
+                return;
+            }
+            for part in parts {
                 backward.run(s, &item, &part, &scratch, plan.wants);
                 if let Some(sum) = scratch.bias_sum {
                     rows.take(s, backward, plan, &item, &part, sum, scratch.turned);
@@ -351,7 +370,7 @@ impl RowGradients {
         let (tiles, size) = (spec.seqlen_q.div_ceil(shape.tile_q), backward.padded_keys() * shape.tile_q);
         (0..spec.batch * spec.heads * tiles).into_par_iter().try_for_each(|index| {
             lease.with(plan.item_bytes, |block| {
-                let scratch = backward.scratch(&mut Carver::over(block), plan.wants);
+                let scratch = backward.scratch::<S>(&mut Carver::over(block), plan.wants);
                 let (owner, tile) = (index / tiles, index % tiles);
                 let chunk = |chunk: usize| partial.at([chunk, owner, tile * size]).cast::<f32>();
                 // SAFETY: every chunk has the tile, and only this worker reads or writes it now.

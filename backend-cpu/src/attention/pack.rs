@@ -189,6 +189,45 @@ pub(crate) unsafe fn pack_rows(
     }
 }
 
+/// Rounds rows of f32 to bf16: slots are pairs of neighbours in a row.
+///
+/// # Safety
+/// `from` has `rows` rows of `columns` elements, a multiple of 8, `to` as many of half as many slots.
+#[inline(always)]
+pub(crate) unsafe fn pair_columns<S: Simd>(s: S, rows: usize, columns: usize, from: Matrix, to: Matrix) {
+    if !columns.is_multiple_of(S::LANES) {
+        // SAFETY: the caller's.
+        return unsafe { pair_columns(s.half(), rows, columns, from, to) };
+    }
+    for i in 0..rows {
+        for j in (0..columns).step_by(S::LANES) {
+            // SAFETY: LANES elements of row i on both sides.
+            unsafe { s.store_bf16(to.at(i, 0).cast::<bf16>().add(j), s.load(from.at(i, j))) }
+        }
+    }
+}
+
+/// Rounds rows of f32 to bf16: slots are pairs of rows, the last one of an odd number with zeros.
+///
+/// # Safety
+/// `from` has `rows` rows of `columns` elements, a multiple of 8, `to` half as many rows, rounded up.
+#[inline(always)]
+pub(crate) unsafe fn pair_rows<S: Simd>(s: S, rows: usize, columns: usize, from: Matrix, to: Matrix) {
+    if !columns.is_multiple_of(S::LANES) {
+        // SAFETY: the caller's.
+        return unsafe { pair_rows(s.half(), rows, columns, from, to) };
+    }
+    for i in (0..rows).step_by(2) {
+        for j in (0..columns).step_by(S::LANES) {
+            // SAFETY: LANES elements of row i, and of the next one where there is one.
+            unsafe {
+                let second = if i + 1 < rows { s.load(from.at(i + 1, j)) } else { s.splat(0.0) };
+                s.store(to.at(i / 2, j), s.pair(s.load(from.at(i, j)), second));
+            }
+        }
+    }
+}
+
 /// `to[j][i] = factor · from[i][j]` for `rows × columns`, both multiples of the lanes of S or of its half.
 ///
 /// # Safety

@@ -2,6 +2,11 @@
 //!
 //! Lanes are queries (or channels); every product is `C[i][lanes] = start + Σ_x A[i][x] · B[x][lanes]` with A broadcast
 //! element by element. What happens before and after the sum differs between the phases of attention: a [`Phase`].
+//!
+//! With [`Simd::PAIRS`] an element of A and B is a slot of two bf16, neighbours along x, and x counts slots; C is f32. The
+//! softmax scale, otherwise part of Q, is then applied after the sum, since Q is not rounded a second time.
+
+use half::bf16;
 
 use crate::arch::Simd;
 
@@ -10,7 +15,7 @@ const MAX_BLOCK_ROWS: usize = 8;
 /// Steps of a sum between two jumps.
 const UNROLL: usize = 4;
 
-/// A matrix in packed memory: first element and elements from one row to the next.
+/// A matrix of 32-bit slots in packed memory: first one and slots from one row to the next.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Matrix {
     pub(crate) data: *mut f32,
@@ -25,22 +30,29 @@ impl Matrix {
     }
 }
 
-/// What a product starts from and what becomes of its result, one register block at a time.
-pub(crate) trait Phase<S: Simd> {
+/// What a product starts from and what becomes of its result, one register block at a time. Phases go by value: behind a
+/// reference every store would make the compiler read their pointers again.
+pub(crate) trait Phase<S: Simd>: Copy {
     /// The block at `row`, `column` (in elements) before the sum.
     ///
     /// # Safety
     /// The block lies inside the matrices the phase was built with.
-    unsafe fn start<const M: usize, const N: usize>(&self, s: S, row: usize, column: usize) -> [[S::V; N]; M];
+    unsafe fn start<const M: usize, const N: usize>(self, s: S, row: usize, column: usize) -> [[S::V; N]; M];
 
     /// Takes the block after the sum.
     ///
     /// # Safety
     /// As [`Phase::start`].
-    unsafe fn finish<const M: usize, const N: usize>(&mut self, s: S, row: usize, column: usize, sum: [[S::V; N]; M]);
+    unsafe fn finish<const M: usize, const N: usize>(self, s: S, row: usize, column: usize, sum: [[S::V; N]; M]);
 }
 
-/// `rows × (vectors · LANES)` results over `depth` products each. With `TRANSPOSED`, A is stored as `[x][i]`.
+/// Slots that hold so many elements of a summed axis.
+#[inline(always)]
+pub(crate) fn slots<S: Simd>(elements: usize) -> usize {
+    if S::PAIRS { elements.div_ceil(2) } else { elements }
+}
+
+/// `rows × (vectors · LANES)` results over `depth` slots each. With `TRANSPOSED`, A is stored as `[x][i]`.
 ///
 /// # Safety
 /// A has `rows × depth` elements, B `depth` rows of `vectors · LANES`, and the phase's matrices cover the result.
@@ -50,7 +62,7 @@ pub(crate) unsafe fn product<S: Simd, P: Phase<S>, const TRANSPOSED: bool>(
     (rows, vectors, depth): (usize, usize, usize),
     a: Matrix,
     b: Matrix,
-    phase: &mut P,
+    phase: P,
 ) {
     let mut vector = 0;
     while vector < vectors {
@@ -97,7 +109,7 @@ struct Block<S: Simd> {
 impl<S: Simd> Block<S> {
     /// The run-time number of rows as a constant.
     #[inline(always)]
-    unsafe fn rows<P: Phase<S>, const N: usize, const TRANSPOSED: bool>(&self, rows: usize, phase: &mut P) {
+    unsafe fn rows<P: Phase<S>, const N: usize, const TRANSPOSED: bool>(&self, rows: usize, phase: P) {
         // SAFETY: the caller's.
         unsafe {
             match rows {
@@ -114,7 +126,7 @@ impl<S: Simd> Block<S> {
     }
 
     #[inline(always)]
-    unsafe fn run<P: Phase<S>, const M: usize, const N: usize, const TRANSPOSED: bool>(&self, phase: &mut P) {
+    unsafe fn run<P: Phase<S>, const M: usize, const N: usize, const TRANSPOSED: bool>(&self, phase: P) {
         let s = self.s;
         // SAFETY: rows `row..row + M` and the columns of N vectors are inside A, B and the phase's matrices.
         unsafe {
@@ -156,7 +168,7 @@ impl<S: Simd> Block<S> {
                 // SAFETY: A has an element for every row of the block and every step.
                 let factor = s.splat(unsafe { *a.add(at) });
                 for j in 0..N {
-                    sum[i][j] = s.fma(factor, lanes[j], sum[i][j]);
+                    sum[i][j] = s.multiply(factor, lanes[j], sum[i][j]);
                 }
             }
         }
@@ -164,13 +176,14 @@ impl<S: Simd> Block<S> {
 }
 
 /// `C += A B`: weighted values, and every gradient that is a product.
+#[derive(Clone, Copy, Debug)]
 pub(crate) struct Accumulate {
     pub(crate) c: Matrix,
 }
 
 impl<S: Simd> Phase<S> for Accumulate {
     #[inline(always)]
-    unsafe fn start<const M: usize, const N: usize>(&self, s: S, row: usize, column: usize) -> [[S::V; N]; M] {
+    unsafe fn start<const M: usize, const N: usize>(self, s: S, row: usize, column: usize) -> [[S::V; N]; M] {
         let mut block = [[s.splat(0.0); N]; M];
         for i in 0..M {
             for j in 0..N {
@@ -182,7 +195,7 @@ impl<S: Simd> Phase<S> for Accumulate {
     }
 
     #[inline(always)]
-    unsafe fn finish<const M: usize, const N: usize>(&mut self, s: S, row: usize, column: usize, sum: [[S::V; N]; M]) {
+    unsafe fn finish<const M: usize, const N: usize>(self, s: S, row: usize, column: usize, sum: [[S::V; N]; M]) {
         for (i, sum) in sum.into_iter().enumerate() {
             for (j, sum) in sum.into_iter().enumerate() {
                 // SAFETY: the block is inside C.
@@ -207,13 +220,45 @@ impl TileBias {
         let mut block = [[s.splat(0.0); N]; M];
         for i in 0..M {
             // SAFETY: `keys` has a value for every row of the result.
-            let key = s.splat(unsafe { *self.keys.add(row + i) });
-            for j in 0..N {
-                block[i][j] = match self.tile {
+            block[i] = [s.splat(unsafe { *self.keys.add(row + i) }); N];
+        }
+        if let Some(tile) = self.tile {
+            let first = tile.at(row, column);
+            for i in 0..M {
+                for j in 0..N {
                     // SAFETY: the block is inside the tile.
-                    Some(tile) => s.add(key, unsafe { s.load(tile.at(row + i, column + j * S::LANES)) }),
-                    None => key,
-                };
+                    block[i][j] = s.add(block[i][j], unsafe { s.load(first.add(i * tile.stride + j * S::LANES)) });
+                }
+            }
+        }
+        block
+    }
+
+    /// What the sum of a block starts from: the bias, unless a scale comes between.
+    #[inline(always)]
+    unsafe fn before<S: Simd, const M: usize, const N: usize>(self, s: S, row: usize, column: usize) -> [[S::V; N]; M] {
+        // SAFETY: the caller's.
+        if S::PAIRS { [[s.splat(0.0); N]; M] } else { unsafe { self.start(s, row, column) } }
+    }
+
+    /// The logits of a block from its sum.
+    #[inline(always)]
+    unsafe fn after<S: Simd, const M: usize, const N: usize>(
+        self,
+        s: S,
+        (row, column): (usize, usize),
+        scale: f32,
+        sum: [[S::V; N]; M],
+    ) -> [[S::V; N]; M] {
+        if !S::PAIRS {
+            return sum;
+        }
+        let scale = s.splat(scale);
+        // SAFETY: the caller's.
+        let mut block = unsafe { self.start(s, row, column) };
+        for i in 0..M {
+            for j in 0..N {
+                block[i][j] = s.fma(sum[i][j], scale, block[i][j]);
             }
         }
         block
@@ -221,8 +266,11 @@ impl TileBias {
 }
 
 /// Forward logits Sᵀ = bias + K Qᵀ, stored, with the running maximum of every query.
+#[derive(Clone, Copy, Debug)]
 pub(crate) struct Scores {
     pub(crate) bias: TileBias,
+    /// Softmax scale in base 2, where Q has it not.
+    pub(crate) scale: f32,
     pub(crate) scores: Matrix,
     /// One running maximum per query.
     pub(crate) row_max: *mut f32,
@@ -230,21 +278,24 @@ pub(crate) struct Scores {
 
 impl<S: Simd> Phase<S> for Scores {
     #[inline(always)]
-    unsafe fn start<const M: usize, const N: usize>(&self, s: S, row: usize, column: usize) -> [[S::V; N]; M] {
+    unsafe fn start<const M: usize, const N: usize>(self, s: S, row: usize, column: usize) -> [[S::V; N]; M] {
         // SAFETY: the caller's.
-        unsafe { self.bias.start(s, row, column) }
+        unsafe { self.bias.before(s, row, column) }
     }
 
     #[inline(always)]
-    unsafe fn finish<const M: usize, const N: usize>(&mut self, s: S, row: usize, column: usize, sum: [[S::V; N]; M]) {
+    unsafe fn finish<const M: usize, const N: usize>(self, s: S, row: usize, column: usize, sum: [[S::V; N]; M]) {
+        // SAFETY: the caller's.
+        let sum = unsafe { self.bias.after(s, (row, column), self.scale, sum) };
         for j in 0..N {
             let at = column + j * S::LANES;
             // SAFETY: the block is inside the scores, and `row_max` has a value for every query.
             unsafe {
                 let mut max = s.load(self.row_max.add(at));
+                let first = self.scores.at(row, at);
                 for (i, sum) in sum.iter().enumerate() {
                     max = s.max(max, sum[j]);
-                    s.store(self.scores.at(row + i, at), sum[j]);
+                    s.store(first.add(i * self.scores.stride), sum[j]);
                 }
                 s.store(self.row_max.add(at), max);
             }
@@ -253,30 +304,42 @@ impl<S: Simd> Phase<S> for Scores {
 }
 
 /// Backward probabilities Pᵀ = exp2(bias + K Qᵀ - lse), recomputed from the log-sum-exp of every query in two parts.
+#[derive(Clone, Copy, Debug)]
 pub(crate) struct Probabilities {
     pub(crate) bias: TileBias,
+    /// Softmax scale in base 2, where Q has it not.
+    pub(crate) scale: f32,
     pub(crate) lse: *const f32,
     pub(crate) lse_low: *const f32,
     pub(crate) probabilities: Matrix,
+    /// With `PAIRS`, the same as pairs of queries: what dV is made of.
+    pub(crate) by_query: Matrix,
 }
 
 impl<S: Simd> Phase<S> for Probabilities {
     #[inline(always)]
-    unsafe fn start<const M: usize, const N: usize>(&self, s: S, row: usize, column: usize) -> [[S::V; N]; M] {
+    unsafe fn start<const M: usize, const N: usize>(self, s: S, row: usize, column: usize) -> [[S::V; N]; M] {
         // SAFETY: the caller's.
-        unsafe { self.bias.start(s, row, column) }
+        unsafe { self.bias.before(s, row, column) }
     }
 
     #[inline(always)]
-    unsafe fn finish<const M: usize, const N: usize>(&mut self, s: S, row: usize, column: usize, sum: [[S::V; N]; M]) {
+    unsafe fn finish<const M: usize, const N: usize>(self, s: S, row: usize, column: usize, sum: [[S::V; N]; M]) {
+        // SAFETY: the caller's.
+        let sum = unsafe { self.bias.after(s, (row, column), self.scale, sum) };
         for j in 0..N {
             let at = column + j * S::LANES;
             // SAFETY: the block is inside the result, and both parts of lse have a value for every query.
             unsafe {
                 let (lse, low) = (s.load(self.lse.add(at)), s.load(self.lse_low.add(at)));
+                let first = self.probabilities.at(row, at);
                 for (i, sum) in sum.iter().enumerate() {
                     // Subtracted after the products, as forward's maximum is: with -1e9 biases both lose the same bits.
-                    s.store(self.probabilities.at(row + i, at), s.exp2(s.sub(s.sub(sum[j], lse), low)));
+                    let probability = s.exp2(s.sub(s.sub(sum[j], lse), low));
+                    s.store(first.add(i * self.probabilities.stride), probability);
+                    if S::PAIRS {
+                        s.store_bf16(self.by_query.at(row + i, 0).cast::<bf16>().add(at), probability);
+                    }
                 }
             }
         }
@@ -284,17 +347,22 @@ impl<S: Simd> Phase<S> for Probabilities {
 }
 
 /// Backward dSᵀ = Pᵀ ⊙ (V dOᵀ - delta).
+#[derive(Clone, Copy, Debug)]
 pub(crate) struct ScoreGradients {
     pub(crate) delta: *const f32,
     pub(crate) probabilities: Matrix,
-    pub(crate) gradients: Matrix,
+    /// In f32, where a product or a sum reads that; may be the memory of the probabilities.
+    pub(crate) gradients: Option<Matrix>,
+    /// With `PAIRS`, as pairs of queries and as pairs of keys: what dK and dQ are made of.
+    pub(crate) by_query: Matrix,
+    pub(crate) by_key: Matrix,
     /// Sum over the rows that share a bias: `[key][query]`, when a bias wants it.
     pub(crate) bias_sum: Option<Matrix>,
 }
 
 impl<S: Simd> Phase<S> for ScoreGradients {
     #[inline(always)]
-    unsafe fn start<const M: usize, const N: usize>(&self, s: S, _: usize, column: usize) -> [[S::V; N]; M] {
+    unsafe fn start<const M: usize, const N: usize>(self, s: S, _: usize, column: usize) -> [[S::V; N]; M] {
         let mut first = [s.splat(0.0); N];
         for j in 0..N {
             // SAFETY: `delta` has a value for every query.
@@ -304,17 +372,59 @@ impl<S: Simd> Phase<S> for ScoreGradients {
     }
 
     #[inline(always)]
-    unsafe fn finish<const M: usize, const N: usize>(&mut self, s: S, row: usize, column: usize, sum: [[S::V; N]; M]) {
-        for (i, sum) in sum.into_iter().enumerate() {
-            for (j, sum) in sum.into_iter().enumerate() {
-                let at = (row + i, column + j * S::LANES);
-                // SAFETY: the block is inside the three matrices.
+    unsafe fn finish<const M: usize, const N: usize>(self, s: S, row: usize, column: usize, sum: [[S::V; N]; M]) {
+        let p = self.probabilities.at(row, column);
+        let mut block = sum;
+        for i in 0..M {
+            for j in 0..N {
+                // SAFETY: the block is inside the probabilities.
+                let probability = unsafe { s.load(p.add(i * self.probabilities.stride + j * S::LANES)) };
+                block[i][j] = s.mul(block[i][j], probability);
+            }
+        }
+        if let Some(gradients) = self.gradients {
+            let first = gradients.at(row, column);
+            for i in 0..M {
+                for j in 0..N {
+                    // SAFETY: the block is inside the gradients.
+                    unsafe { s.store(first.add(i * gradients.stride + j * S::LANES), block[i][j]) }
+                }
+            }
+        }
+        if S::PAIRS {
+            // SAFETY: the block is inside both matrices; every block starts at an even row.
+            unsafe { self.store_pairs(s, row, column, &block) }
+        }
+        let Some(total) = self.bias_sum else { return };
+        let first = total.at(row, column);
+        for i in 0..M {
+            for j in 0..N {
+                let total = first.wrapping_add(i * total.stride + j * S::LANES);
+                // SAFETY: the block is inside the sum.
+                unsafe { s.store(total, s.add(s.load(total), block[i][j])) }
+            }
+        }
+    }
+}
+
+impl ScoreGradients {
+    #[inline(always)]
+    unsafe fn store_pairs<S: Simd, const M: usize, const N: usize>(
+        self,
+        s: S,
+        row: usize,
+        column: usize,
+        block: &[[S::V; N]; M],
+    ) {
+        for i in 0..M {
+            for j in 0..N {
+                let at = column + j * S::LANES;
+                // SAFETY: the caller's.
                 unsafe {
-                    let gradient = s.mul(sum, s.load(self.probabilities.at(at.0, at.1)));
-                    s.store(self.gradients.at(at.0, at.1), gradient);
-                    if let Some(total) = self.bias_sum {
-                        let total = total.at(at.0, at.1);
-                        s.store(total, s.add(s.load(total), gradient));
+                    s.store_bf16(self.by_query.at(row + i, 0).cast::<bf16>().add(at), block[i][j]);
+                    if i % 2 == 0 {
+                        let second = if i + 1 < M { block[i + 1][j] } else { s.splat(0.0) };
+                        s.store(self.by_key.at((row + i) / 2, at), s.pair(block[i][j], second));
                     }
                 }
             }

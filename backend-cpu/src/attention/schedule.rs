@@ -9,8 +9,12 @@ use tilefold_core::{AttentionProblem, AttentionSpec};
 
 use super::forward::{Item, ItemShape};
 
-/// Queries of a tile: whole vectors of every instruction set, and with [`tile_keys`] a tile that fits the L1 cache.
-const TILE_QUERIES: usize = 48;
+/// Queries of a tile for vectors of so many lanes: whole register blocks, and with [`tile_keys`] a tile that fits the L1
+/// cache.
+pub(crate) fn tile_queries(lanes: usize) -> usize {
+    if lanes == 16 { 64 } else { 48 }
+}
+
 /// A slab's share of the cache in forward, which can cut queries freely.
 const FORWARD_SLAB_BYTES: usize = 2 << 20;
 /// A slab's share in backward, where a cut costs another pass over dK and dV.
@@ -30,13 +34,23 @@ fn tile_keys(spec: &AttentionSpec, most: usize) -> usize {
     (4096 / channels).clamp(16, most).next_multiple_of(16)
 }
 
-/// Bytes of a cache line.
-const LINE_BYTES: usize = 64;
+/// Bytes of one position's heads that an item takes together: neighbours in memory, in lines the processor fetches ahead.
+const RUN_BYTES: usize = 256;
+/// Most heads of an item.
+const MAX_HEADS: usize = 4;
+/// Slab of an item's heads that leaves the L2 cache some room.
+const SLAB_L2_BYTES: usize = 5 << 18;
 
-/// Key heads of an item: as many as share a cache line, so that a line is fetched once.
-fn item_heads(spec: &AttentionSpec) -> usize {
+/// Key heads of an item: several for long runs of memory, as far as what rows share stays in the L2 cache.
+fn item_heads(problem: &AttentionProblem, tile_k: usize, bias_sum: bool) -> usize {
+    let spec = problem.spec();
     let bytes = spec.head_dim.min(spec.head_dim_v) * spec.dtype.size_bytes();
-    (LINE_BYTES / bytes).clamp(1, spec.kv_heads.min(4))
+    let mut most = (RUN_BYTES / bytes).clamp(1, MAX_HEADS.min(spec.kv_heads));
+    if bias_sum || (spec.rows > 1 && shares_bias(spec)) {
+        let slab = problem.group() * spec.seqlen_q * spec.seqlen_k.next_multiple_of(tile_k) * size_of::<f32>();
+        most = most.min((SLAB_L2_BYTES / slab).max(1));
+    }
+    spec.kv_heads.div_ceil(spec.kv_heads.div_ceil(most))
 }
 
 /// Whether rows share a bias (or ALiBi) that a slab would hold.
@@ -48,22 +62,27 @@ fn shares_bias(spec: &AttentionSpec) -> bool {
 }
 
 /// Queries per item for a slab within `bytes`, cut evenly; `None` when a slab does not pay.
-fn slab_queries(problem: &AttentionProblem, tile_k: usize, queries: usize, bytes: usize) -> Option<usize> {
+fn slab_queries(
+    problem: &AttentionProblem,
+    (tile_q, tile_k): (usize, usize),
+    heads: usize,
+    queries: usize,
+    bytes: usize,
+) -> Option<usize> {
     let spec = problem.spec();
-    let heads = item_heads(spec) * problem.group();
-    let per_query = heads * spec.seqlen_k.next_multiple_of(tile_k) * size_of::<f32>();
-    let smallest = per_query.checked_mul(TILE_QUERIES)?;
+    let per_query = heads * problem.group() * spec.seqlen_k.next_multiple_of(tile_k) * size_of::<f32>();
+    let smallest = per_query.checked_mul(tile_q)?;
     if spec.rows < 2 || !shares_bias(spec) || smallest > LARGEST_SLAB_BYTES {
         return None;
     }
-    Some(even_cut(queries, (bytes / per_query).max(TILE_QUERIES)))
+    Some(even_cut(queries, (bytes / per_query).max(tile_q), tile_q))
 }
 
 /// The length of equal parts of whole tiles, at most `most` each (or one tile).
-fn even_cut(queries: usize, most: usize) -> usize {
-    let tiles = queries.div_ceil(TILE_QUERIES);
-    let parts = tiles.div_ceil((most / TILE_QUERIES).max(1));
-    tiles.div_ceil(parts) * TILE_QUERIES
+fn even_cut(queries: usize, most: usize, tile_q: usize) -> usize {
+    let tiles = queries.div_ceil(tile_q);
+    let parts = tiles.div_ceil((most / tile_q).max(1));
+    tiles.div_ceil(parts) * tile_q
 }
 
 /// Cut of a forward pass.
@@ -74,19 +93,19 @@ pub(crate) struct ForwardSchedule {
 }
 
 impl ForwardSchedule {
-    pub(crate) fn new(problem: &AttentionProblem, workers: usize) -> Self {
-        let spec = problem.spec();
+    pub(crate) fn new(problem: &AttentionProblem, lanes: usize, workers: usize) -> Self {
+        let (spec, tile_q) = (problem.spec(), tile_queries(lanes));
         let tile_k = tile_keys(spec, 96);
-        let slab = slab_queries(problem, tile_k, spec.seqlen_q, FORWARD_SLAB_BYTES);
-        let heads = item_heads(spec);
+        let heads = item_heads(problem, tile_k, false);
+        let slab = slab_queries(problem, (tile_q, tile_k), heads, spec.seqlen_q, FORWARD_SLAB_BYTES);
         let outer = spec.batch * spec.kv_heads.div_ceil(heads);
         let wanted = workers * 8;
         // Without a slab a few tiles of queries are enough to pay for packing keys.
-        let few = (spec.seqlen_q / (wanted / (outer * spec.rows)).max(1)).clamp(4 * TILE_QUERIES, 16 * TILE_QUERIES);
-        let item_q = slab.unwrap_or_else(|| even_cut(spec.seqlen_q, few));
+        let few = (spec.seqlen_q / (wanted / (outer * spec.rows)).max(1)).clamp(4 * tile_q, 16 * tile_q);
+        let item_q = slab.unwrap_or_else(|| even_cut(spec.seqlen_q, few, tile_q));
         let parts = outer * spec.seqlen_q.div_ceil(item_q);
         let rows = (spec.rows * parts).div_ceil(wanted).clamp(1, spec.rows);
-        Self { shape: ItemShape { tile_q: TILE_QUERIES, tile_k, item_q, heads, slab: slab.is_some() }, rows }
+        Self { shape: ItemShape { tile_q, tile_k, item_q, heads, slab: slab.is_some(), whole_keys: false }, rows }
     }
 
     /// All items; neighbours share a slab.
@@ -115,31 +134,39 @@ pub(crate) struct BackwardSchedule {
 
 impl BackwardSchedule {
     /// `bias_sum` says whether dS is summed over rows as the pass goes.
-    pub(crate) fn new(problem: &AttentionProblem, workers: usize, bias_sum: bool) -> Self {
-        let spec = problem.spec();
+    pub(crate) fn new(problem: &AttentionProblem, lanes: usize, workers: usize, bias_sum: bool) -> Self {
+        let (spec, tile_q) = (problem.spec(), tile_queries(lanes));
         let tile_k = tile_keys(spec, 48);
-        let heads = item_heads(spec);
+        let heads = item_heads(problem, tile_k, bias_sum);
         let outer = spec.batch * spec.kv_heads.div_ceil(heads);
-        let row_chunks = if bias_sum && spec.rows >= 8 { SPLIT_ITEMS.div_ceil(outer).min(spec.rows / 4) } else { 1 };
-        let items = if bias_sum { outer * row_chunks } else { outer * spec.rows };
-        let most_chunks = (spec.seqlen_q / (2 * TILE_QUERIES)).clamp(1, MAX_QUERY_CHUNKS);
-        let query_chunks = SPLIT_ITEMS.div_ceil(items).min(most_chunks);
-        let chunk = even_cut(spec.seqlen_q, spec.seqlen_q.div_ceil(query_chunks).next_multiple_of(TILE_QUERIES));
-        let slab = slab_queries(problem, tile_k, chunk, BACKWARD_SLAB_BYTES);
-        let without = if bias_sum {
-            // The sum has the size of a slab, whether or not one is read.
-            let per_query = heads * problem.group() * spec.seqlen_k.next_multiple_of(tile_k) * size_of::<f32>();
-            BACKWARD_SLAB_BYTES / per_query
-        } else {
-            BACKWARD_QUERIES / problem.group()
+        let item_queries = |queries: usize| {
+            let slab = slab_queries(problem, (tile_q, tile_k), heads, queries, BACKWARD_SLAB_BYTES);
+            let most = if bias_sum {
+                // The sum has the size of a slab, whether or not one is read.
+                let per_query = heads * problem.group() * spec.seqlen_k.next_multiple_of(tile_k) * size_of::<f32>();
+                BACKWARD_SLAB_BYTES / per_query
+            } else {
+                BACKWARD_QUERIES / problem.group()
+            };
+            (slab.unwrap_or_else(|| even_cut(queries, most.max(tile_q), tile_q)), slab.is_some())
         };
-        let item_q = slab.unwrap_or_else(|| even_cut(chunk, without.max(TILE_QUERIES)));
+        let most_chunks = (spec.seqlen_q / (2 * tile_q)).clamp(1, MAX_QUERY_CHUNKS);
+        // Queries that are cut in any case make items of their own; chunks of rows would each hold a sum of all dS.
+        let parts = spec.seqlen_q.div_ceil(item_queries(spec.seqlen_q).0).min(most_chunks);
+        let parts = if bias_sum { parts } else { 1 };
+        let split_rows = if bias_sum && spec.rows >= 8 { SPLIT_ITEMS.div_ceil(outer * parts) } else { 1 };
+        let row_chunks = split_rows.min(spec.rows.div_ceil(4));
+        let items = outer * parts * if bias_sum { row_chunks } else { spec.rows };
+        let query_chunks = (parts * SPLIT_ITEMS.div_ceil(items)).min(most_chunks);
+        let chunk = even_cut(spec.seqlen_q, spec.seqlen_q.div_ceil(query_chunks).next_multiple_of(tile_q), tile_q);
+        let (item_q, slab) = item_queries(chunk);
         let rows = if bias_sum {
             spec.rows.div_ceil(row_chunks)
         } else {
             (spec.rows * outer * spec.seqlen_q.div_ceil(chunk)).div_ceil(workers * 8).clamp(1, spec.rows)
         };
-        Self { shape: ItemShape { tile_q: TILE_QUERIES, tile_k, item_q, heads, slab: slab.is_some() }, rows, chunk }
+        let whole_keys = !slab && !bias_sum && item_q < chunk;
+        Self { shape: ItemShape { tile_q, tile_k, item_q, heads, slab, whole_keys }, rows, chunk }
     }
 
     /// Chunks of queries.
@@ -154,7 +181,7 @@ impl BackwardSchedule {
 
     /// Whether dK and dV are summed from several parts.
     pub(crate) fn splits_keys(&self, spec: &AttentionSpec) -> bool {
-        self.shape.item_q < spec.seqlen_q
+        self.chunk < spec.seqlen_q || (self.shape.item_q < self.chunk && !self.shape.whole_keys)
     }
 
     /// All items.
@@ -200,13 +227,15 @@ mod tests {
         for (rows, seqlen, heads) in [(1, 1, 1), (3, 100, 2), (128, 256, 8), (5, 5000, 1), (300, 47, 3)] {
             let problem = problem(rows, seqlen, heads);
             let spec = problem.spec();
-            let forward = ForwardSchedule::new(&problem, 2).items(spec);
-            let backward = [true, false].map(|sum| BackwardSchedule::new(&problem, 2, sum).items(spec));
-            for items in [forward].into_iter().chain(backward) {
-                let cells: usize =
-                    items.iter().map(|item| item.rows.len() * item.queries.len() * item.kv_heads.len()).sum();
-                assert_eq!(cells, rows * seqlen * heads);
-                assert!(items.iter().all(|item| item.queries.start % TILE_QUERIES == 0));
+            for lanes in [4, 8, 16] {
+                let forward = ForwardSchedule::new(&problem, lanes, 2).items(spec);
+                let backward = [true, false].map(|sum| BackwardSchedule::new(&problem, lanes, 2, sum).items(spec));
+                for items in [forward].into_iter().chain(backward) {
+                    let cells: usize =
+                        items.iter().map(|item| item.rows.len() * item.queries.len() * item.kv_heads.len()).sum();
+                    assert_eq!(cells, rows * seqlen * heads);
+                    assert!(items.iter().all(|item| item.queries.start % tile_queries(lanes) == 0));
+                }
             }
         }
     }
@@ -215,10 +244,10 @@ mod tests {
     fn sums_do_not_depend_on_workers() {
         for (rows, seqlen, heads) in [(1, 1000, 1), (16, 100, 2), (128, 256, 4), (2, 5000, 1)] {
             let problem = problem(rows, seqlen, heads);
-            let cut = |workers| BackwardSchedule::new(&problem, workers, true);
+            let cut = |workers| BackwardSchedule::new(&problem, 8, workers, true);
             let (one, many) = (cut(1), cut(64));
             assert_eq!((one.shape, one.rows, one.chunk), (many.shape, many.rows, many.chunk));
-            let cut = |workers| BackwardSchedule::new(&problem, workers, false);
+            let cut = |workers| BackwardSchedule::new(&problem, 8, workers, false);
             assert_eq!((cut(1).shape, cut(1).chunk), (cut(64).shape, cut(64).chunk));
         }
     }

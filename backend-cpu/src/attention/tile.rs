@@ -47,35 +47,33 @@ impl TileScratch {
 }
 
 impl Inputs<'_> {
-    /// Keys and values of one (batch, row, key head), packed. A key that the bool mask excludes becomes 0, so that what
-    /// stands there, NaN included, has no influence.
+    /// Keys or values of one (batch, row, key head), packed in f32. A key that the bool mask excludes becomes 0, so that
+    /// what stands there, NaN included, has no influence.
     ///
     /// # Safety
-    /// The keys exist, and both matrices have room for them.
+    /// The keys exist and have so many channels, and the matrix has room for them.
     #[inline(always)]
     pub(crate) unsafe fn pack_keys(
         &self,
+        operand: &Operand<5>,
         (batch, row, head): (usize, usize, usize),
         k: &Range<usize>,
-        (keys, values): (Matrix, Matrix),
+        channels: usize,
+        to: Matrix,
     ) {
-        let spec = self.problem.spec();
-        for (operand, to, channels) in [(self.k, keys, spec.head_dim), (self.v, values, spec.head_dim_v)] {
-            let at = |i: usize| Row {
-                data: operand.at([batch, row, k.start + i, head, 0]),
-                dtype: operand.dtype,
-                stride: operand.strides[4],
-            };
-            // SAFETY: the caller's.
-            unsafe { pack_rows((k.len(), k.len(), channels), at, to) };
-        }
+        let at = |i: usize| Row {
+            data: operand.at([batch, row, k.start + i, head, 0]),
+            dtype: operand.dtype,
+            stride: operand.strides[4],
+        };
+        // SAFETY: the caller's.
+        unsafe { pack_rows((k.len(), k.len(), channels), at, to) };
         let Some(mask) = &self.key_mask else { return };
         for i in 0..k.len() {
-            // SAFETY: one byte inside the mask, and row i of both matrices.
+            // SAFETY: one byte inside the mask, and row i of the matrix.
             unsafe {
                 if *mask.at([batch, row, k.start + i]) == 0 {
-                    clear_tile(Matrix { data: keys.at(i, 0), ..keys }, 1, keys.stride);
-                    clear_tile(Matrix { data: values.at(i, 0), ..values }, 1, values.stride);
+                    clear_tile(Matrix { data: to.at(i, 0), ..to }, 1, to.stride);
                 }
             }
         }
