@@ -512,6 +512,13 @@ fn grouped_queries(dtype: DType) -> Vec<Case> {
             cases.push(if length == 20 { case } else { case.with_gate().with(|c| c.spec.mask.causal = true) });
         }
     }
+    // More queries of a key head than a worker holds at once: dK and dV are summed over parts of the queries.
+    for empty_rows in [EmptyRows::Zero, EmptyRows::Uniform] {
+        let mut spec = spec(dtype, 16, (300, 40), 32, 4);
+        (spec.kv_heads, spec.empty_rows) = (1, empty_rows);
+        let name = format!("32over1/300/{empty_rows:?}").to_lowercase();
+        cases.push(Case::new("gqa", name, spec).with_key_mask(MaskPattern::EverySecondRow));
+    }
     cases
 }
 

@@ -143,7 +143,13 @@ impl<'p> BackwardPlan<'p> {
         let bias_sum = reductions.contains(&Some(Reduction::Rows));
         let schedule = BackwardSchedule::new(problem, S::LANES, workers, bias_sum);
         let wants = Wants { row: true, bias_sum };
-        let owner = ItemShape { item_q: OWNER_TILES * schedule.shape.tile_q, heads: 1, slab: false, whole_keys: false, ..schedule.shape };
+        let owner = ItemShape {
+            item_q: OWNER_TILES * schedule.shape.tile_q,
+            heads: 1,
+            slab: false,
+            whole_keys: false,
+            ..schedule.shape
+        };
         let mut item_bytes = backward::scratch_bytes::<S>(problem, schedule.shape, wants);
         if reductions.contains(&Some(Reduction::Owner)) {
             let wants = Wants { row: false, bias_sum: true };
