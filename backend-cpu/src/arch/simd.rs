@@ -107,6 +107,23 @@ pub(crate) unsafe trait Simd: Copy + Send + Sync + 'static {
         unsafe { store_bf16_lanes(self, to, v) }
     }
 
+    /// Slots that hold `first[i]` and `second[i]`.
+    ///
+    /// # Safety
+    /// Both are valid for reads of `LANES` bf16.
+    #[inline(always)]
+    unsafe fn interleave(self, first: *const bf16, second: *const bf16) -> Self::V {
+        let mut lanes = [0.0; MOST_LANES];
+        // SAFETY: the caller's; the array holds LANES elements.
+        unsafe {
+            for (i, lane) in lanes.iter_mut().enumerate().take(Self::LANES) {
+                let bits = |from: *const bf16| u32::from(from.add(i).read_unaligned().to_bits());
+                *lane = f32::from_bits(bits(first) | bits(second) << 16);
+            }
+            self.load(lanes.as_ptr())
+        }
+    }
+
     /// `to[j][i] = from[i][j]` for a block of `LANES × LANES`, with row strides in elements.
     ///
     /// # Safety

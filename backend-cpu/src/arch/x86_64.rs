@@ -158,6 +158,16 @@ unsafe impl<const PAIRS: bool> Simd for Avx2<PAIRS> {
     }
 
     #[inline(always)]
+    unsafe fn interleave(self, first: *const bf16, second: *const bf16) -> __m256 {
+        // SAFETY: the caller promises 8 readable bf16 on both sides; the rest moves registers.
+        unsafe {
+            let low = _mm256_cvtepu16_epi32(_mm_loadu_si128(first.cast()));
+            let high = _mm256_cvtepu16_epi32(_mm_loadu_si128(second.cast()));
+            _mm256_castsi256_ps(_mm256_or_si256(low, _mm256_slli_epi32::<16>(high)))
+        }
+    }
+
+    #[inline(always)]
     unsafe fn transpose(self, from: *const f32, from_stride: usize, to: *mut f32, to_stride: usize) {
         // SAFETY: the caller promises 8 rows of 8 f32 on both sides; the rest moves registers.
         unsafe {
@@ -360,6 +370,16 @@ unsafe impl<const PAIRS: bool> Simd for Avx512<PAIRS> {
         }
         // SAFETY: the caller promises room for 16 bf16.
         unsafe { _mm256_storeu_si256(to.cast(), transmute::<__m256bh, __m256i>(_mm512_cvtneps_pbh(v))) }
+    }
+
+    #[inline(always)]
+    unsafe fn interleave(self, first: *const bf16, second: *const bf16) -> __m512 {
+        // SAFETY: the caller promises 16 readable bf16 on both sides; the rest moves registers.
+        unsafe {
+            let low = _mm512_cvtepu16_epi32(_mm256_loadu_si256(first.cast()));
+            let high = _mm512_cvtepu16_epi32(_mm256_loadu_si256(second.cast()));
+            _mm512_castsi512_ps(_mm512_or_si512(low, _mm512_slli_epi32::<16>(high)))
+        }
     }
 
     #[inline(always)]

@@ -19,8 +19,8 @@ use tilefold_core::attention::Cover;
 use tilefold_core::{AttentionProblem, EmptyRows};
 
 use super::forward::{Item, ItemShape, key_tiles, padded_channels, padded_slots, scale_base2, sigmoid};
-use super::operands::{Inputs, Operand};
-use super::pack::{Row, pack_rows, pair_columns, pair_rows, scale, transpose};
+use super::operands::{Ahead, Inputs, Operand};
+use super::pack::{Row, pack_rows, pack_slots, pair_columns, pair_rows, scale, transpose};
 use super::product::{Accumulate, Matrix, Probabilities, ScoreGradients, product, slots};
 use super::tile::{Position, TileScratch};
 use super::workspace::Carver;
@@ -156,7 +156,7 @@ impl Scratch {
             gradients: if S::PAIRS { probabilities } else { ds_by_query },
             ds_by_query,
             ds_by_key,
-            wide: carver.matrix(only_pairs(shape.tile_k.max(queries)), channels.max(channels_v)),
+            wide: carver.matrix(only_pairs(queries), channels.max(channels_v)),
             narrow: carver.matrix(only_pairs(queries), in_slots.max(in_slots_v)),
             key_sum: carver.floats(shape.tile_k),
             uniform: carver.floats(channels_v),
@@ -180,8 +180,8 @@ impl Scratch {
         unsafe {
             if S::PAIRS {
                 let narrow = Matrix { stride: padded_slots::<S>(rows.stride), ..self.narrow };
-                pair_rows(s, lanes, rows.stride, rows, by_row);
                 pair_columns(s, lanes, rows.stride, rows, narrow);
+                pair_rows(s, lanes, rows.stride, narrow, by_row);
                 transpose(s, lanes, narrow.stride, narrow, turned);
             } else {
                 transpose(s, lanes, rows.stride, rows, turned);
@@ -342,36 +342,38 @@ impl Backward<'_> {
         }
     }
 
-    /// Asks for a part of the next key tile, and with the last one for the queries of the next row or head: early enough
-    /// to arrive, late enough to stay in the cache.
+    /// What tile `index` of `all` asks for, of `q × k`: its share of the next key tile, and with the last key tile its own
+    /// queries of the next row or head.
     #[inline(always)]
-    fn prefetch_next<S: Simd>(
+    fn ahead(
         &self,
-        s: S,
         item: &Item,
         part: &Part,
         (row, kv_head): (usize, usize),
-        k: &Range<usize>,
-        step: (usize, usize),
-    ) {
+        (q, k): (&Range<usize>, &Range<usize>),
+        (index, all): (usize, usize),
+    ) -> [Ahead; 5] {
         let spec = self.inputs.problem.spec();
         let more = k.end < self.inputs.problem.kv_length(item.batch, row);
         let next = if more { Some((row, kv_head)) } else { item.after((row, kv_head)) };
-        let Some((row, kv_head)) = next else { return };
+        let mut ahead = [Ahead::NOTHING; 5];
+        let Some((row, kv_head)) = next else { return ahead };
         let start = if more { k.end } else { 0 };
-        let count = self.shape.tile_k.min(spec.seqlen_k - start);
-        for (operand, channels) in [(self.inputs.k, spec.head_dim), (self.inputs.v, spec.head_dim_v)] {
-            operand.prefetch(s, [item.batch, row, start, kv_head, 0], (count, channels), step);
+        let rows = self.shape.tile_k.min(spec.seqlen_k - start);
+        // Values come half a turn after keys.
+        let of_keys = [(&self.inputs.k, spec.head_dim, index), (&self.inputs.v, spec.head_dim_v, (index + all / 2) % all)];
+        for (ahead, (operand, channels, index)) in ahead.iter_mut().zip(of_keys) {
+            *ahead = operand.ahead([item.batch, row, start, kv_head, 0], (rows, channels), (index, all), k.len());
         }
         if more {
-            return;
+            return ahead;
         }
-        let head = kv_head * self.inputs.problem.group() + part.heads.start;
-        let of_queries = [(self.inputs.q, spec.head_dim), (self.out, spec.head_dim_v), (self.d_out, spec.head_dim_v)];
-        for (operand, channels) in of_queries {
-            let at = [item.batch, row, part.queries.start, head, 0];
-            operand.prefetch(s, at, (part.queries.len(), channels), step);
+        let head = kv_head * self.inputs.problem.group() + part.heads.start + index * part.heads.len() / all;
+        let of_queries = [(&self.inputs.q, spec.head_dim), (&self.out, spec.head_dim_v), (&self.d_out, spec.head_dim_v)];
+        for (ahead, (operand, channels)) in ahead[2..].iter_mut().zip(of_queries) {
+            *ahead = operand.ahead([item.batch, row, q.start, head, 0], (q.len(), channels), (0, 1), k.len());
         }
+        ahead
     }
 
     #[inline(always)]
@@ -394,14 +396,20 @@ impl Backward<'_> {
         };
         // SAFETY: all queries of `q` exist; the matrices were carved for a tile.
         unsafe {
-            let rows = scratch.rows_of(tile.q, channels, S::PAIRS);
-            pack_rows((q.len(), lanes, spec.head_dim), |i| row(&self.inputs.q, i), rows);
-            scratch.turn(s, lanes, rows, (tile.q, tile.q_turned));
-            if !S::PAIRS {
+            let first = [at.batch, at.row, q.start, at.head, 0];
+            let rows = self.inputs.q.rows(first, [2, 4]);
+            if S::PAIRS {
+                let narrow = Matrix { stride: padded_slots::<S>(channels), ..scratch.narrow };
+                pack_slots(s, (q.len(), lanes, spec.head_dim), rows, narrow);
+                pair_rows(s, lanes, channels, narrow, tile.q);
+                transpose(s, lanes, narrow.stride, narrow, tile.q_turned);
+            } else {
+                pack_rows(s, (q.len(), lanes, spec.head_dim), rows, tile.q);
+                transpose(s, lanes, channels, tile.q, tile.q_turned);
                 scale(channels, lanes, scale_base2(&self.inputs), tile.q_turned);
             }
             let d_out = scratch.rows_of(tile.d_out, channels_v, S::PAIRS);
-            pack_rows((q.len(), lanes, spec.head_dim_v), |i| row(&self.d_out, i), d_out);
+            pack_rows(s, (q.len(), lanes, spec.head_dim_v), self.d_out.rows(first, [2, 4]), d_out);
             let [out, gate, d_gate] = scratch.rows;
             out.write_bytes(0, channels_v);
             gate.write_bytes(0, channels_v);
@@ -484,19 +492,13 @@ impl Backward<'_> {
     #[inline(always)]
     unsafe fn pack_keys<S: Simd>(&self, s: S, at: (usize, usize, usize), k: &Range<usize>, scratch: &Scratch) {
         let (inputs, spec) = (&self.inputs, self.inputs.problem.spec());
-        for (operand, channels, to) in
-            [(&inputs.k, spec.head_dim, scratch.keys), (&inputs.v, spec.head_dim_v, scratch.values)]
-        {
-            let rows = scratch.rows_of(to, padded_channels(channels), S::PAIRS);
-            // SAFETY: the caller's; the matrices were carved for a key tile.
-            unsafe {
-                inputs.pack_keys(operand, at, k, channels, rows);
-                if S::PAIRS {
-                    pair_columns(s, k.len(), rows.stride, rows, to);
-                }
-                if S::PAIRS && to.data == scratch.keys.data {
-                    pair_rows(s, k.len(), rows.stride, rows, scratch.keys_by_key);
-                }
+        // SAFETY: the caller's; the matrices were carved for a key tile.
+        unsafe {
+            inputs.pack_keys(s, &inputs.k, at, k, spec.head_dim, scratch.keys);
+            inputs.pack_keys(s, &inputs.v, at, k, spec.head_dim_v, scratch.values);
+            if S::PAIRS {
+                let by_key = scratch.keys_by_key;
+                pair_rows(s, k.len().next_multiple_of(2), by_key.stride, scratch.keys, by_key);
             }
         }
     }
@@ -533,8 +535,9 @@ impl Backward<'_> {
             for tile in 0..tiles {
                 let q = self.tile_range(part, tile);
                 let all = part.heads.len() * tiles;
-                self.prefetch_next(s, item, part, (row, kv_head), k, (head * tiles + tile, all));
-                self.run_tile(s, at, (&q, k), keys, (head * tiles + tile, slab_start), scratch, wants);
+                let index = head * tiles + tile;
+                let ahead = self.ahead(item, part, (row, kv_head), (&q, k), (index, all));
+                self.run_tile(s, at, (&q, k), keys, (index, slab_start), ahead, scratch, wants);
             }
             if let (Some(sums), true) = (&self.key_sums, wants.row) {
                 let batch = part.chunk * spec.batch + at.batch;
@@ -557,6 +560,7 @@ impl Backward<'_> {
         (q, k): (&Range<usize>, &Range<usize>),
         keys: *const f32,
         (index, slab_start): (usize, usize),
+        ahead: [Ahead; 5],
         scratch: &Scratch,
         wants: Wants,
     ) {
@@ -583,6 +587,7 @@ impl Backward<'_> {
                 lse_low: tile.lse_low,
                 probabilities: scratch.probabilities,
                 by_query: scratch.p_by_query,
+                ahead,
             };
             let shape = (k.len(), vectors, slots::<S>(spec.head_dim));
             s.vectorize(

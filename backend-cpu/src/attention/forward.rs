@@ -17,8 +17,8 @@ use std::ops::Range;
 use tilefold_core::attention::Cover;
 use tilefold_core::{AttentionProblem, EmptyRows};
 
-use super::operands::{Inputs, Operand};
-use super::pack::{Row, pack_rows, pair_columns, pair_rows, scale, transpose};
+use super::operands::{Ahead, Inputs, Operand};
+use super::pack::{Row, pack_rows, pack_slots, pair_rows, scale, transpose};
 use super::product::{Accumulate, Matrix, Scores, product, slots};
 use super::tile::{Position, TileScratch};
 use super::workspace::Carver;
@@ -88,10 +88,10 @@ struct Scratch {
     slab: Option<Matrix>,
     /// For every head of the group and query tile: Qᵀ, Oᵀ, row max, row sum.
     tiles: Vec<QueryTile>,
-    /// What a product takes of K and V, and with `PAIRS` the same in f32, on the way.
+    /// What a product takes of K and V, and with `PAIRS` V as pairs of channels, on the way.
     keys: Matrix,
     values: Matrix,
-    wide: Matrix,
+    narrow: Matrix,
     scores: Matrix,
     old_max: *mut f32,
     /// `[query][channel]`, on the way in and out; with `PAIRS` also `[query][slot]`.
@@ -130,7 +130,7 @@ impl Scratch {
                 .collect(),
             keys: carver.matrix(shape.tile_k, slot_stride),
             values: carver.matrix(slots::<S>(shape.tile_k), channels_v),
-            wide: carver.matrix(only_pairs(shape.tile_k), channels.max(channels_v)),
+            narrow: carver.matrix(only_pairs(shape.tile_k), padded_slots::<S>(spec.head_dim_v)),
             scores: carver.matrix(shape.tile_k, shape.tile_q),
             old_max: carver.floats(shape.tile_q),
             rows: carver.matrix(shape.tile_q, channels.max(channels_v)),
@@ -227,16 +227,9 @@ impl Forward<'_> {
                 let keys = unsafe { self.inputs.key_values(at, &k, k.len(), &scratch.bias) };
                 let Some(keys) = keys else { continue };
                 for tile in 0..tiles {
-                    let part = (head * tiles + tile, all);
-                    self.prefetch_next(s, item, (row, kv_head), (&k, length), part);
-                    self.run_tile(
-                        s,
-                        at,
-                        (&self.tile_range(item, tile), &k),
-                        keys,
-                        (head * tiles + tile, slab_start),
-                        scratch,
-                    );
+                    let (q, index) = (self.tile_range(item, tile), head * tiles + tile);
+                    let ahead = self.ahead(item, (row, kv_head), (&q, &k, length), (index, all));
+                    self.run_tile(s, at, (&q, &k), keys, (index, slab_start), ahead, scratch);
                 }
             }
         }
@@ -255,46 +248,46 @@ impl Forward<'_> {
         let (inputs, spec) = (&self.inputs, self.inputs.problem.spec());
         // SAFETY: the caller's; the matrices were carved for a key tile.
         unsafe {
-            if !S::PAIRS {
-                inputs.pack_keys(&inputs.k, at, k, spec.head_dim, scratch.keys);
-                inputs.pack_keys(&inputs.v, at, k, spec.head_dim_v, scratch.values);
-                return;
+            inputs.pack_keys(s, &inputs.k, at, k, spec.head_dim, scratch.keys);
+            if S::PAIRS {
+                inputs.pack_keys(s, &inputs.v, at, k, spec.head_dim_v, scratch.narrow);
+                let rows = k.len().next_multiple_of(2);
+                pair_rows(s, rows, scratch.values.stride, scratch.narrow, scratch.values);
+            } else {
+                inputs.pack_keys(s, &inputs.v, at, k, spec.head_dim_v, scratch.values);
             }
-            let wide = Matrix { stride: padded_channels(spec.head_dim), ..scratch.wide };
-            inputs.pack_keys(&inputs.k, at, k, spec.head_dim, wide);
-            pair_columns(s, k.len(), wide.stride, wide, scratch.keys);
-            let wide = Matrix { stride: padded_channels(spec.head_dim_v), ..scratch.wide };
-            inputs.pack_keys(&inputs.v, at, k, spec.head_dim_v, wide);
-            pair_rows(s, k.len(), wide.stride, wide, scratch.values);
         }
     }
 
-    /// Asks for a part of the next key tile, and with the last one for the queries and outputs of the next row or head:
-    /// early enough to arrive, late enough to stay in the cache.
+    /// What tile `part` of `parts` asks for, of `q × k`: its share of the next key tile, and with the last key tile its
+    /// own queries and outputs of the next row or head.
     #[inline(always)]
-    fn prefetch_next<S: Simd>(
+    fn ahead(
         &self,
-        s: S,
         item: &Item,
         (row, kv_head): (usize, usize),
-        (k, length): (&Range<usize>, usize),
-        part: (usize, usize),
-    ) {
+        (q, k, length): (&Range<usize>, &Range<usize>, usize),
+        (part, parts): (usize, usize),
+    ) -> [Ahead; 4] {
         let spec = self.inputs.problem.spec();
-        let next = if k.end < length { Some((row, kv_head)) } else { item.after((row, kv_head)) };
-        let Some((row, kv_head)) = next else { return };
-        let start = if k.end < length { k.end } else { 0 };
-        let count = self.shape.tile_k.min(spec.seqlen_k - start);
-        for (operand, channels) in [(self.inputs.k, spec.head_dim), (self.inputs.v, spec.head_dim_v)] {
-            operand.prefetch(s, [item.batch, row, start, kv_head, 0], (count, channels), part);
+        let more = k.end < length;
+        let next = if more { Some((row, kv_head)) } else { item.after((row, kv_head)) };
+        let Some((row, kv_head)) = next else { return [Ahead::NOTHING; 4] };
+        let start = if more { k.end } else { 0 };
+        let keys = [item.batch, row, start, kv_head, 0];
+        let rows = self.shape.tile_k.min(spec.seqlen_k - start);
+        let of_keys = |operand: &Operand<5>, channels, part| operand.ahead(keys, (rows, channels), (part, parts), k.len());
+        // Values come half a turn after keys.
+        let (k_part, v_part) = (part, (part + parts / 2) % parts);
+        let (k_ahead, v_ahead) =
+            (of_keys(&self.inputs.k, spec.head_dim, k_part), of_keys(&self.inputs.v, spec.head_dim_v, v_part));
+        if more {
+            return [k_ahead, v_ahead, Ahead::NOTHING, Ahead::NOTHING];
         }
-        if start > 0 {
-            return;
-        }
-        for (operand, channels) in [(self.inputs.q, spec.head_dim), (self.out, spec.head_dim_v)] {
-            let at = [item.batch, row, item.queries.start, kv_head * self.inputs.problem.group(), 0];
-            operand.prefetch(s, at, (item.queries.len(), channels), part);
-        }
+        let group = self.inputs.problem.group();
+        let queries = [item.batch, row, q.start, kv_head * group + part * group / parts, 0];
+        let of_queries = |operand: &Operand<5>, channels| operand.ahead(queries, (q.len(), channels), (0, 1), k.len());
+        [k_ahead, v_ahead, of_queries(&self.inputs.q, spec.head_dim), of_queries(&self.out, spec.head_dim_v)]
     }
 
     #[inline(always)]
@@ -305,18 +298,14 @@ impl Forward<'_> {
         let operand = self.inputs.q;
         let lanes = q.len().next_multiple_of(S::LANES);
         let rows = Matrix { stride: padded, ..scratch.rows };
-        let row = |i: usize| Row {
-            data: operand.at([at.batch, at.row, q.start + i, at.head, 0]),
-            dtype: operand.dtype,
-            stride: operand.strides[4],
-        };
+        let from = operand.rows([at.batch, at.row, q.start, at.head, 0], [2, 4]);
         // SAFETY: all queries of `q` exist; the matrices were carved for a tile.
         unsafe {
-            pack_rows((q.len(), lanes, channels), row, rows);
             if S::PAIRS {
-                pair_columns(s, lanes, padded, rows, scratch.pairs);
+                pack_slots(s, (q.len(), lanes, channels), from, scratch.pairs);
                 transpose(s, lanes, scratch.pairs.stride, scratch.pairs, tile.q);
             } else {
+                pack_rows(s, (q.len(), lanes, channels), from, rows);
                 scale(lanes, padded, scale_base2(&self.inputs), rows);
                 transpose(s, lanes, padded, rows, tile.q);
             }
@@ -329,6 +318,7 @@ impl Forward<'_> {
     }
 
     #[inline(always)]
+    #[allow(clippy::too_many_arguments, reason = "where in the problem, and what comes next")]
     fn run_tile<S: Simd>(
         &self,
         s: S,
@@ -336,6 +326,7 @@ impl Forward<'_> {
         (q, k): (&Range<usize>, &Range<usize>),
         keys: *const f32,
         (index, slab_start): (usize, usize),
+        ahead: [Ahead; 4],
         scratch: &Scratch,
     ) {
         let spec = self.inputs.problem.spec();
@@ -352,8 +343,13 @@ impl Forward<'_> {
         // SAFETY: every matrix was carved for a tile, and holds what the phase before wrote.
         unsafe {
             scratch.old_max.copy_from_nonoverlapping(tile.row_max, vectors * S::LANES);
-            let scores =
-                Scores { bias, scale: scale_base2(&self.inputs), scores: scratch.scores, row_max: tile.row_max };
+            let scores = Scores {
+                bias,
+                scale: scale_base2(&self.inputs),
+                scores: scratch.scores,
+                row_max: tile.row_max,
+                ahead,
+            };
             let shape = (k.len(), vectors, slots::<S>(spec.head_dim));
             s.vectorize(
                 #[inline(always)]
@@ -425,6 +421,9 @@ impl Forward<'_> {
     }
 
     unsafe fn write_lse(&self, at: Position, query: usize, row_max: f32, row_sum: f32) {
+        if self.lse.is_none() && self.lse_low.is_none() {
+            return;
+        }
         let (lse, low) = lse_parts(row_max, row_sum);
         for (operand, value) in [(self.lse, lse), (self.lse_low, low)] {
             if let Some(operand) = operand {

@@ -2,6 +2,7 @@
 
 use tilefold_core::{AttentionProblem, DType, TensorView, TensorViewMut};
 
+use super::pack::{Row, Rows};
 use crate::arch::Simd;
 
 /// An operand of R dimensions: address of its first element and strides in elements, 0 along broadcast axes.
@@ -59,24 +60,63 @@ impl<const R: usize> Operand<R> {
 /// Bytes of a cache line.
 const LINE_BYTES: usize = 64;
 
-impl Operand<5> {
-    /// Prefetches share `part` of `parts` of `length` rows of `channels` elements along axis 2, from `index`.
-    ///
-    /// Rows of one head lie far apart in memory, where no hardware prefetcher follows.
+/// Rows of an operand to ask for while a product runs, a few lines with every register block: rows of one head lie far
+/// apart in memory, where no hardware prefetcher follows, and many lines asked for at once wait for each other.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Ahead {
+    origin: *const u8,
+    row_bytes: isize,
+    /// Byte offsets inside a row: first one, and the end.
+    bytes: (usize, usize),
+    /// Rows of this operand per row of the product, in 1/65536.
+    pace: usize,
+}
+
+impl Ahead {
+    /// Nothing to ask for.
+    pub(crate) const NOTHING: Self =
+        Self { origin: std::ptr::null(), row_bytes: 0, bytes: (0, 0), pace: 0 };
+
+    /// Asks for the share of rows `row..row + count` of the product.
     #[inline(always)]
-    pub(crate) fn prefetch<S: Simd>(
-        &self,
-        s: S,
-        index: [usize; 5],
-        (length, channels): (usize, usize),
-        (part, parts): (usize, usize),
-    ) {
-        let bytes = channels * self.dtype.size_bytes();
-        for i in length * part / parts..length * (part + 1) / parts {
-            let row = self.at([index[0], index[1], index[2] + i, index[3], index[4]]);
-            for line in (0..bytes).step_by(LINE_BYTES) {
-                s.prefetch(row.wrapping_add(line));
+    pub(crate) fn fetch<S: Simd>(self, s: S, row: usize, count: usize) {
+        let (begin, end) = (row * self.pace >> 16, (row + count) * self.pace >> 16);
+        for i in begin..end {
+            let row = self.origin.wrapping_offset(i.cast_signed() * self.row_bytes);
+            let mut at = self.bytes.0;
+            while at < self.bytes.1 {
+                s.prefetch(row.wrapping_add(at));
+                at += LINE_BYTES;
             }
+        }
+    }
+}
+
+impl Operand<5> {
+    /// Rows along one axis and elements of a row along another, from `index`.
+    #[inline(always)]
+    pub(crate) fn rows(&self, index: [usize; 5], [along_rows, along_row]: [usize; 2]) -> Rows {
+        let first = Row { data: self.at(index), dtype: self.dtype, stride: self.strides[along_row] };
+        Rows { first, step: self.strides[along_rows] }
+    }
+
+    /// Part `part` of `parts` of `count` rows of `channels` elements along axis 2, from `index`, spread over a product of
+    /// `rows` rows. Parts are cut by channels.
+    #[inline(always)]
+    pub(crate) fn ahead(
+        &self,
+        index: [usize; 5],
+        (count, channels): (usize, usize),
+        (part, parts): (usize, usize),
+        rows: usize,
+    ) -> Ahead {
+        let size = self.dtype.size_bytes();
+        let lines = (channels * size).div_ceil(LINE_BYTES);
+        Ahead {
+            origin: self.at(index).cast_const(),
+            row_bytes: self.strides[2].wrapping_mul(size.cast_signed()),
+            bytes: (lines * part / parts * LINE_BYTES, lines * (part + 1) / parts * LINE_BYTES),
+            pace: (count << 16).div_ceil(rows),
         }
     }
 }

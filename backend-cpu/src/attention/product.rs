@@ -8,6 +8,7 @@
 
 use half::bf16;
 
+use super::operands::Ahead;
 use crate::arch::Simd;
 
 /// Most rows of a register block.
@@ -274,11 +275,16 @@ pub(crate) struct Scores {
     pub(crate) scores: Matrix,
     /// One running maximum per query.
     pub(crate) row_max: *mut f32,
+    /// What the next tiles will read.
+    pub(crate) ahead: [Ahead; 4],
 }
 
 impl<S: Simd> Phase<S> for Scores {
     #[inline(always)]
     unsafe fn start<const M: usize, const N: usize>(self, s: S, row: usize, column: usize) -> [[S::V; N]; M] {
+        if column == 0 {
+            self.ahead.into_iter().for_each(|ahead| ahead.fetch(s, row, M));
+        }
         // SAFETY: the caller's.
         unsafe { self.bias.before(s, row, column) }
     }
@@ -314,11 +320,16 @@ pub(crate) struct Probabilities {
     pub(crate) probabilities: Matrix,
     /// With `PAIRS`, the same as pairs of queries: what dV is made of.
     pub(crate) by_query: Matrix,
+    /// What the next tiles will read.
+    pub(crate) ahead: [Ahead; 5],
 }
 
 impl<S: Simd> Phase<S> for Probabilities {
     #[inline(always)]
     unsafe fn start<const M: usize, const N: usize>(self, s: S, row: usize, column: usize) -> [[S::V; N]; M] {
+        if column == 0 {
+            self.ahead.into_iter().for_each(|ahead| ahead.fetch(s, row, M));
+        }
         // SAFETY: the caller's.
         unsafe { self.bias.before(s, row, column) }
     }

@@ -6,7 +6,7 @@ use std::ops::Range;
 use tilefold_core::attention::Cover;
 
 use super::operands::{Inputs, Operand};
-use super::pack::{Row, pack_rows, transpose};
+use super::pack::{Row, pack_rows, pack_slots, transpose};
 use super::product::{Matrix, TileBias};
 use super::workspace::Carver;
 use crate::arch::Simd;
@@ -47,27 +47,31 @@ impl TileScratch {
 }
 
 impl Inputs<'_> {
-    /// Keys or values of one (batch, row, key head), packed in f32. A key that the bool mask excludes becomes 0, so that
-    /// what stands there, NaN included, has no influence.
+    /// Keys or values of one (batch, row, key head), packed in what products take: f32, or with `PAIRS` slots of two
+    /// channels, in an even number of rows. A key that the bool mask excludes becomes 0, so that what stands there, NaN
+    /// included, has no influence.
     ///
     /// # Safety
     /// The keys exist and have so many channels, and the matrix has room for them.
     #[inline(always)]
-    pub(crate) unsafe fn pack_keys(
+    pub(crate) unsafe fn pack_keys<S: Simd>(
         &self,
+        s: S,
         operand: &Operand<5>,
         (batch, row, head): (usize, usize, usize),
         k: &Range<usize>,
         channels: usize,
         to: Matrix,
     ) {
-        let at = |i: usize| Row {
-            data: operand.at([batch, row, k.start + i, head, 0]),
-            dtype: operand.dtype,
-            stride: operand.strides[4],
-        };
+        let rows = operand.rows([batch, row, k.start, head, 0], [2, 4]);
         // SAFETY: the caller's.
-        unsafe { pack_rows((k.len(), k.len(), channels), at, to) };
+        unsafe {
+            if S::PAIRS {
+                pack_slots(s, (k.len(), k.len().next_multiple_of(2), channels), rows, to);
+            } else {
+                pack_rows(s, (k.len(), k.len(), channels), rows, to);
+            }
+        }
         let Some(mask) = &self.key_mask else { return };
         for i in 0..k.len() {
             // SAFETY: one byte inside the mask, and row i of the matrix.
@@ -267,18 +271,16 @@ unsafe fn add_bias<S: Simd>(
     sum: Matrix,
 ) {
     let [.., q_stride, k_stride] = bias.strides;
-    let element = |i: usize, j: usize| bias.at([at.batch, at.row, at.head, q.start + i, k.start + j]);
+    let first = [at.batch, at.row, at.head, q.start, k.start];
     // SAFETY: the tile is inside the bias, and the scratch covers it.
     unsafe {
         if k_stride == 0 || q_stride.abs() < k_stride.abs() {
             // Stored along the queries already.
-            let row = |j: usize| Row { data: element(0, j), dtype: bias.dtype, stride: q_stride };
-            pack_rows((k.len(), k.len(), q.len()), row, scratch.turned);
+            pack_rows(s, (k.len(), k.len(), q.len()), bias.rows(first, [4, 3]), scratch.turned);
         } else {
-            let row = |i: usize| Row { data: element(i, 0), dtype: bias.dtype, stride: k_stride };
             let rows = Matrix { stride: k.len().next_multiple_of(S::LANES), ..scratch.rows };
             let padded = q.len().next_multiple_of(S::LANES);
-            pack_rows((q.len(), padded, k.len()), row, rows);
+            pack_rows(s, (q.len(), padded, k.len()), bias.rows(first, [3, 4]), rows);
             transpose(s, padded, rows.stride, rows, scratch.turned);
         }
         for j in 0..k.len() {
