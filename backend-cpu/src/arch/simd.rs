@@ -107,6 +107,36 @@ pub(crate) unsafe trait Simd: Copy + Send + Sync + 'static {
         unsafe { store_bf16_lanes(self, to, v) }
     }
 
+    /// Two neighbours, in turn in all lanes.
+    ///
+    /// # Safety
+    /// `from` is valid for reads of two f32.
+    #[inline(always)]
+    unsafe fn splat_two(self, from: *const f32) -> Self::V {
+        // SAFETY: the caller's; the array holds LANES elements.
+        unsafe {
+            let two = [*from, *from.add(1)];
+            let lanes: [f32; MOST_LANES] = std::array::from_fn(|i| two[i % 2]);
+            self.load(lanes.as_ptr())
+        }
+    }
+
+    /// Adds the sums of two neighbouring lanes each to `LANES / 2` values at `to`.
+    ///
+    /// # Safety
+    /// `to` is valid for reads and writes of `LANES / 2` f32.
+    #[inline(always)]
+    unsafe fn add_twos(self, to: *mut f32, v: Self::V) {
+        let mut lanes = [0.0; MOST_LANES];
+        // SAFETY: the caller's; the array holds LANES elements.
+        unsafe {
+            self.store(lanes.as_mut_ptr(), v);
+            for i in 0..Self::LANES / 2 {
+                *to.add(i) += lanes[2 * i] + lanes[2 * i + 1];
+            }
+        }
+    }
+
     /// Slots that hold `first[i]` and `second[i]`.
     ///
     /// # Safety

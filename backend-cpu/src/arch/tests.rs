@@ -68,6 +68,23 @@ fn check_exp2<S: Simd>(s: S) {
     assert_eq!((got[8], got[9], got[11]), (2.0, 8.0, 0.5));
 }
 
+fn check_twos<S: Simd>(s: S) {
+    let n = S::LANES;
+    let x = values(n);
+    let (mut splat, mut sums) = ([0.0; 16], [1.0; 8]);
+    // SAFETY: `x` and `splat` have at least LANES elements, `sums` has half as many.
+    s.vectorize(|| unsafe {
+        s.store(splat.as_mut_ptr(), s.splat_two(x.as_ptr()));
+        s.add_twos(sums.as_mut_ptr(), s.load(x.as_ptr()));
+    });
+    for i in 0..n {
+        assert_eq!(splat[i], x[i % 2], "{i}");
+    }
+    for i in 0..n / 2 {
+        assert_eq!(sums[i], 1.0 + (x[2 * i] + x[2 * i + 1]), "{i}");
+    }
+}
+
 fn check_transpose<S: Simd>(s: S) {
     let n = S::LANES;
     let (from_stride, to_stride) = (n + 3, n + 5);
@@ -126,6 +143,7 @@ fn check_all<S: Simd>(s: S) {
     check(s);
     check_exp2(s);
     check_transpose(s);
+    check_twos(s);
 }
 
 #[test]

@@ -375,6 +375,23 @@ unsafe impl<const PAIRS: bool> Simd for Avx512<PAIRS> {
     }
 
     #[inline(always)]
+    unsafe fn splat_two(self, from: *const f32) -> __m512 {
+        // SAFETY: the caller promises 8 readable bytes.
+        unsafe { _mm512_castpd_ps(_mm512_set1_pd(from.cast::<f64>().read_unaligned())) }
+    }
+
+    #[inline(always)]
+    unsafe fn add_twos(self, to: *mut f32, v: __m512) {
+        // SAFETY: the caller promises 8 f32; the rest moves registers.
+        unsafe {
+            let sums = _mm256_hadd_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps::<1>(v));
+            // The horizontal sum leaves the halves of both vectors in turn.
+            let sums = _mm256_castpd_ps(_mm256_permute4x64_pd::<0b11_01_10_00>(_mm256_castps_pd(sums)));
+            _mm256_storeu_ps(to, _mm256_add_ps(_mm256_loadu_ps(to), sums));
+        }
+    }
+
+    #[inline(always)]
     unsafe fn interleave(self, first: *const bf16, second: *const bf16) -> __m512 {
         // SAFETY: the caller promises 16 readable bf16 on both sides; the rest moves registers.
         unsafe {

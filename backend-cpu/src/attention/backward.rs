@@ -21,7 +21,9 @@ use tilefold_core::{AttentionProblem, EmptyRows};
 use super::forward::{Item, ItemShape, key_tiles, padded_channels, padded_slots, scale_base2, sigmoid};
 use super::operands::{Ahead, Inputs, Operand};
 use super::pack::{Row, pack_rows, pack_slots, pair_columns, pair_rows, scale, transpose};
-use super::product::{Accumulate, Matrix, Probabilities, ScoreGradients, product, slots};
+use super::product::{
+    Accumulate, Matrix, Probabilities, ScoreGradients, product, product_of_twos, rows_of_twos, slots, wants_twos,
+};
 use super::tile::{Position, TileScratch};
 use super::workspace::Carver;
 use crate::arch::Simd;
@@ -84,7 +86,7 @@ pub(crate) struct Scratch {
     gradients: Matrix,
     ds_by_query: Matrix,
     ds_by_key: Matrix,
-    /// With `PAIRS`, rows in f32 and rows of slots, on the way in.
+    /// Rows in f32 and rows of slots, on the way in, where products take neither.
     wide: Matrix,
     narrow: Matrix,
     key_sum: *mut f32,
@@ -111,6 +113,11 @@ struct QueryTile {
     query_sum: *mut f32,
 }
 
+/// Whether products take rows of f32 as they are.
+fn takes_rows<S: Simd>(channels: usize) -> bool {
+    !S::PAIRS && !wants_twos::<S>(channels)
+}
+
 impl Scratch {
     fn carve<S: Simd>(carver: &mut Carver, problem: &AttentionProblem, shape: ItemShape, wants: Wants) -> Self {
         let spec = problem.spec();
@@ -129,6 +136,7 @@ impl Scratch {
         let p_by_query = of_pairs((shape.tile_k, queries / 2), Some(probabilities));
         let ds_by_query = of_pairs((shape.tile_k, queries / 2), None);
         let ds_by_key = of_pairs((shape.tile_k.div_ceil(2), queries), Some(ds_by_query));
+        let wide_rows = if takes_rows::<S>(channels) && takes_rows::<S>(channels_v) { 0 } else { queries };
         let keys_matrix = carver.matrix(shape.tile_k, in_slots);
         Self {
             slab: shape.slab.then(|| carver.matrix(shape.heads * tiles * keys, queries)),
@@ -156,7 +164,7 @@ impl Scratch {
             gradients: if S::PAIRS { probabilities } else { ds_by_query },
             ds_by_query,
             ds_by_key,
-            wide: carver.matrix(only_pairs(queries), channels.max(channels_v)),
+            wide: carver.matrix(wide_rows, channels.max(channels_v)),
             narrow: carver.matrix(only_pairs(queries), in_slots.max(in_slots_v)),
             key_sum: carver.floats(shape.tile_k),
             uniform: carver.floats(channels_v),
@@ -168,23 +176,40 @@ impl Scratch {
 }
 
 impl Scratch {
-    /// Where rows of f32 are packed that products take as `to`: there, unless they take pairs.
-    fn rows_of(&self, to: Matrix, channels: usize, pairs: bool) -> Matrix {
-        if pairs { Matrix { data: self.wide.data, stride: channels } } else { to }
+    /// Where rows of f32 are packed that products take as `to`: there, unless they take another form.
+    fn rows_of<S: Simd>(&self, to: Matrix, channels: usize) -> Matrix {
+        if takes_rows::<S>(channels) { to } else { Matrix { data: self.wide.data, stride: channels } }
     }
 
-    /// What products take of `lanes` rows of f32, summed over rows and, turned, over channels.
+    /// With `PAIRS`, `lanes` rows of f32 as slots.
+    #[inline(always)]
+    unsafe fn narrow<S: Simd>(&self, s: S, lanes: usize, rows: Matrix) -> Matrix {
+        if !S::PAIRS {
+            return rows;
+        }
+        let narrow = Matrix { stride: padded_slots::<S>(rows.stride), ..self.narrow };
+        // SAFETY: the caller's; the matrix was carved for a tile.
+        unsafe { pair_columns(s, lanes, rows.stride, rows, narrow) };
+        narrow
+    }
+
+    /// What products take of `lanes` rows, summed over rows and, turned, over channels.
     #[inline(always)]
     unsafe fn turn<S: Simd>(&self, s: S, lanes: usize, rows: Matrix, (by_row, turned): (Matrix, Matrix)) {
+        let channels = by_row.stride;
         // SAFETY: the caller's; the matrices were carved for a tile.
         unsafe {
-            if S::PAIRS {
-                let narrow = Matrix { stride: padded_slots::<S>(rows.stride), ..self.narrow };
-                pair_columns(s, lanes, rows.stride, rows, narrow);
-                pair_rows(s, lanes, rows.stride, narrow, by_row);
-                transpose(s, lanes, narrow.stride, narrow, turned);
+            transpose(s, lanes, rows.stride, rows, turned);
+            if !S::PAIRS {
+                if wants_twos::<S>(channels) {
+                    rows_of_twos(lanes, channels, rows, by_row);
+                }
+            } else if wants_twos::<S>(channels) {
+                let paired = Matrix { data: self.wide.data, stride: channels };
+                pair_rows(s, lanes, channels, rows, paired);
+                rows_of_twos(lanes / 2, channels, paired, by_row);
             } else {
-                transpose(s, lanes, rows.stride, rows, turned);
+                pair_rows(s, lanes, channels, rows, by_row);
             }
         }
     }
@@ -397,18 +422,22 @@ impl Backward<'_> {
         // SAFETY: all queries of `q` exist; the matrices were carved for a tile.
         unsafe {
             let first = [at.batch, at.row, q.start, at.head, 0];
-            let rows = self.inputs.q.rows(first, [2, 4]);
-            if S::PAIRS {
-                let narrow = Matrix { stride: padded_slots::<S>(channels), ..scratch.narrow };
-                pack_slots(s, (q.len(), lanes, spec.head_dim), rows, narrow);
-                pair_rows(s, lanes, channels, narrow, tile.q);
-                transpose(s, lanes, narrow.stride, narrow, tile.q_turned);
+            let from = self.inputs.q.rows(first, [2, 4]);
+            let rows = if S::PAIRS {
+                Matrix { stride: padded_slots::<S>(channels), ..scratch.narrow }
             } else {
-                pack_rows(s, (q.len(), lanes, spec.head_dim), rows, tile.q);
-                transpose(s, lanes, channels, tile.q, tile.q_turned);
+                scratch.rows_of::<S>(tile.q, channels)
+            };
+            if S::PAIRS {
+                pack_slots(s, (q.len(), lanes, spec.head_dim), from, rows);
+            } else {
+                pack_rows(s, (q.len(), lanes, spec.head_dim), from, rows);
+            }
+            scratch.turn(s, lanes, rows, (tile.q, tile.q_turned));
+            if !S::PAIRS {
                 scale(channels, lanes, scale_base2(&self.inputs), tile.q_turned);
             }
-            let d_out = scratch.rows_of(tile.d_out, channels_v, S::PAIRS);
+            let d_out = scratch.rows_of::<S>(tile.d_out, channels_v);
             pack_rows(s, (q.len(), lanes, spec.head_dim_v), self.d_out.rows(first, [2, 4]), d_out);
             let [out, gate, d_gate] = scratch.rows;
             out.write_bytes(0, channels_v);
@@ -437,7 +466,8 @@ impl Backward<'_> {
                 *tile.lse_low.add(i) = low;
                 *tile.query_sum.add(i) = 0.0;
             }
-            scratch.turn(s, lanes, d_out, (tile.d_out, tile.d_out_turned));
+            let rows = scratch.narrow(s, lanes, d_out);
+            scratch.turn(s, lanes, rows, (tile.d_out, tile.d_out_turned));
             tile.dq_turned.data.write_bytes(0, channels * tile.dq_turned.stride);
         }
     }
@@ -690,7 +720,7 @@ impl Backward<'_> {
             if let Some(dq) = self.dq {
                 let lanes = q.len().next_multiple_of(S::LANES);
                 // Q itself is no longer needed.
-                let rows = scratch.rows_of(tile.q, channels, S::PAIRS);
+                let rows = scratch.rows_of::<S>(tile.q, channels);
                 transpose(s, channels, lanes, tile.dq_turned, rows);
                 scale(q.len(), channels, scale_f32(&self.inputs), rows);
                 for i in 0..q.len() {
@@ -713,24 +743,23 @@ pub(crate) fn scale_f32(inputs: &Inputs<'_>) -> f32 {
     inputs.problem.softmax_scale() as f32
 }
 
-/// `C[key][channel] += A[key][query] B[query][channel]`, in half vectors where whole ones do not fit the channels.
+/// `C[key][channel] += A[key][query] B[query][channel]`
 #[inline(always)]
 unsafe fn outer<S: Simd>(s: S, (keys, queries): (usize, usize), a: Matrix, b: Matrix, c: Matrix) {
-    let phase = Accumulate { c };
     // SAFETY: the caller's.
     unsafe {
-        if b.stride.is_multiple_of(S::LANES) {
+        if wants_twos::<S>(b.stride) {
+            // Beyond the last query, A and B are 0.
+            let shape = (keys, b.stride, slots::<S>(queries).next_multiple_of(2));
+            s.vectorize(
+                #[inline(always)]
+                || product_of_twos(s, shape, a, b, c),
+            );
+        } else {
             let shape = (keys, b.stride / S::LANES, slots::<S>(queries));
             s.vectorize(
                 #[inline(always)]
-                || product::<S, _, false>(s, shape, a, b, phase),
-            );
-        } else {
-            let half = s.half();
-            let shape = (keys, b.stride / S::Half::LANES, slots::<S>(queries));
-            half.vectorize(
-                #[inline(always)]
-                || product::<S::Half, _, false>(half, shape, a, b, phase),
+                || product::<S, _, false>(s, shape, a, b, Accumulate { c }),
             );
         }
     }

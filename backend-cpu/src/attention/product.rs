@@ -176,6 +176,85 @@ impl<S: Simd> Block<S> {
     }
 }
 
+/// Whether `C += A B` with rows of so many channels, a multiple of 8, wants [`product_of_twos`]: half a vector would be idle.
+#[inline(always)]
+pub(crate) fn wants_twos<S: Simd>(channels: usize) -> bool {
+    !channels.is_multiple_of(S::LANES)
+}
+
+/// Rows of B for [`product_of_twos`]: element by element from two rows in turn.
+///
+/// # Safety
+/// `from` has `rows` rows, an even number, of `columns` elements, a multiple of 8, `to` half as many of twice as many.
+#[inline(always)]
+pub(crate) unsafe fn rows_of_twos(rows: usize, columns: usize, from: Matrix, to: Matrix) {
+    debug_assert!(rows.is_multiple_of(2) && columns.is_multiple_of(8));
+    for i in (0..rows).step_by(2) {
+        for j in (0..columns).step_by(8) {
+            // SAFETY: 8 elements of both rows, and 16 of the one row they go to.
+            unsafe {
+                let [even, odd] = [i, i + 1].map(|i| from.at(i, j).cast::<[f32; 8]>().read());
+                let twos: [f32; 16] = std::array::from_fn(|x| if x % 2 == 0 { even[x / 2] } else { odd[x / 2] });
+                to.data.wrapping_add(i * columns + 2 * j).cast::<[f32; 16]>().write(twos);
+            }
+        }
+    }
+}
+
+/// `C[i][channels] += Σ_x A[i][x] · B[x][channels]` for an odd number of half vectors of channels: lanes are channels of
+/// two x side by side ([`rows_of_twos`]), added up at the end.
+///
+/// # Safety
+/// A has `rows × depth` elements, depth is even, B `depth` rows of `channels`, C `rows` of them.
+#[inline(always)]
+pub(crate) unsafe fn product_of_twos<S: Simd>(
+    s: S,
+    (rows, channels, depth): (usize, usize, usize),
+    a: Matrix,
+    b: Matrix,
+    c: Matrix,
+) {
+    debug_assert!(depth.is_multiple_of(2));
+    for column in (0..channels).step_by(S::LANES / 2) {
+        let mut row = 0;
+        while row < rows {
+            let block = (rows - row).min(MAX_BLOCK_ROWS);
+            let (a, c) = (Matrix { data: a.at(row, 0), ..a }, Matrix { data: c.at(row, column), ..c });
+            let b = Matrix { data: b.data.wrapping_add(2 * column), stride: 2 * channels };
+            // SAFETY: the block is inside the result; the rest is the caller's promise.
+            unsafe {
+                match block {
+                    MAX_BLOCK_ROWS => block_of_twos::<S, MAX_BLOCK_ROWS>(s, depth, a, b, c),
+                    4..MAX_BLOCK_ROWS => block_of_twos::<S, 4>(s, depth, a, b, c),
+                    _ => block_of_twos::<S, 1>(s, depth, a, b, c),
+                }
+            }
+            row += match block {
+                MAX_BLOCK_ROWS => MAX_BLOCK_ROWS,
+                4..MAX_BLOCK_ROWS => 4,
+                _ => 1,
+            };
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn block_of_twos<S: Simd, const M: usize>(s: S, depth: usize, a: Matrix, b: Matrix, c: Matrix) {
+    let mut sum = [s.splat(0.0); M];
+    // SAFETY: the caller's.
+    unsafe {
+        for x in 0..depth / 2 {
+            let lanes = s.load(b.at(x, 0));
+            for i in 0..M {
+                sum[i] = s.multiply(s.splat_two(a.at(i, 2 * x)), lanes, sum[i]);
+            }
+        }
+        for (i, sum) in sum.into_iter().enumerate() {
+            s.add_twos(c.at(i, 0), sum);
+        }
+    }
+}
+
 /// `C += A B`: weighted values, and every gradient that is a product.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Accumulate {
