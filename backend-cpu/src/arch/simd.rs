@@ -97,6 +97,22 @@ pub(crate) unsafe trait Simd: Copy + Send + Sync + 'static {
     /// `to` is valid for writes of `LANES` f32.
     unsafe fn store(self, to: *mut f32, v: Self::V);
 
+    /// `LANES` bf16 from `from`, widened.
+    ///
+    /// # Safety
+    /// `from` is valid for reads of `LANES` bf16.
+    #[inline(always)]
+    unsafe fn load_bf16(self, from: *const bf16) -> Self::V {
+        let mut lanes = [0.0; MOST_LANES];
+        // SAFETY: the caller's; the array holds LANES elements.
+        unsafe {
+            for (i, lane) in lanes.iter_mut().enumerate().take(Self::LANES) {
+                *lane = f32::from_bits(u32::from(from.add(i).read_unaligned().to_bits()) << 16);
+            }
+            self.load(lanes.as_ptr())
+        }
+    }
+
     /// `LANES` values to `to`, rounded to the nearest bf16, ties to even.
     ///
     /// # Safety

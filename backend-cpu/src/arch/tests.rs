@@ -110,7 +110,7 @@ fn check_pairs<S: Simd>(s: S) {
     let (mut slots, mut sums, mut rounded) = ([0.0; 16], [0.0; 16], [bf16::ZERO; 16]);
     let (narrow0, narrow1): (Vec<_>, Vec<_>) =
         a0.iter().zip(a1).map(|(&a0, &a1)| (bf16::from_f32(a0), bf16::from_f32(a1))).unzip();
-    let mut interleaved = [0.0; 16];
+    let (mut interleaved, mut widened) = ([0.0; 16], [0.0; 16]);
     s.vectorize(|| {
         let (a, b) = (s.pair(load(a0), load(a1)), s.pair(load(b0), load(b1)));
         // SAFETY: as above.
@@ -118,6 +118,7 @@ fn check_pairs<S: Simd>(s: S) {
             s.store(slots.as_mut_ptr(), a);
             s.store_bf16(rounded.as_mut_ptr(), load(a1));
             s.store(interleaved.as_mut_ptr(), s.interleave(narrow0.as_ptr(), narrow1.as_ptr()));
+            s.store(widened.as_mut_ptr(), s.load_bf16(narrow0.as_ptr()));
             if S::PAIRS {
                 s.store(sums.as_mut_ptr(), s.multiply(a, b, s.splat(3.0)));
             }
@@ -129,6 +130,7 @@ fn check_pairs<S: Simd>(s: S) {
         assert_eq!((f64::from(low), f64::from(high)), (round(a0[i]), round(a1[i])), "slot {i}");
         assert_eq!(f64::from(rounded[i]), round(a1[i]), "value {i}");
         assert_eq!(interleaved[i].to_bits(), slots[i].to_bits(), "interleaved {i}");
+        assert_eq!(f64::from(widened[i]), round(a0[i]), "widened {i}");
         let terms = [3.0, round(a0[i]) * round(b0[i]), round(a1[i]) * round(b1[i])];
         // Two roundings to f32, of sums no larger than the sum of magnitudes.
         let bound = terms.iter().map(|term| term.abs()).sum::<f64>() * f64::from(f32::EPSILON);

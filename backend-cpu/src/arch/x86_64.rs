@@ -148,6 +148,13 @@ unsafe impl<const PAIRS: bool> Simd for Avx2<PAIRS> {
     }
 
     #[inline(always)]
+    unsafe fn load_bf16(self, from: *const bf16) -> __m256 {
+        // SAFETY: the caller promises 8 readable bf16.
+        let bits = unsafe { _mm256_cvtepu16_epi32(_mm_loadu_si128(from.cast())) };
+        unsafe { _mm256_castsi256_ps(_mm256_slli_epi32::<16>(bits)) }
+    }
+
+    #[inline(always)]
     unsafe fn store_bf16(self, to: *mut bf16, v: __m256) {
         if !PAIRS {
             // SAFETY: the caller's.
@@ -362,6 +369,13 @@ unsafe impl<const PAIRS: bool> Simd for Avx512<PAIRS> {
     unsafe fn store(self, to: *mut f32, v: __m512) {
         // SAFETY: the caller promises 16 writable f32.
         unsafe { _mm512_storeu_ps(to, v) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_bf16(self, from: *const bf16) -> __m512 {
+        // SAFETY: the caller promises 16 readable bf16.
+        let bits = unsafe { _mm512_cvtepu16_epi32(_mm256_loadu_si256(from.cast())) };
+        unsafe { _mm512_castsi512_ps(_mm512_slli_epi32::<16>(bits)) }
     }
 
     #[inline(always)]

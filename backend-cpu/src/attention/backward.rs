@@ -92,7 +92,11 @@ pub(crate) struct Scratch {
     key_sum: *mut f32,
     /// Gradient that rows without keys give every v.
     uniform: *mut f32,
-    rows: [*mut f32; 3],
+    /// The output of a tile, and its products with dO on the way to their sums.
+    out: Matrix,
+    products: [Matrix; 2],
+    /// One row of the gate and of its gradient.
+    rows: [*mut f32; 2],
     pub(crate) bias: TileScratch,
     /// `[query][key]`, for turning a bias gradient.
     pub(crate) turned: Matrix,
@@ -168,7 +172,9 @@ impl Scratch {
             narrow: carver.matrix(only_pairs(queries), in_slots.max(in_slots_v)),
             key_sum: carver.floats(shape.tile_k),
             uniform: carver.floats(channels_v),
-            rows: std::array::from_fn(|_| carver.floats(channels.max(channels_v))),
+            out: carver.matrix(queries, channels_v),
+            products: std::array::from_fn(|_| carver.matrix(S::LANES, S::LANES)),
+            rows: std::array::from_fn(|_| carver.floats(channels_v)),
             bias: TileScratch::carve(carver, queries, shape.tile_k),
             turned: carver.matrix(queries, shape.tile_k),
         }
@@ -414,11 +420,6 @@ impl Backward<'_> {
         let spec = self.inputs.problem.spec();
         let (channels, channels_v) = (padded_channels(spec.head_dim), padded_channels(spec.head_dim_v));
         let lanes = q.len().next_multiple_of(S::LANES);
-        let row = |operand: &Operand<5>, i: usize| Row {
-            data: operand.at([at.batch, at.row, q.start + i, at.head, 0]),
-            dtype: operand.dtype,
-            stride: operand.strides[4],
-        };
         // SAFETY: all queries of `q` exist; the matrices were carved for a tile.
         unsafe {
             let first = [at.batch, at.row, q.start, at.head, 0];
@@ -439,24 +440,15 @@ impl Backward<'_> {
             }
             let d_out = scratch.rows_of::<S>(tile.d_out, channels_v);
             pack_rows(s, (q.len(), lanes, spec.head_dim_v), self.d_out.rows(first, [2, 4]), d_out);
-            let [out, gate, d_gate] = scratch.rows;
-            out.write_bytes(0, channels_v);
-            gate.write_bytes(0, channels_v);
+            let out = Matrix { stride: channels_v, ..scratch.out };
+            pack_rows(s, (q.len(), lanes, spec.head_dim_v), self.out.rows(first, [2, 4]), out);
+            row_products(s, (lanes, channels_v), d_out, out, scratch.products, tile.delta);
+            if let Some(gate) = &self.inputs.gate {
+                let d_gate = self.d_gate.filter(|_| wants.row);
+                self.open_gate(s, (first, q.len()), (gate, d_gate.as_ref()), (d_out, out), scratch.rows);
+            }
             for i in 0..self.shape.tile_q {
                 let exists = i < q.len();
-                if exists {
-                    row(&self.out, i).read(spec.head_dim_v, out);
-                    *tile.delta.add(i) = dot(s.half(), channels_v, d_out.at(i, 0), out);
-                    if let Some(operand) = &self.inputs.gate {
-                        row(operand, i).read(spec.head_dim_v, gate);
-                        gate_gradient(s.half(), channels_v, gate, out, d_out.at(i, 0), d_gate);
-                        if let (Some(operand), true) = (&self.d_gate, wants.row) {
-                            row(operand, i).write(spec.head_dim_v, d_gate);
-                        }
-                    }
-                } else {
-                    *tile.delta.add(i) = 0.0;
-                }
                 let index = [at.batch, at.row, at.head, q.start + i];
                 let (lse, low) = if exists { self.lse_base2(index) } else { (f32::INFINITY, 0.0) };
                 if exists && lse == f32::INFINITY && spec.empty_rows == EmptyRows::Uniform {
@@ -469,6 +461,32 @@ impl Backward<'_> {
             let rows = scratch.narrow(s, lanes, d_out);
             scratch.turn(s, lanes, rows, (tile.d_out, tile.d_out_turned));
             tile.dq_turned.data.write_bytes(0, channels * tile.dq_turned.stride);
+        }
+    }
+
+    /// The gradient of the gate, and dO times the open gate in place of dO, for `count` queries from `first`.
+    #[inline(always)]
+    unsafe fn open_gate<S: Simd>(
+        &self,
+        s: S,
+        (first, count): ([usize; 5], usize),
+        (gate, d_gate): (&Operand<5>, Option<&Operand<5>>),
+        (d_out, out): (Matrix, Matrix),
+        [gate_row, d_gate_row]: [*mut f32; 2],
+    ) {
+        let [b, n, query, h, _] = first;
+        let channels = self.inputs.problem.spec().head_dim_v;
+        // SAFETY: the rows were carved for the channels; the elements written belong to this item.
+        unsafe {
+            gate_row.write_bytes(0, padded_channels(channels));
+            for i in 0..count {
+                let row = |operand: &Operand<5>| operand.rows([b, n, query + i, h, 0], [2, 4]).first;
+                row(gate).read(channels, gate_row);
+                gate_gradient(s.half(), padded_channels(channels), gate_row, out.at(i, 0), d_out.at(i, 0), d_gate_row);
+                if let Some(operand) = d_gate {
+                    row(operand).write(channels, d_gate_row);
+                }
+            }
         }
     }
 
@@ -792,15 +810,50 @@ fn horizontal_sum<S: Simd>(s: S, v: S::V) -> f32 {
     lanes.iter().sum()
 }
 
-/// The inner product of two rows of whole vectors.
+/// The inner products of the rows of two matrices with whole half vectors, `rows` of them, a multiple of the lanes.
 #[inline(always)]
-unsafe fn dot<S: Simd>(s: S, channels: usize, a: *const f32, b: *const f32) -> f32 {
-    let mut sum = s.splat(0.0);
-    for at in (0..channels).step_by(S::LANES) {
-        // SAFETY: both rows have `channels` elements.
-        sum = unsafe { s.fma(s.load(a.add(at)), s.load(b.add(at)), sum) };
+unsafe fn row_products<S: Simd>(
+    s: S,
+    (rows, columns): (usize, usize),
+    a: Matrix,
+    b: Matrix,
+    products: [Matrix; 2],
+    to: *mut f32,
+) {
+    let [sums, turned] = products;
+    for first in (0..rows).step_by(S::LANES) {
+        // SAFETY: LANES rows on all sides; the matrices of sums have LANES rows of LANES.
+        unsafe {
+            for i in 0..S::LANES {
+                lane_products(s, columns, a.at(first + i, 0), b.at(first + i, 0), sums.at(i, 0));
+            }
+            s.transpose(sums.data, sums.stride, turned.data, turned.stride);
+            let mut total = s.load(turned.data);
+            for i in 1..S::LANES {
+                total = s.add(total, s.load(turned.at(i, 0)));
+            }
+            s.store(to.add(first), total);
+        }
     }
-    horizontal_sum(s, sum)
+}
+
+/// Products of two rows, added up lane by lane.
+#[inline(always)]
+unsafe fn lane_products<S: Simd>(s: S, columns: usize, a: *const f32, b: *const f32, to: *mut f32) {
+    let half = s.half();
+    let mut sum = s.splat(0.0);
+    let whole = columns - columns % S::LANES;
+    // SAFETY: both rows have `columns` elements, whole half vectors.
+    unsafe {
+        for at in (0..whole).step_by(S::LANES) {
+            sum = s.fma(s.load(a.add(at)), s.load(b.add(at)), sum);
+        }
+        s.store(to, sum);
+        if whole < columns {
+            let rest = half.fma(half.load(a.add(whole)), half.load(b.add(whole)), half.load(to));
+            half.store(to, rest);
+        }
+    }
 }
 
 /// `d_gate = d_out ⊙ out ⊙ (1 - sigmoid)`, then `d_out ⊙= sigmoid`: out already has the gate in it (equation (8)).

@@ -74,7 +74,7 @@ impl Float for bf16 {
     }
     #[inline(always)]
     fn widen(from: &[Self], to: &mut [f32]) {
-        from.iter().zip(to).for_each(|(&from, to)| *to = from.to_f32());
+        from.iter().zip(to).for_each(|(&from, to)| *to = Float::to_f32(from));
     }
     #[inline(always)]
     fn narrow(from: &[f32], to: &mut [Self]) {
@@ -198,6 +198,11 @@ pub(crate) unsafe fn pack_rows<S: Simd>(
     unsafe {
         if from.first.dtype == DType::F32 && from.first.stride == 1 && columns.is_multiple_of(COPIED_SLOTS) {
             copy_rows(s, rows, columns, from, to);
+        } else if from.first.dtype == DType::BF16
+            && from.first.stride == 1
+            && columns.is_multiple_of(S::Half::LANES)
+        {
+            widen_rows(s, rows, columns, from, to);
         } else {
             for i in 0..rows {
                 from.row(i).read(columns, to.at(i, 0));
@@ -287,12 +292,33 @@ unsafe fn copy_rows<S: Simd>(s: S, rows: usize, slots: usize, from: Rows, to: Ma
     }
 }
 
+/// Widens dense rows of `columns` bf16, a multiple of the lanes of S or of its half.
 #[inline(always)]
-unsafe fn copy_columns<V: Copy>(
+unsafe fn widen_rows<S: Simd>(s: S, rows: usize, columns: usize, from: Rows, to: Matrix) {
+    let half = s.half();
+    let mut at = 0;
+    while at < columns {
+        let from = |i: usize| from.row(i).data.cast::<bf16>().cast_const().wrapping_add(at);
+        let to = |i: usize| to.at(i, at);
+        // SAFETY: so many columns are left in every row on both sides.
+        unsafe {
+            if columns - at >= S::LANES {
+                copy_columns(rows, from, to, |from| s.load_bf16(from), |to, v| s.store(to, v));
+                at += S::LANES;
+            } else {
+                copy_columns(rows, from, to, |from| half.load_bf16(from), |to, v| half.store(to, v));
+                at += S::Half::LANES;
+            }
+        }
+    }
+}
+
+#[inline(always)]
+unsafe fn copy_columns<T, V: Copy>(
     rows: usize,
-    from: impl Fn(usize) -> *const f32,
+    from: impl Fn(usize) -> *const T,
     to: impl Fn(usize) -> *mut f32,
-    read: impl Fn(*const f32) -> V,
+    read: impl Fn(*const T) -> V,
     write: impl Fn(*mut f32, V),
 ) {
     let whole = rows - rows % ROWS_AT_ONCE;
