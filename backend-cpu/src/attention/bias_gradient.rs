@@ -7,8 +7,7 @@
 
 use std::ops::Range;
 
-use rayon::prelude::*;
-use tilefold_core::{AttentionSpec, BiasSpec, DeviceResult};
+use tilefold_core::{AttentionProblem, AttentionSpec, BiasSpec, DeviceResult};
 
 use super::backward::{Backward, Part, Wants};
 use super::forward::{Item, key_tiles};
@@ -16,6 +15,7 @@ use super::operands::Operand;
 use super::pack::{Row, transpose};
 use super::product::Matrix;
 use super::schedule::cuts;
+use super::share;
 use super::workspace::{Carver, Lease};
 use crate::arch::Simd;
 
@@ -64,15 +64,16 @@ fn owners(bias: &BiasSpec) -> Vec<[usize; 3]> {
 /// `[chunks · batch, rows, heads, length]`.
 pub(crate) fn reduce_sums(
     sums: &Operand<4>,
-    chunks: usize,
-    length: usize,
-    spec: &AttentionSpec,
+    (chunks, length): (usize, usize),
+    problem: &AttentionProblem,
     bias: &BiasSpec,
     to: &Operand<5>,
-) {
+) -> DeviceResult<()> {
+    let (spec, owners) = (problem.spec(), owners(bias));
     let along_queries = bias.shape[3] != 1;
     let kept = bias.shape[3].max(bias.shape[4]);
-    owners(bias).into_par_iter().for_each(|[b, n, h]| {
+    share::for_each(share::workers(problem), owners.len(), |index| {
+        let [b, n, h] = owners[index];
         let mut total = vec![0_f64; kept];
         for chunk in 0..chunks {
             for batch in sharing(bias.shape[0], spec.batch, b) {
@@ -99,7 +100,8 @@ pub(crate) fn reduce_sums(
                 row.write(1, &(total as f32));
             }
         }
-    });
+        Ok(())
+    })
 }
 
 /// Writes one tile `[key][query]` of a gradient, keys `0..seqlen_k`.
@@ -162,7 +164,8 @@ pub(crate) fn owner_pass<S: Simd>(
     let parts: Vec<_> = cuts(0..spec.seqlen_q, backward.shape.item_q).collect();
     let work: Vec<_> =
         owners(bias).into_iter().flat_map(|owner| parts.iter().map(move |q| (owner, q.clone()))).collect();
-    work.into_par_iter().try_for_each(|(owner, queries)| {
+    share::for_each(share::workers(backward.inputs.problem), work.len(), |index| {
+        let (owner, queries) = work[index].clone();
         let [b, n, h] = owner;
         lease.with(bytes, |block| {
             let scratch = backward.scratch::<S>(&mut Carver::over(block), OWNER_WANTS);

@@ -7,10 +7,10 @@ mod operands;
 mod pack;
 mod product;
 mod schedule;
+mod share;
 mod tile;
 mod workspace;
 
-use rayon::prelude::*;
 use tilefold_core::{
     AttentionPlan, AttentionProblem, BackwardArgs, BackwardOperands, DType, DeviceId, DeviceResult, ForwardArgs,
     ForwardOperands,
@@ -112,11 +112,11 @@ fn run_forward<S: Simd>(
     };
     let bytes = forward::scratch_bytes::<S>(problem, schedule.shape);
     let items = schedule.items(problem.spec());
-    let lease = cache.lease(workers.min(items.len()), bytes)?;
-    items
-        .into_par_iter()
-        .with_max_len(1)
-        .try_for_each(|item| lease.with(bytes, |block| forward.run(s, &item, &mut Carver::over(block))))
+    let sharing = share::workers(problem);
+    let lease = cache.lease(sharing.min(items.len()), bytes)?;
+    share::for_each(sharing, items.len(), |index| {
+        lease.with(bytes, |block| forward.run(s, &items[index], &mut Carver::over(block)))
+    })
 }
 
 /// Sizes of everything a backward launch allocates.
@@ -264,13 +264,13 @@ fn run_backward<S: Simd>(
         let wanted = plan.reductions.iter().zip(&spec.biases).zip(&dbiases);
         wanted.filter_map(move |((made, bias), to)| (*made == Some(reduction)).then_some((bias, (*to)?)))
     };
-    let lease = cache.lease(workers, plan.item_bytes)?;
+    let lease = cache.lease(share::workers(problem), plan.item_bytes)?;
     if plan.has_main_pass() {
         let row_gradients: Vec<_> = gradients(Reduction::Rows).map(|(_, to)| to).collect();
         let rows = RowGradients { to: row_gradients, partial: row_sums.as_ref().map(|sums| sums.operand) };
         main_pass(s, &backward, &plan, &rows, &lease)?;
         rows.finish(s, &backward, &plan, &lease)?;
-        finish_partials(&backward, plan.schedule.chunks(spec));
+        finish_partials(&backward, plan.schedule.chunks(spec))?;
     }
     for (reduction, sums) in [(Reduction::Queries, &backward.key_sums), (Reduction::Keys, &backward.query_sums)] {
         let Some(sums) = sums else { continue };
@@ -278,7 +278,9 @@ fn run_backward<S: Simd>(
             Reduction::Queries => (plan.schedule.chunks(spec), spec.seqlen_k),
             _ => (1, spec.seqlen_q),
         };
-        gradients(reduction).for_each(|(bias, to)| reduce_sums(sums, chunks, length, spec, bias, &to));
+        for (bias, to) in gradients(reduction) {
+            reduce_sums(sums, (chunks, length), problem, bias, &to)?;
+        }
     }
     if plan.reductions.contains(&Some(Reduction::Owner)) {
         backward.inputs = Inputs::new(problem, &views, false);
@@ -299,7 +301,9 @@ fn main_pass<S: Simd>(
     lease: &Lease<'_>,
 ) -> DeviceResult<()> {
     let group = plan.problem.group();
-    plan.schedule.items(plan.problem.spec()).into_par_iter().with_max_len(1).try_for_each(|item| {
+    let items = plan.schedule.items(plan.problem.spec());
+    share::for_each(share::workers(plan.problem), items.len(), |index| {
+        let item = &items[index];
         lease.with(plan.item_bytes, |block| {
             let scratch = backward.scratch::<S>(&mut Carver::over(block), plan.wants);
             let chunk = item.queries.start / plan.schedule.chunk;
@@ -309,13 +313,13 @@ fn main_pass<S: Simd>(
             });
             if plan.schedule.shape.whole_keys {
                 let parts: Vec<_> = parts.collect();
-                backward.run_by_row(s, &item, &parts, &scratch, plan.wants);
+                backward.run_by_row(s, item, &parts, &scratch, plan.wants);
                 return;
             }
             for part in parts {
-                backward.run(s, &item, &part, &scratch, plan.wants);
+                backward.run(s, item, &part, &scratch, plan.wants);
                 if let Some(sum) = scratch.bias_sum {
-                    rows.take(s, backward, plan, &item, &part, sum, scratch.turned);
+                    rows.take(s, backward, plan, item, &part, sum, scratch.turned);
                 }
             }
         })
@@ -374,7 +378,7 @@ impl RowGradients {
         let Some(partial) = self.partial else { return Ok(()) };
         let (spec, shape) = (plan.problem.spec(), plan.schedule.shape);
         let (tiles, size) = (spec.seqlen_q.div_ceil(shape.tile_q), backward.padded_keys() * shape.tile_q);
-        (0..spec.batch * spec.heads * tiles).into_par_iter().try_for_each(|index| {
+        share::for_each(share::workers(plan.problem), spec.batch * spec.heads * tiles, |index| {
             lease.with(plan.item_bytes, |block| {
                 let scratch = backward.scratch::<S>(&mut Carver::over(block), plan.wants);
                 let (owner, tile) = (index / tiles, index % tiles);
@@ -403,8 +407,9 @@ impl RowGradients {
 }
 
 /// Adds dK and dV of the chunks of queries in order and writes them.
-fn finish_partials(backward: &Backward<'_>, chunks: usize) {
-    let spec = backward.inputs.problem.spec();
+fn finish_partials(backward: &Backward<'_>, chunks: usize) -> DeviceResult<()> {
+    let problem = backward.inputs.problem;
+    let spec = problem.spec();
     let scale = backward::scale_f32(&backward.inputs);
     let pairs = [
         (backward.dk, backward.key_partials.dk, spec.head_dim, scale),
@@ -412,7 +417,7 @@ fn finish_partials(backward: &Backward<'_>, chunks: usize) {
     ];
     for (to, partial, channels, factor) in pairs {
         let Some((to, partial)) = to.zip(partial) else { continue };
-        (0..spec.batch * spec.rows * spec.kv_heads).into_par_iter().for_each(|index| {
+        share::for_each(share::workers(problem), spec.batch * spec.rows * spec.kv_heads, |index| {
             let (batch, row) = (index / spec.kv_heads / spec.rows, index / spec.kv_heads % spec.rows);
             let head = index % spec.kv_heads;
             let mut sum = vec![0_f32; channels];
@@ -429,6 +434,8 @@ fn finish_partials(backward: &Backward<'_>, chunks: usize) {
                 // SAFETY: the row belongs to this worker.
                 unsafe { Row { data, dtype: to.dtype, stride: to.strides[4] }.write(channels, sum.as_ptr()) };
             }
-        });
+            Ok(())
+        })?;
     }
+    Ok(())
 }
