@@ -51,7 +51,7 @@ unsafe impl<const PAIRS: bool> Simd for Avx2<PAIRS> {
 
     #[inline(always)]
     fn prefetch(self, address: *const u8) {
-        unsafe { _mm_prefetch::<_MM_HINT_T1>(address.cast()) }
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(address.cast()) }
     }
 
     #[inline(always)]
@@ -277,7 +277,7 @@ unsafe impl<const PAIRS: bool> Simd for Avx512<PAIRS> {
 
     #[inline(always)]
     fn prefetch(self, address: *const u8) {
-        unsafe { _mm_prefetch::<_MM_HINT_T1>(address.cast()) }
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(address.cast()) }
     }
 
     #[inline(always)]

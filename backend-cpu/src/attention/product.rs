@@ -317,6 +317,14 @@ impl TileBias {
     /// What the sum of a block starts from: the bias, unless a scale comes between.
     #[inline(always)]
     unsafe fn before<S: Simd, const M: usize, const N: usize>(self, s: S, row: usize, column: usize) -> [[S::V; N]; M] {
+        if let Some(tile) = self.tile {
+            // Of the next block; beyond the last one is harmless.
+            for i in 0..M {
+                for j in 0..N {
+                    s.prefetch(tile.at(row + M + i, column + j * S::LANES).cast());
+                }
+            }
+        }
         // SAFETY: the caller's.
         if S::PAIRS { [[s.splat(0.0); N]; M] } else { unsafe { self.start(s, row, column) } }
     }
