@@ -276,7 +276,8 @@ impl Forward<'_> {
         let start = if more { k.end } else { 0 };
         let keys = [item.batch, row, start, kv_head, 0];
         let rows = self.shape.tile_k.min(spec.seqlen_k - start);
-        let of_keys = |operand: &Operand<5>, channels, part| operand.ahead(keys, (rows, channels), (part, parts), k.len());
+        let of_keys =
+            |operand: &Operand<5>, channels, part| operand.ahead(keys, (rows, channels), (part, parts), k.len());
         // Values come half a turn after keys.
         let (k_part, v_part) = (part, (part + parts / 2) % parts);
         let (k_ahead, v_ahead) =
@@ -343,13 +344,8 @@ impl Forward<'_> {
         // SAFETY: every matrix was carved for a tile, and holds what the phase before wrote.
         unsafe {
             scratch.old_max.copy_from_nonoverlapping(tile.row_max, vectors * S::LANES);
-            let scores = Scores {
-                bias,
-                scale: scale_base2(&self.inputs),
-                scores: scratch.scores,
-                row_max: tile.row_max,
-                ahead,
-            };
+            let scores =
+                Scores { bias, scale: scale_base2(&self.inputs), scores: scratch.scores, row_max: tile.row_max, ahead };
             let shape = (k.len(), vectors, slots::<S>(spec.head_dim));
             s.vectorize(
                 #[inline(always)]

@@ -60,6 +60,8 @@ impl<const R: usize> Operand<R> {
 /// Bytes of a cache line.
 const LINE_BYTES: usize = 64;
 
+const PACE_BITS: u32 = 16;
+
 /// Rows of an operand to ask for while a product runs, a few lines with every register block: rows of one head lie far
 /// apart in memory, where no hardware prefetcher follows, and many lines asked for at once wait for each other.
 #[derive(Clone, Copy, Debug)]
@@ -68,19 +70,24 @@ pub(crate) struct Ahead {
     row_bytes: isize,
     /// Byte offsets inside a row: first one, and the end.
     bytes: (usize, usize),
-    /// Rows of this operand per row of the product, in 1/65536.
+    /// Rows of this operand per row of the product, in units of 2^-[`PACE_BITS`].
     pace: usize,
 }
 
 impl Ahead {
     /// Nothing to ask for.
-    pub(crate) const NOTHING: Self =
-        Self { origin: std::ptr::null(), row_bytes: 0, bytes: (0, 0), pace: 0 };
+    pub(crate) const NOTHING: Self = Self { origin: std::ptr::null(), row_bytes: 0, bytes: (0, 0), pace: 0 };
+
+    /// Rows of this operand up to row `row` of the product.
+    #[inline(always)]
+    fn scaled(self, row: usize) -> usize {
+        (row * self.pace) >> PACE_BITS
+    }
 
     /// Asks for the share of rows `row..row + count` of the product.
     #[inline(always)]
     pub(crate) fn fetch<S: Simd>(self, s: S, row: usize, count: usize) {
-        let (begin, end) = (row * self.pace >> 16, (row + count) * self.pace >> 16);
+        let (begin, end) = (self.scaled(row), self.scaled(row + count));
         for i in begin..end {
             let row = self.origin.wrapping_offset(i.cast_signed() * self.row_bytes);
             let mut at = self.bytes.0;
@@ -116,7 +123,7 @@ impl Operand<5> {
             origin: self.at(index).cast_const(),
             row_bytes: self.strides[2].wrapping_mul(size.cast_signed()),
             bytes: (lines * part / parts * LINE_BYTES, lines * (part + 1) / parts * LINE_BYTES),
-            pace: (count << 16).div_ceil(rows),
+            pace: (count << PACE_BITS).div_ceil(rows),
         }
     }
 }

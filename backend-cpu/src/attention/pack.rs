@@ -198,10 +198,7 @@ pub(crate) unsafe fn pack_rows<S: Simd>(
     unsafe {
         if from.first.dtype == DType::F32 && from.first.stride == 1 && columns.is_multiple_of(COPIED_SLOTS) {
             copy_rows(s, rows, columns, from, to);
-        } else if from.first.dtype == DType::BF16
-            && from.first.stride == 1
-            && columns.is_multiple_of(S::Half::LANES)
-        {
+        } else if from.first.dtype == DType::BF16 && from.first.stride == 1 && columns.is_multiple_of(S::Half::LANES) {
             widen_rows(s, rows, columns, from, to);
         } else {
             for i in 0..rows {
