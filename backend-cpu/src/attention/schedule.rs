@@ -151,8 +151,10 @@ impl BackwardSchedule {
             (slab.unwrap_or_else(|| even_cut(queries, most.max(tile_q), tile_q)), slab.is_some())
         };
         let most_chunks = (spec.seqlen_q / (2 * tile_q)).clamp(1, MAX_QUERY_CHUNKS);
-        // Queries that are cut in any case make items of their own; chunks of rows would each hold a sum of all dS.
-        let parts = spec.seqlen_q.div_ceil(item_queries(spec.seqlen_q).0).min(most_chunks);
+        // Queries that are cut in any case make items of their own, as far as those are too few: chunks of rows would each
+        // hold a sum of all dS, chunks of queries only dK and dV.
+        let parts =
+            spec.seqlen_q.div_ceil(item_queries(spec.seqlen_q).0).min(most_chunks).min(SPLIT_ITEMS.div_ceil(outer));
         let parts = if bias_sum { parts } else { 1 };
         let split_rows = if bias_sum && spec.rows >= 8 { SPLIT_ITEMS.div_ceil(outer * parts) } else { 1 };
         let row_chunks = split_rows.min(spec.rows.div_ceil(4));
