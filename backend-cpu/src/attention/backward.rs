@@ -18,8 +18,8 @@ mod queries;
 use std::ops::Range;
 
 use queries::{QueryTile, takes_rows};
-use tilefold_core::AttentionProblem;
 use tilefold_core::attention::Cover;
+use tilefold_core::{AttentionProblem, EmptyRows};
 
 use super::forward::{Item, ItemShape, key_tiles, padded_channels, padded_slots, scale_base2};
 use super::operands::{Ahead, Inputs, Operand};
@@ -363,9 +363,11 @@ impl Backward<'_> {
                 dk.data.write_bytes(0, k.len() * dk.stride);
                 dv.data.write_bytes(0, k.len() * dv.stride);
             }
-            for j in 0..k.len() {
-                for channel in 0..dv.stride {
-                    *dv.at(j, channel) += *uniform.add(channel);
+            if self.inputs.problem.spec().empty_rows == EmptyRows::Uniform {
+                for j in 0..k.len() {
+                    for channel in 0..dv.stride {
+                        *dv.at(j, channel) += *uniform.add(channel);
+                    }
                 }
             }
         }

@@ -218,22 +218,22 @@ pub(crate) unsafe fn product_of_twos<S: Simd>(
     for column in (0..channels).step_by(S::LANES / 2) {
         let mut row = 0;
         while row < rows {
-            let block = (rows - row).min(MAX_BLOCK_ROWS);
+            let block = match rows - row {
+                MAX_BLOCK_ROWS.. => MAX_BLOCK_ROWS,
+                4.. => 4,
+                _ => 1,
+            };
             let (a, c) = (Matrix { data: a.at(row, 0), ..a }, Matrix { data: c.at(row, column), ..c });
             let b = Matrix { data: b.data.wrapping_add(2 * column), stride: 2 * channels };
             // SAFETY: the block is inside the result; the rest is the caller's promise.
             unsafe {
                 match block {
                     MAX_BLOCK_ROWS => block_of_twos::<S, MAX_BLOCK_ROWS>(s, depth, a, b, c),
-                    4..MAX_BLOCK_ROWS => block_of_twos::<S, 4>(s, depth, a, b, c),
+                    4 => block_of_twos::<S, 4>(s, depth, a, b, c),
                     _ => block_of_twos::<S, 1>(s, depth, a, b, c),
                 }
             }
-            row += match block {
-                MAX_BLOCK_ROWS => MAX_BLOCK_ROWS,
-                4..MAX_BLOCK_ROWS => 4,
-                _ => 1,
-            };
+            row += block;
         }
     }
 }
