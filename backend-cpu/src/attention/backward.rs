@@ -504,7 +504,7 @@ impl Backward<'_> {
                 outer(s, (k.len(), q.len()), scratch.ds_by_query, tile.q, dk);
             }
             if self.dq.is_some() {
-                let phase = Accumulate { c: tile.dq_turned };
+                let phase = Accumulate::<true> { c: tile.dq_turned };
                 let shape = (spec.head_dim, vectors, slots::<S>(k.len()));
                 s.vectorize(
                     #[inline(always)]
@@ -588,7 +588,7 @@ unsafe fn outer<S: Simd>(s: S, (keys, queries): (usize, usize), a: Matrix, b: Ma
             let shape = (keys, b.stride / S::LANES, slots::<S>(queries));
             s.vectorize(
                 #[inline(always)]
-                || product::<S, _, false>(s, shape, a, b, Accumulate { c }),
+                || product::<S, _, false>(s, shape, a, b, Accumulate::<false> { c }),
             );
         }
     }

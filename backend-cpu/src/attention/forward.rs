@@ -362,7 +362,7 @@ impl Forward<'_> {
                 #[inline(always)]
                 || exponentials(s, k.len(), vectors, scratch.scores, &tile),
             );
-            let out = Accumulate { c: tile.out };
+            let out = Accumulate::<true> { c: tile.out };
             let shape = (spec.head_dim_v, vectors, slots::<S>(k.len()));
             s.vectorize(
                 #[inline(always)]

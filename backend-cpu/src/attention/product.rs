@@ -9,10 +9,13 @@
 use half::bf16;
 
 use super::operands::Ahead;
+use super::schedule::tile_queries;
 use crate::arch::Simd;
 
 /// Most rows of a register block.
 const MAX_BLOCK_ROWS: usize = 8;
+/// f32 of a cache line.
+const LINE_FLOATS: usize = 16;
 /// Steps of a sum between two jumps.
 const UNROLL: usize = 4;
 
@@ -29,11 +32,30 @@ impl Matrix {
     pub(crate) fn at(self, row: usize, column: usize) -> *mut f32 {
         self.data.wrapping_add(row * self.stride + column)
     }
+
+    /// A matrix with a column per query of a tile, its stride known when compiled: addresses become offsets.
+    #[inline(always)]
+    fn of_tile<S: Simd>(self) -> Self {
+        let stride = const { tile_queries(S::LANES) };
+        debug_assert_eq!(self.stride, stride);
+        Self { stride, ..self }
+    }
+
+    /// As [`Matrix::of_tile`], with pairs of queries.
+    #[inline(always)]
+    fn of_tile_pairs<S: Simd>(self) -> Self {
+        let stride = const { tile_queries(S::LANES) / 2 };
+        debug_assert_eq!(self.stride, stride);
+        Self { stride, ..self }
+    }
 }
 
 /// What a product starts from and what becomes of its result, one register block at a time. Phases go by value: behind a
 /// reference every store would make the compiler read their pointers again.
 pub(crate) trait Phase<S: Simd>: Copy {
+    /// Whether lanes are the queries of a tile, in B and in what the phase reads and writes.
+    const OF_TILE: bool;
+
     /// The block at `row`, `column` (in elements) before the sum.
     ///
     /// # Safety
@@ -65,6 +87,7 @@ pub(crate) unsafe fn product<S: Simd, P: Phase<S>, const TRANSPOSED: bool>(
     b: Matrix,
     phase: P,
 ) {
+    let b = if P::OF_TILE { b.of_tile::<S>() } else { b };
     let mut vector = 0;
     while vector < vectors {
         let column = vector * S::LANES;
@@ -257,18 +280,27 @@ unsafe fn block_of_twos<S: Simd, const M: usize>(s: S, depth: usize, a: Matrix, 
 
 /// `C += A B`: weighted values, and every gradient that is a product.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Accumulate {
+pub(crate) struct Accumulate<const OF_TILE: bool> {
     pub(crate) c: Matrix,
 }
 
-impl<S: Simd> Phase<S> for Accumulate {
+impl<const OF_TILE: bool> Accumulate<OF_TILE> {
+    #[inline(always)]
+    fn matrix<S: Simd>(self) -> Matrix {
+        if OF_TILE { self.c.of_tile::<S>() } else { self.c }
+    }
+}
+
+impl<S: Simd, const OF_TILE: bool> Phase<S> for Accumulate<OF_TILE> {
+    const OF_TILE: bool = OF_TILE;
+
     #[inline(always)]
     unsafe fn start<const M: usize, const N: usize>(self, s: S, row: usize, column: usize) -> [[S::V; N]; M] {
-        let mut block = [[s.splat(0.0); N]; M];
+        let (mut block, c) = ([[s.splat(0.0); N]; M], self.matrix::<S>());
         for i in 0..M {
             for j in 0..N {
                 // SAFETY: the block is inside C.
-                block[i][j] = unsafe { s.load(self.c.at(row + i, column + j * S::LANES)) };
+                block[i][j] = unsafe { s.load(c.at(row + i, column + j * S::LANES)) };
             }
         }
         block
@@ -276,10 +308,11 @@ impl<S: Simd> Phase<S> for Accumulate {
 
     #[inline(always)]
     unsafe fn finish<const M: usize, const N: usize>(self, s: S, row: usize, column: usize, sum: [[S::V; N]; M]) {
+        let c = self.matrix::<S>();
         for (i, sum) in sum.into_iter().enumerate() {
             for (j, sum) in sum.into_iter().enumerate() {
                 // SAFETY: the block is inside C.
-                unsafe { s.store(self.c.at(row + i, column + j * S::LANES), sum) }
+                unsafe { s.store(c.at(row + i, column + j * S::LANES), sum) }
             }
         }
     }
@@ -303,6 +336,7 @@ impl TileBias {
             block[i] = [s.splat(unsafe { *self.keys.add(row + i) }); N];
         }
         if let Some(tile) = self.tile {
+            let tile = tile.of_tile::<S>();
             let first = tile.at(row, column);
             for i in 0..M {
                 for j in 0..N {
@@ -318,9 +352,10 @@ impl TileBias {
     #[inline(always)]
     unsafe fn before<S: Simd, const M: usize, const N: usize>(self, s: S, row: usize, column: usize) -> [[S::V; N]; M] {
         if let Some(tile) = self.tile {
-            // Of the next block; beyond the last one is harmless.
+            let tile = tile.of_tile::<S>();
+            // Of the next block, line by line; beyond the last one is harmless.
             for i in 0..M {
-                for j in 0..N {
+                for j in (0..N).step_by(LINE_FLOATS.div_ceil(S::LANES)) {
                     s.prefetch(tile.at(row + M + i, column + j * S::LANES).cast());
                 }
             }
@@ -367,6 +402,8 @@ pub(crate) struct Scores {
 }
 
 impl<S: Simd> Phase<S> for Scores {
+    const OF_TILE: bool = true;
+
     #[inline(always)]
     unsafe fn start<const M: usize, const N: usize>(self, s: S, row: usize, column: usize) -> [[S::V; N]; M] {
         if column == 0 {
@@ -380,15 +417,16 @@ impl<S: Simd> Phase<S> for Scores {
     unsafe fn finish<const M: usize, const N: usize>(self, s: S, row: usize, column: usize, sum: [[S::V; N]; M]) {
         // SAFETY: the caller's.
         let sum = unsafe { self.bias.after(s, (row, column), self.scale, sum) };
+        let scores = self.scores.of_tile::<S>();
         for j in 0..N {
             let at = column + j * S::LANES;
             // SAFETY: the block is inside the scores, and `row_max` has a value for every query.
             unsafe {
                 let mut max = s.load(self.row_max.add(at));
-                let first = self.scores.at(row, at);
+                let first = scores.at(row, at);
                 for (i, sum) in sum.iter().enumerate() {
                     max = s.max(max, sum[j]);
-                    s.store(first.add(i * self.scores.stride), sum[j]);
+                    s.store(first.add(i * scores.stride), sum[j]);
                 }
                 s.store(self.row_max.add(at), max);
             }
@@ -412,6 +450,8 @@ pub(crate) struct Probabilities {
 }
 
 impl<S: Simd> Phase<S> for Probabilities {
+    const OF_TILE: bool = true;
+
     #[inline(always)]
     unsafe fn start<const M: usize, const N: usize>(self, s: S, row: usize, column: usize) -> [[S::V; N]; M] {
         if column == 0 {
@@ -425,18 +465,22 @@ impl<S: Simd> Phase<S> for Probabilities {
     unsafe fn finish<const M: usize, const N: usize>(self, s: S, row: usize, column: usize, sum: [[S::V; N]; M]) {
         // SAFETY: the caller's.
         let sum = unsafe { self.bias.after(s, (row, column), self.scale, sum) };
+        let probabilities = self.probabilities.of_tile::<S>();
         for j in 0..N {
             let at = column + j * S::LANES;
             // SAFETY: the block is inside the result, and both parts of lse have a value for every query.
             unsafe {
                 let (lse, low) = (s.load(self.lse.add(at)), s.load(self.lse_low.add(at)));
-                let first = self.probabilities.at(row, at);
+                let first = probabilities.at(row, at);
                 for (i, sum) in sum.iter().enumerate() {
                     // Subtracted after the products, as forward's maximum is: with -1e9 biases both lose the same bits.
                     let probability = s.exp2(s.sub(s.sub(sum[j], lse), low));
-                    s.store(first.add(i * self.probabilities.stride), probability);
+                    s.store(first.add(i * probabilities.stride), probability);
                     if S::PAIRS {
-                        s.store_bf16(self.by_query.at(row + i, 0).cast::<bf16>().add(at), probability);
+                        s.store_bf16(
+                            self.by_query.of_tile_pairs::<S>().at(row + i, 0).cast::<bf16>().add(at),
+                            probability,
+                        );
                     }
                 }
             }
@@ -459,6 +503,8 @@ pub(crate) struct ScoreGradients {
 }
 
 impl<S: Simd> Phase<S> for ScoreGradients {
+    const OF_TILE: bool = true;
+
     #[inline(always)]
     unsafe fn start<const M: usize, const N: usize>(self, s: S, _: usize, column: usize) -> [[S::V; N]; M] {
         let mut first = [s.splat(0.0); N];
@@ -471,16 +517,18 @@ impl<S: Simd> Phase<S> for ScoreGradients {
 
     #[inline(always)]
     unsafe fn finish<const M: usize, const N: usize>(self, s: S, row: usize, column: usize, sum: [[S::V; N]; M]) {
-        let p = self.probabilities.at(row, column);
+        let probabilities = self.probabilities.of_tile::<S>();
+        let p = probabilities.at(row, column);
         let mut block = sum;
         for i in 0..M {
             for j in 0..N {
                 // SAFETY: the block is inside the probabilities.
-                let probability = unsafe { s.load(p.add(i * self.probabilities.stride + j * S::LANES)) };
+                let probability = unsafe { s.load(p.add(i * probabilities.stride + j * S::LANES)) };
                 block[i][j] = s.mul(block[i][j], probability);
             }
         }
         if let Some(gradients) = self.gradients {
+            let gradients = gradients.of_tile::<S>();
             let first = gradients.at(row, column);
             for i in 0..M {
                 for j in 0..N {
@@ -494,6 +542,7 @@ impl<S: Simd> Phase<S> for ScoreGradients {
             unsafe { self.store_pairs(s, row, column, &block) }
         }
         let Some(total) = self.bias_sum else { return };
+        let total = total.of_tile::<S>();
         let first = total.at(row, column);
         for i in 0..M {
             for j in 0..N {
@@ -514,15 +563,16 @@ impl ScoreGradients {
         column: usize,
         block: &[[S::V; N]; M],
     ) {
+        let (by_query, by_key) = (self.by_query.of_tile_pairs::<S>(), self.by_key.of_tile::<S>());
         for i in 0..M {
             for j in 0..N {
                 let at = column + j * S::LANES;
                 // SAFETY: the caller's.
                 unsafe {
-                    s.store_bf16(self.by_query.at(row + i, 0).cast::<bf16>().add(at), block[i][j]);
+                    s.store_bf16(by_query.at(row + i, 0).cast::<bf16>().add(at), block[i][j]);
                     if i % 2 == 0 {
                         let second = if i + 1 < M { block[i + 1][j] } else { s.splat(0.0) };
-                        s.store(self.by_key.at((row + i) / 2, at), s.pair(block[i][j], second));
+                        s.store(by_key.at((row + i) / 2, at), s.pair(block[i][j], second));
                     }
                 }
             }

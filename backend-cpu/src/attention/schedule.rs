@@ -11,7 +11,7 @@ use super::forward::{Item, ItemShape};
 
 /// Queries of a tile for vectors of so many lanes: whole register blocks, and with [`tile_keys`] a tile that fits the L1
 /// cache.
-pub(crate) fn tile_queries(lanes: usize) -> usize {
+pub(crate) const fn tile_queries(lanes: usize) -> usize {
     if lanes == 16 { 64 } else { 48 }
 }
 
