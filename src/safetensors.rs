@@ -107,7 +107,7 @@ fn read_tensor(reader: &mut impl Read, info: &TensorInfo) -> Result<Tensor, Stri
     };
     let mut tensor = Tensor::zeros(dtype, &info.shape).map_err(|error| error.to_string())?;
     let bytes = tensor.layout().len() * dtype.size_bytes();
-    let memory = tensor.storage_mut().host_bytes_mut().and_then(|memory| memory.get_mut(..bytes));
+    let memory = tensor.host_bytes_mut().and_then(|memory| memory.get_mut(..bytes));
     let memory = memory.ok_or("the host cannot write its memory")?;
     reader.read_exact(memory).map_err(|error| error.to_string())?;
     swap_on_big_endian(memory, dtype);

@@ -28,12 +28,15 @@ impl CpuBackend {
     /// # Errors
     /// [`OpenError::BadSetting`] when `TILEFOLD_CPU_ARCH` names no instruction set, or one this machine lacks.
     pub fn new() -> Result<Self, OpenError> {
-        Ok(Self::with_arch(Arch::from_environment()?))
+        Self::with_arch(Arch::from_environment()?)
     }
 
     /// The host with one instruction set.
-    #[must_use]
-    pub fn with_arch(arch: Arch) -> Self {
+    ///
+    /// # Errors
+    /// [`OpenError::BadSetting`] when this machine lacks it.
+    pub fn with_arch(arch: Arch) -> Result<Self, OpenError> {
+        arch.check_available()?;
         let (name, vendor) = memory::processor();
         let info = DeviceInfo {
             id: DeviceId::CPU,
@@ -45,7 +48,7 @@ impl CpuBackend {
             lanes: arch.lanes(),
             dtypes: vec![DType::F32, DType::F16, DType::BF16],
         };
-        Self { info, arch, pool: None, cache: Arc::default() }
+        Ok(Self { info, arch, pool: None, cache: Arc::default() })
     }
 
     /// The same device with `threads` workers of its own.

@@ -56,10 +56,11 @@ struct Weights {
 impl Weights {
     #[allow(clippy::cast_possible_truncation, reason = "weights and the split lse are f32 by contract")]
     fn new(first: f64, second: f64) -> Self {
-        let max = first.max(second);
-        if max == f64::NEG_INFINITY {
+        if first == f64::NEG_INFINITY && second == f64::NEG_INFINITY {
             return Self { first: 0.0, second: 0.0, lse: f32::NEG_INFINITY, lse_low: 0.0 };
         }
+        // NaN on one side only: the maximum is the other side, the sum NaN.
+        let max = first.max(second);
         let lse = max + ((first - max).exp() + (second - max).exp()).ln();
         let low = if (lse as f32).is_finite() { (lse - f64::from(lse as f32)) as f32 } else { 0.0 };
         Self { first: (first - lse).exp() as f32, second: (second - lse).exp() as f32, lse: lse as f32, lse_low: low }
@@ -90,5 +91,10 @@ mod tests {
         let empty = Weights::new(f64::NEG_INFINITY, f64::NEG_INFINITY);
         assert_eq!((empty.lse, empty.mix(2.0, 5.0)), (f32::NEG_INFINITY, 2.0));
         assert_eq!(Weights::new(f64::NEG_INFINITY, 1.0).mix(f32::NAN, 5.0), 5.0);
+        for other in [f64::NEG_INFINITY, 1.0, f64::NAN] {
+            for weights in [Weights::new(f64::NAN, other), Weights::new(other, f64::NAN)] {
+                assert!(weights.lse.is_nan() && weights.mix(1.0, 1.0).is_nan(), "NaN beside {other}");
+            }
+        }
     }
 }

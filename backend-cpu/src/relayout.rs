@@ -44,11 +44,16 @@ unsafe impl Send for Address {}
 unsafe impl Sync for Address {}
 
 impl Address {
-    fn row(self, rows: &Rows, row: usize, dtype: DType) -> Row {
-        let bytes = rows.start(row).wrapping_mul(dtype.size_bytes().cast_signed());
+    /// Row `row` from its element `first`.
+    fn piece(self, rows: &Rows, (row, first): (usize, usize), dtype: DType) -> Row {
+        let position = rows.start(row).wrapping_add(rows.stride.wrapping_mul(first.cast_signed()));
+        let bytes = position.wrapping_mul(dtype.size_bytes().cast_signed());
         Row { data: self.0.wrapping_offset(bytes), dtype, stride: rows.stride }
     }
 }
+
+/// Elements converted at a time: they fit the stack, and long rows are shared.
+const PIECE: usize = 4096;
 
 /// Copies source to destination element by element, rounding where the dtypes differ.
 pub(crate) fn relayout(args: RelayoutArgs<'_>) {
@@ -56,21 +61,23 @@ pub(crate) fn relayout(args: RelayoutArgs<'_>) {
     let (source, mut destination) = args.into_parts();
     let (from, to) = (Rows::of(source.layout()), Rows::of(destination.as_view().layout()));
     let (source, destination) = (Address(source.origin().cast_mut()), Address(destination.origin()));
-    (0..to.count).into_par_iter().with_min_len(16).for_each_init(
-        || vec![0_f32; to.length],
-        |buffer, row| {
-            let (from, to_row) = (source.row(&from, row, from_dtype), destination.row(&to, row, to_dtype));
-            // SAFETY: both rows are inside their tensors, as core checked; the destination's belongs to this worker.
-            unsafe {
-                if from_dtype == to_dtype {
-                    copy_row(from, to_row, to.length);
-                } else {
-                    from.read(to.length, buffer.as_mut_ptr());
-                    to_row.write(to.length, buffer.as_ptr());
-                }
+    let pieces = to.length.div_ceil(PIECE);
+    (0..to.count * pieces).into_par_iter().with_min_len(16).for_each(|index| {
+        let (row, first) = (index / pieces, index % pieces * PIECE);
+        let from = source.piece(&from, (row, first), from_dtype);
+        let to_row = destination.piece(&to, (row, first), to_dtype);
+        let length = PIECE.min(to.length - first);
+        // SAFETY: both rows are inside their tensors, as core checked; the destination's piece belongs to this worker.
+        unsafe {
+            if from_dtype == to_dtype {
+                copy_row(from, to_row, length);
+            } else {
+                let mut buffer = [0_f32; PIECE];
+                from.read(length, buffer.as_mut_ptr());
+                to_row.write(length, buffer.as_ptr());
             }
-        },
-    );
+        }
+    });
 }
 
 /// Bits are kept, NaN payloads included.
@@ -102,8 +109,10 @@ pub(crate) fn fill(mut destination: TensorViewMut<'_>, value: f64) {
         DType::BF16 => one = element::<half::bf16>(value),
         _ => one = element::<f32>(value),
     }
-    (0..rows.count).into_par_iter().with_min_len(16).for_each(|row| {
-        let row = address.row(&rows, row, dtype);
+    // Rows of a view that overlaps itself belong to one worker.
+    let least = if destination.as_view().layout().overlaps_itself() { rows.count } else { 16 };
+    (0..rows.count).into_par_iter().with_min_len(least).for_each(|row| {
+        let row = address.piece(&rows, (row, 0), dtype);
         let size = dtype.size_bytes();
         for i in 0..rows.length {
             let offset = (i.cast_signed() * row.stride).wrapping_mul(size.cast_signed());

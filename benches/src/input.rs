@@ -24,7 +24,7 @@ pub fn filled_by_rows(
 ) -> Result<Tensor, ProblemError> {
     let mut tensor = Tensor::zeros(dtype, shape)?;
     let values = tensor.layout().len() * dtype.size_bytes();
-    let bytes = tensor.storage_mut().host_bytes_mut().unwrap_or_default();
+    let bytes = tensor.host_bytes_mut().unwrap_or_default();
     let bytes = &mut bytes[..values];
     match dtype {
         DType::F32 => fill_rows::<f32>(bytes, row_len, &fill),
@@ -97,7 +97,7 @@ const SUM_DEVIATION: f32 = 147.800_77;
 pub fn random_bools(shape: &[usize], seed: u64) -> Result<Tensor, ProblemError> {
     let mut tensor = Tensor::zeros(DType::Bool, shape)?;
     let values = tensor.layout().len();
-    let bytes = &mut tensor.storage_mut().host_bytes_mut().unwrap_or_default()[..values];
+    let bytes = &mut tensor.host_bytes_mut().unwrap_or_default()[..values];
     stream(seed, 0).fill_bytes(bytes);
     bytes.iter_mut().for_each(|byte| *byte = u8::from(*byte % 8 != 0));
     Ok(tensor)

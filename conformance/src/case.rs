@@ -36,6 +36,8 @@ pub enum Poison {
     OneQuery,
     /// One key: the queries that see it are NaN.
     OneKey,
+    /// The first bias, the same for all rows, at keys whose mask is false in the first row (and so in all).
+    BiasOfExcludedKeys,
 }
 
 impl Case {

@@ -345,7 +345,8 @@ fn extreme_biases(dtype: DType) -> Vec<Case> {
         }
     }
     // Rows of one logit: rounding is common to all keys, so probabilities must be 1 / seqlen_k even at -1e9.
-    for (name, value) in [("-1e9", -1e9), ("-3e4", -3e4), ("1e9", 1e9)] {
+    let shared = [("-1e9", -1e9), ("-3e4", -3e4), ("1e9", 1e9), ("-1e18", -1e18), ("-1e20", -1e20)];
+    for (name, value) in shared.into_iter().chain([("lowest", f64::from(f32::MIN)), ("largest", f64::from(f32::MAX))]) {
         for length in [7, 384] {
             let case = Case::new("extreme", format!("uniform_{name}/{length}"), spec(dtype, 2, (9, length), 2, 8));
             cases.push(case.with_bias(PAIR, DType::F32, Values::Constant(value)).with(|c| {
@@ -626,6 +627,7 @@ fn nans(dtype: DType) -> Vec<Case> {
         poisoned(lengths(masked(base("in_both"))).with_gate(), Poison::ExcludedKeys),
         poisoned(first_tiles, Poison::ExcludedKeys),
         poisoned(base("in_all_keys").with_key_mask(MaskPattern::Nothing), Poison::ExcludedKeys),
+        poisoned(base("in_bias").with_key_mask(MaskPattern::From(100)), Poison::BiasOfExcludedKeys),
         poisoned(base("in_one_query"), Poison::OneQuery),
         poisoned(base("in_one_key"), Poison::OneKey),
     ]

@@ -33,7 +33,7 @@ impl Subject {
             counts.sort_unstable();
             counts.dedup();
             for threads in counts {
-                let twin: Arc<dyn Backend> = Arc::new(CpuBackend::with_arch(cpu.arch()).with_threads(threads)?);
+                let twin: Arc<dyn Backend> = Arc::new(CpuBackend::with_arch(cpu.arch())?.with_threads(threads)?);
                 twins.push((format!("{threads}_threads"), twin));
             }
         }

@@ -93,6 +93,15 @@ impl Inputs {
             Poison::Nothing => {}
             Poison::OneQuery => self.q.values[q_width * (s.seqlen_q / 2)] = f64::NAN,
             Poison::OneKey => self.k.values[k_width * (s.seqlen_k / 2)] = f64::NAN,
+            Poison::BiasOfExcludedKeys => {
+                let mask = self.key_mask.as_ref().map(|mask| mask.expand(&[s.batch, s.rows, s.seqlen_k]));
+                let excluded = |key: usize| mask.as_ref().is_some_and(|mask| mask[key] == 0.0);
+                for (at, value) in self.biases[0].values.iter_mut().enumerate() {
+                    if excluded(at % s.seqlen_k) {
+                        *value = if at % 2 == 0 { f64::NAN } else { f64::INFINITY };
+                    }
+                }
+            }
             Poison::ExcludedKeys => {
                 let mask = self.key_mask.as_ref().map(|mask| mask.expand(&[s.batch, s.rows, s.seqlen_k]));
                 let excluded: Vec<bool> = (0..s.batch * s.rows * s.seqlen_k)

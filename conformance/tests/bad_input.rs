@@ -505,6 +505,17 @@ fn aliased<'a>(buffer: &Tensor, layout: Layout) -> TensorViewMut<'a> {
 }
 
 #[test]
+fn offsets_beyond_64_bits() {
+    let cases = [(i64::MAX - 1, 0, "q_offset"), (0, i64::MAX - 1, "k_offset"), (i64::MIN, i64::MAX - 9, "k_offset")];
+    for (q_offset, k_offset, tensor) in cases {
+        let mut spec = spec();
+        (spec.mask.q_offset, spec.mask.k_offset) = (q_offset, k_offset);
+        let error = AttentionProblem::new(spec).unwrap_err();
+        assert!(matches!(error, ProblemError::Overflow { tensor: got, .. } if got == tensor), "{error}");
+    }
+}
+
+#[test]
 fn outputs_that_overlap_an_input() {
     let plan = plan(spec());
     let buffer = Tensor::zeros(DType::F32, &[2 * 192]).unwrap();

@@ -71,6 +71,14 @@ pub enum ProblemError {
         /// What overflowed.
         quantity: &'static str,
     },
+    /// The host has no memory for a new tensor.
+    #[error("{tensor}: no memory for {bytes} bytes")]
+    OutOfMemory {
+        /// The tensor.
+        tensor: &'static str,
+        /// Bytes asked for.
+        bytes: usize,
+    },
     /// Strides reach outside the memory behind the tensor.
     #[error("{tensor}: layout reaches bytes {first}..{end}, but its memory has 0..{available}")]
     OutOfBounds {

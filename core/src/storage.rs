@@ -42,7 +42,7 @@ impl Storage {
     pub fn from_vec<T: Element>(mut data: Vec<T>) -> Self {
         let (address, bytes) = (data.as_mut_ptr().cast::<u8>(), size_of_val(data.as_slice()));
         // SAFETY: the vector's buffer does not move when the vector does, and the owner gives no access to it.
-        unsafe { Self::from_raw(address, bytes, DeviceId::CPU, Arc::new(data)) }
+        unsafe { Self::from_raw(address, bytes, DeviceId::CPU, Arc::new(Kept(data))) }
     }
 
     /// First byte; an address of the device's own space.
@@ -83,6 +83,11 @@ impl Storage {
         self.device.is_host().then(|| unsafe { std::slice::from_raw_parts_mut(self.address, self.bytes) })
     }
 }
+
+/// A vector kept alive for its memory alone. Private to this crate, so that nobody who holds the owner can name it and
+/// reach the elements beside the tensor.
+#[derive(Debug)]
+pub(crate) struct Kept<T>(#[allow(dead_code, reason = "dropped, never read")] pub(crate) Vec<T>);
 
 impl fmt::Debug for Storage {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

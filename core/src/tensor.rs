@@ -1,10 +1,10 @@
 //! Tensors that own their memory, and views that borrow it.
 
-use std::any::Any;
 use std::marker::PhantomData;
 use std::ops::Range;
 use std::sync::Arc;
 
+use crate::storage::Kept;
 use crate::{DType, DeviceId, Element, Layout, ProblemError, Storage};
 
 /// A tensor that owns its memory.
@@ -54,17 +54,19 @@ impl Tensor {
     /// A row-major host tensor of zeros.
     ///
     /// # Errors
-    /// [`ProblemError::ZeroSize`], [`ProblemError::Overflow`].
+    /// [`ProblemError::ZeroSize`], [`ProblemError::Overflow`], [`ProblemError::OutOfMemory`].
     pub fn zeros(dtype: DType, shape: &[usize]) -> Result<Self, ProblemError> {
         let layout = Layout::contiguous(shape)?;
         let bytes = layout.len().checked_mul(dtype.size_bytes()).ok_or(BYTES_OVERFLOW)?;
         // Allocated as u64, so that every dtype is aligned.
         let mut words: Vec<u64> = Vec::new();
-        words.try_reserve_exact(bytes.div_ceil(8)).map_err(|_| BYTES_OVERFLOW)?;
+        words
+            .try_reserve_exact(bytes.div_ceil(8))
+            .map_err(|_| ProblemError::OutOfMemory { tensor: "tensor", bytes })?;
         words.resize(bytes.div_ceil(8), 0);
         let address = words.as_mut_ptr().cast::<u8>();
         // SAFETY: the vector's buffer does not move when the vector does, and the owner gives no access to it.
-        let storage = unsafe { Storage::from_raw(address, bytes, DeviceId::CPU, Arc::new(words)) };
+        let storage = unsafe { Storage::from_raw(address, bytes, DeviceId::CPU, Arc::new(Kept(words))) };
         Self::new(storage, dtype, layout)
     }
 
@@ -98,9 +100,10 @@ impl Tensor {
         &self.storage
     }
 
-    /// The memory behind it, for a backend that writes to it.
-    pub fn storage_mut(&mut self) -> &mut Storage {
-        &mut self.storage
+    /// The bytes behind it, when the host can write them.
+    #[must_use]
+    pub fn host_bytes_mut(&mut self) -> Option<&mut [u8]> {
+        self.storage.host_bytes_mut()
     }
 
     /// A shared view of the whole tensor.
@@ -109,7 +112,6 @@ impl Tensor {
         TensorView {
             address: self.storage.address(),
             device: self.storage.device(),
-            owner: Some(self.storage.owner()),
             dtype: self.dtype,
             layout: self.layout.clone(),
             borrow: PhantomData,
@@ -134,7 +136,6 @@ impl Tensor {
 pub struct TensorView<'a> {
     address: *mut u8,
     device: DeviceId,
-    owner: Option<&'a Arc<dyn Any + Send + Sync>>,
     dtype: DType,
     layout: Layout,
     borrow: PhantomData<&'a [u8]>,
@@ -186,7 +187,7 @@ impl<'a> TensorView<'a> {
         layout: Layout,
     ) -> Result<Self, ProblemError> {
         check_memory(address, bytes, dtype, &layout)?;
-        Ok(Self { address: address.cast_mut(), device, owner: None, dtype, layout, borrow: PhantomData })
+        Ok(Self { address: address.cast_mut(), device, dtype, layout, borrow: PhantomData })
     }
 
     /// Element type.
@@ -211,12 +212,6 @@ impl<'a> TensorView<'a> {
     #[must_use]
     pub fn device(&self) -> DeviceId {
         self.device
-    }
-
-    /// What keeps the memory alive, when the view comes from a [`Tensor`].
-    #[must_use]
-    pub fn owner(&self) -> Option<&'a Arc<dyn Any + Send + Sync>> {
-        self.owner
     }
 
     /// Address of element (0, 0, ...).
@@ -357,7 +352,7 @@ impl<'a> TensorViewMut<'a> {
 
     /// The same elements as a shared view, while this one is borrowed.
     #[must_use]
-    pub fn as_view(&self) -> &TensorView<'a> {
+    pub fn as_view(&self) -> &TensorView<'_> {
         &self.0
     }
 

@@ -102,12 +102,25 @@ impl Arch {
             return Ok(available.last().copied().unwrap_or(Self::Portable));
         };
         let named = available.iter().find(|arch| value == arch.name()).copied();
-        named.ok_or_else(|| OpenError::BadSetting {
-            variable: VARIABLE,
-            value: value.to_string_lossy().into_owned(),
-            expected: available.iter().map(|arch| arch.name()).collect::<Vec<_>>().join(", "),
-        })
+        named.ok_or_else(|| unavailable(VARIABLE, value.to_string_lossy().into_owned()))
     }
+
+    /// That this machine has the instruction set.
+    ///
+    /// # Errors
+    /// [`OpenError::BadSetting`] with the sets it has.
+    pub fn check_available(self) -> Result<(), OpenError> {
+        if Self::available().contains(&self) {
+            Ok(())
+        } else {
+            Err(unavailable("instruction set", self.name().to_owned()))
+        }
+    }
+}
+
+fn unavailable(variable: &'static str, value: String) -> OpenError {
+    let expected = Arch::available().iter().map(|arch| arch.name()).collect::<Vec<_>>().join(", ");
+    OpenError::BadSetting { variable, value, expected }
 }
 
 impl fmt::Display for Arch {

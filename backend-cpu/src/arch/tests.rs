@@ -169,3 +169,12 @@ fn names_are_told_apart() {
         assert_eq!(Arch::ALL.iter().filter(|other| other.name() == arch.name()).count(), 1);
     }
 }
+
+#[test]
+fn an_instruction_set_the_machine_lacks() {
+    for arch in [Arch::Neon, Arch::Avx2, Arch::Avx512, Arch::Avx512Bf16] {
+        let opened = crate::CpuBackend::with_arch(arch);
+        assert_eq!(opened.is_ok(), Arch::available().contains(&arch), "{arch}");
+        assert!(opened.err().is_none_or(|error| error.to_string().contains(arch.name())));
+    }
+}

@@ -339,6 +339,11 @@ impl TileBias {
             let tile = tile.of_tile::<S>();
             let first = tile.at(row, column);
             for i in 0..M {
+                // SAFETY: as above.
+                if unsafe { *self.keys.add(row + i) } == f32::NEG_INFINITY {
+                    // An excluded key: what the tile holds there, NaN included, has no influence.
+                    continue;
+                }
                 for j in 0..N {
                     // SAFETY: the block is inside the tile.
                     block[i][j] = s.add(block[i][j], unsafe { s.load(first.add(i * tile.stride + j * S::LANES)) });

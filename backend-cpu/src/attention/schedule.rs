@@ -47,10 +47,16 @@ fn item_heads(problem: &AttentionProblem, tile_k: usize, bias_sum: bool) -> usiz
     let bytes = spec.head_dim.min(spec.head_dim_v) * spec.dtype.size_bytes();
     let mut most = (RUN_BYTES / bytes).clamp(1, MAX_HEADS.min(spec.kv_heads));
     if bias_sum || (spec.rows > 1 && shares_bias(spec)) {
-        let slab = problem.group() * spec.seqlen_q * spec.seqlen_k.next_multiple_of(tile_k) * size_of::<f32>();
+        let slab = slab_bytes(problem, spec.seqlen_q, tile_k);
         most = most.min((SLAB_L2_BYTES / slab).max(1));
     }
     spec.kv_heads.div_ceil(spec.kv_heads.div_ceil(most))
+}
+
+/// Bytes of a slab for so many queries (or heads) of each head of a group; saturates.
+fn slab_bytes(problem: &AttentionProblem, queries: usize, tile_k: usize) -> usize {
+    let keys = problem.spec().seqlen_k.next_multiple_of(tile_k);
+    [problem.group(), queries, size_of::<f32>()].into_iter().fold(keys, usize::saturating_mul)
 }
 
 /// Whether rows share a bias (or ALiBi) that a slab would hold.
@@ -70,7 +76,7 @@ fn slab_queries(
     bytes: usize,
 ) -> Option<usize> {
     let spec = problem.spec();
-    let per_query = heads * problem.group() * spec.seqlen_k.next_multiple_of(tile_k) * size_of::<f32>();
+    let per_query = slab_bytes(problem, heads, tile_k);
     let smallest = per_query.checked_mul(tile_q)?;
     if spec.rows < 2 || !shares_bias(spec) || smallest > LARGEST_SLAB_BYTES {
         return None;
@@ -143,7 +149,7 @@ impl BackwardSchedule {
             let slab = slab_queries(problem, (tile_q, tile_k), heads, queries, BACKWARD_SLAB_BYTES);
             let most = if bias_sum {
                 // The sum has the size of a slab, whether or not one is read.
-                let per_query = heads * problem.group() * spec.seqlen_k.next_multiple_of(tile_k) * size_of::<f32>();
+                let per_query = slab_bytes(problem, heads, tile_k);
                 BACKWARD_SLAB_BYTES / per_query
             } else {
                 BACKWARD_QUERIES / problem.group()

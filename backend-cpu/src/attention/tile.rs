@@ -11,8 +11,9 @@ use super::product::{Matrix, TileBias};
 use super::workspace::Carver;
 use crate::arch::Simd;
 
-/// Finite biases saturate here (in base 2), so that a sum of five stays finite and is not taken for -inf, which excludes.
-const LOWEST_BIAS: f32 = f32::MIN / 8.0;
+/// Finite biases saturate here (in base 2, on both sides): a sum of five stays finite, and lse, carried to 48 bits,
+/// still tells how many keys share such a bias.
+const LARGEST_BIAS: f32 = 8_589_934_592.0; // 2^33
 
 /// One attention: batch, row, head.
 #[derive(Clone, Copy, Debug)]
@@ -203,7 +204,7 @@ impl Inputs<'_> {
     #[inline(always)]
     unsafe fn add_alibi(&self, head: usize, q: &Range<usize>, k: &Range<usize>, sum: Matrix) {
         let mask = &self.problem.spec().mask;
-        let slope = mask.alibi_slopes.as_ref().map_or(0.0, |slopes| slopes[head]) * LOG2_E;
+        let slope = mask.alibi_slopes.as_ref().map_or(0.0, |slopes| base2(slopes[head]));
         for j in 0..k.len() {
             // SAFETY: row j of the tile has a value for every query.
             let row = unsafe { std::slice::from_raw_parts_mut(sum.at(j, 0), q.len()) };
@@ -211,7 +212,7 @@ impl Inputs<'_> {
             for (i, value) in row.iter_mut().enumerate() {
                 #[allow(clippy::cast_precision_loss, reason = "exact up to 2^24 positions, correctly rounded beyond")]
                 let distance = first.saturating_sub(i.cast_signed() as i64).unsigned_abs() as f32;
-                *value -= slope * distance;
+                *value -= (slope * distance).clamp(-LARGEST_BIAS, LARGEST_BIAS);
             }
         }
     }
@@ -238,9 +239,8 @@ impl Inputs<'_> {
 /// A bias in base 2; finite values stay finite.
 #[inline(always)]
 fn base2(bias: f32) -> f32 {
-    let scaled = bias * LOG2_E;
-    // Only what is told to be too low is raised: NaN passes.
-    if scaled < LOWEST_BIAS && bias != f32::NEG_INFINITY { LOWEST_BIAS } else { scaled }
+    // NaN and infinities pass.
+    if bias.is_finite() { (bias * LOG2_E).clamp(-LARGEST_BIAS, LARGEST_BIAS) } else { bias }
 }
 
 #[inline(always)]

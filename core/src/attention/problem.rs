@@ -308,7 +308,19 @@ fn check_bytes(tensor: &'static str, factors: impl IntoIterator<Item = usize>) -
     bytes.map(|_| ()).ok_or(ProblemError::Overflow { tensor, quantity: "size in bytes" })
 }
 
+/// Positions and distances fit 64 bits.
+fn check_offsets(s: &AttentionSpec) -> Result<(), ProblemError> {
+    let end = |offset: i64, length: usize| offset.checked_add(i64::try_from(length).ok()?);
+    let overflow = |tensor| ProblemError::Overflow { tensor, quantity: "the last position" };
+    let (q, k) = (s.mask.q_offset, s.mask.k_offset);
+    let q_end = end(q, s.seqlen_q).ok_or(overflow("q_offset"))?;
+    let k_end = end(k, s.seqlen_k).ok_or(overflow("k_offset"))?;
+    let far = ProblemError::Overflow { tensor: "k_offset", quantity: "the distance from q_offset" };
+    k_end.checked_sub(q).and(k.checked_sub(q_end)).map(|_| ()).ok_or(far)
+}
+
 fn check_masks(s: &AttentionSpec) -> Result<(), ProblemError> {
+    check_offsets(s)?;
     if let Some(slopes) = &s.mask.alibi_slopes {
         if slopes.len() != s.heads {
             let expected = format!("{} (one per head)", s.heads);
