@@ -54,7 +54,7 @@ fn main() -> anyhow::Result<()> {
     println!("logits never stored: {:.1} MB (as f32)", problem.logits() * 4.0 / 1e6);
     println!("workspace: {} bytes", plan.forward_workspace_bytes);
 
-    let values = forward.out.to_f64().unwrap_or_default();
+    let values = forward.out.to_f64()?;
     println!("out[0, 0, 0, 0, ..4] = {:.4?}", &values[..4]);
     Ok(())
 }

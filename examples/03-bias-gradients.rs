@@ -10,6 +10,7 @@
 //! Run it with `cargo run --release --example 03-bias-gradients`.
 #![allow(clippy::print_stdout, reason = "an example shows its results")]
 
+use anyhow::Context;
 use tilefold::{Device, Gradients, Inputs, Options, TensorView, attention, attention_backward};
 
 const ROWS: usize = 8;
@@ -32,16 +33,16 @@ fn main() -> anyhow::Result<()> {
     let wanted = Gradients { biases: [true, false, false, false], ..Gradients::default() };
     let backward = attention_backward(&device, &inputs, &options, &forward, &d_out, wanted)?;
     assert!(backward.dq.is_none());
-    let dbias = backward.dbiases[0].as_ref().and_then(|dbias| dbias.to_f64()).unwrap_or_default();
+    let dbias = backward.dbiases[0].as_ref().context("no gradient of the bias")?.to_f64()?;
 
     // One entry: head 1, query 3, key 7.
     let (entry, step) = ((SEQLEN + 3) * SEQLEN + 7, 1.0 / 64.0);
-    let d_out = d_out.to_f64().unwrap_or_default();
+    let d_out = d_out.to_f64()?;
     let mut loss_at = |value: f32| -> anyhow::Result<f64> {
         let kept = std::mem::replace(&mut bias[entry], value);
         let mut inputs = plain.clone();
         inputs.biases.push(TensorView::from_slice(&bias, &BIAS_SHAPE)?);
-        let out = attention(&device, &inputs, &options)?.out.to_f64().unwrap_or_default();
+        let out = attention(&device, &inputs, &options)?.out.to_f64()?;
         bias[entry] = kept;
         Ok(out.iter().zip(&d_out).map(|(out, d_out)| out * d_out).sum())
     };

@@ -270,7 +270,7 @@ pub fn attention(device: &Device, inputs: &Inputs<'_>, options: &Options) -> Res
 /// inputs.biases.push(TensorView::from_slice(&bias, &[1, 1, 1, 3, 3])?); // one for both heads
 /// let forward = attention(&device, &inputs, &options)?;
 /// let backward = attention_backward(&device, &inputs, &options, &forward, &x, all_gradients(&inputs))?;
-/// let dbias = backward.dbiases[0].as_ref().and_then(|dbias| dbias.to_f64()).unwrap_or_default();
+/// let dbias = backward.dbiases[0].as_ref().map(tilefold::Tensor::to_f64).transpose()?.unwrap_or_default();
 /// assert_eq!(dbias.len(), 9);
 /// assert!(dbias.iter().sum::<f64>().abs() < 1e-4); // adding a constant to a row's logits changes nothing
 /// # Ok::<(), tilefold::Error>(())
@@ -376,7 +376,7 @@ pub fn attention_backward_into(
 ///     acc_lse: acc.lse.view_mut(),
 ///     acc_lse_low: acc.lse_low.view_mut(),
 /// })?;
-/// let (whole, merged) = (whole.out.to_f64().unwrap_or_default(), acc.out.to_f64().unwrap_or_default());
+/// let (whole, merged) = (whole.out.to_f64()?, acc.out.to_f64()?);
 /// assert!(whole.iter().zip(&merged).all(|(a, b)| (a - b).abs() < 1e-5));
 /// # Ok::<(), tilefold::Error>(())
 /// ```
@@ -397,7 +397,7 @@ pub fn merge(device: &Device, operands: MergeOperands<'_>) -> Result<(), Error> 
 /// let data = [1.0_f32, 2.0, 3.0, 4.0, 5.0, 6.0];
 /// let mut turned = device.zeros(DType::BF16, &[3, 2])?;
 /// relayout(&device, TensorView::from_slice(&data, &[2, 3])?.permute(&[1, 0])?, turned.view_mut())?;
-/// assert_eq!(turned.to_f64(), Some(vec![1.0, 4.0, 2.0, 5.0, 3.0, 6.0]));
+/// assert_eq!(turned.to_f64(), Ok(vec![1.0, 4.0, 2.0, 5.0, 3.0, 6.0]));
 /// # Ok::<(), tilefold::Error>(())
 /// ```
 ///

@@ -26,7 +26,7 @@ const MAX_HEADER_BYTES: u64 = 100_000_000;
 /// safetensors::write(&path, [("q", &q)])?;
 /// let tensors = safetensors::read(&path)?;
 /// assert_eq!(tensors["q"].shape(), [1, 3]);
-/// assert_eq!(tensors["q"].to_f64(), Some(vec![1.0, 2.0, 3.0]));
+/// assert_eq!(tensors["q"].to_f64(), Ok(vec![1.0, 2.0, 3.0]));
 /// # std::fs::remove_file(&path).ok();
 /// # Ok::<(), tilefold::Error>(())
 /// ```

@@ -103,12 +103,14 @@ impl Backend for CpuBackend {
         Ok(())
     }
 
-    fn fill(&self, _: &Stream, destination: TensorViewMut<'_>, value: f64) -> DeviceResult<()> {
+    fn fill(&self, stream: &Stream, destination: TensorViewMut<'_>, value: f64) -> DeviceResult<()> {
+        ours(stream, "destination", destination.as_view().device())?;
         self.install(|| relayout::fill(destination, value));
         Ok(())
     }
 
-    fn relayout(&self, _: &Stream, args: RelayoutArgs<'_>) -> DeviceResult<()> {
+    fn relayout(&self, stream: &Stream, args: RelayoutArgs<'_>) -> DeviceResult<()> {
+        ours(stream, "source", args.device())?;
         self.install(|| relayout::relayout(args));
         Ok(())
     }
@@ -126,20 +128,31 @@ impl Backend for CpuBackend {
     }
 
     fn plan_attention(&self, problem: &AttentionProblem) -> DeviceResult<AttentionPlan> {
-        Ok(attention::plan(problem, self.arch, self.info.parallelism))
+        attention::plan(problem, self.arch, self.info.parallelism)
     }
 
-    fn attention_forward(&self, _: &Stream, args: ForwardArgs<'_>) -> DeviceResult<()> {
-        self.install(|| attention::forward(self.arch, &self.cache, args))
+    fn attention_forward(&self, stream: &Stream, args: ForwardArgs<'_>) -> DeviceResult<()> {
+        ours(stream, "plan", args.plan().device)?;
+        self.install(|| attention::forward(self.arch, self.info.parallelism, &self.cache, args))
     }
 
-    fn attention_backward(&self, _: &Stream, args: BackwardArgs<'_>) -> DeviceResult<()> {
-        self.install(|| attention::backward(self.arch, &self.cache, args))
+    fn attention_backward(&self, stream: &Stream, args: BackwardArgs<'_>) -> DeviceResult<()> {
+        ours(stream, "plan", args.plan().device)?;
+        self.install(|| attention::backward(self.arch, self.info.parallelism, &self.cache, args))
     }
 
-    fn merge(&self, _: &Stream, args: MergeArgs<'_>) -> DeviceResult<()> {
+    fn merge(&self, stream: &Stream, args: MergeArgs<'_>) -> DeviceResult<()> {
+        ours(stream, "out", args.device())?;
         self.install(|| merge::merge(args));
         Ok(())
+    }
+}
+
+/// Refuses streams and operands of other devices: their addresses mean nothing here.
+fn ours(stream: &Stream, what: &'static str, device: DeviceId) -> DeviceResult<()> {
+    match [("stream", stream.device()), (what, device)].into_iter().find(|&(_, got)| got != DeviceId::CPU) {
+        Some((what, got)) => Err(DeviceError::WrongDevice { what, expected: DeviceId::CPU, got }),
+        None => Ok(()),
     }
 }
 
@@ -150,4 +163,79 @@ fn host<T>(bytes: Option<T>, what: &'static str) -> DeviceResult<T> {
 
 fn too_small(bytes: usize) -> DeviceError {
     DeviceError::Unsupported { limit: format!("a copy of {bytes} bytes from or to a smaller storage") }
+}
+
+#[cfg(test)]
+mod tests {
+    use tilefold_core::{AttentionSpec, BiasSpec, DeviceKind, ForwardOperands, Tensor, TensorView};
+
+    use super::*;
+
+    const ELSEWHERE: DeviceId = DeviceId { kind: DeviceKind::Cuda, ordinal: 1 };
+
+    #[test]
+    fn streams_and_operands_of_other_devices_are_refused() {
+        let device = CpuBackend::new().unwrap();
+        let (mut here, there) = (Tensor::zeros(DType::F32, &[4]).unwrap(), Stream::new(ELSEWHERE, Arc::new(())));
+        let refused = |what| Err(DeviceError::WrongDevice { what, expected: DeviceId::CPU, got: ELSEWHERE });
+        assert_eq!(device.fill(&there, here.view_mut(), 1.0), refused("stream"));
+
+        let data = [0_f32; 4];
+        let layout = here.layout().clone();
+        // SAFETY: the address is never read: that is what is tested.
+        let foreign = |at: *const f32| unsafe {
+            TensorView::from_raw(at.cast(), 16, ELSEWHERE, DType::F32, layout.clone()).unwrap()
+        };
+        let ours = device.stream().unwrap();
+        let mut target = [0_f32; 4];
+        // SAFETY: as above.
+        let mut destination = || unsafe {
+            let at = target.as_mut_ptr().cast();
+            TensorViewMut::from_raw(at, 16, ELSEWHERE, DType::F32, layout.clone()).unwrap()
+        };
+        assert_eq!(device.fill(&ours, destination(), 1.0), refused("destination"));
+        let args = RelayoutArgs::new(foreign(data.as_ptr()), destination()).unwrap();
+        assert_eq!(device.relayout(&ours, args), refused("source"));
+    }
+
+    #[test]
+    fn workspace_that_cannot_be_addressed_is_refused() {
+        let device = CpuBackend::new().unwrap();
+        let mut spec = AttentionSpec::new(DType::BF16, 1, 2, 1, 1 << 50, 1);
+        spec.kv_heads = 1;
+        spec.biases = vec![BiasSpec { shape: [1, 1, 1, 1, 1], dtype: DType::BF16 }];
+        let problem = AttentionProblem::new(spec.clone()).unwrap();
+        assert!(matches!(device.plan_attention(&problem), Err(DeviceError::Unsupported { .. })));
+        spec.kv_heads = spec.heads;
+        let problem = AttentionProblem::new(spec).unwrap();
+        assert!(device.plan_attention(&problem).unwrap().forward_workspace_bytes < 1 << 30);
+    }
+
+    #[test]
+    fn a_launch_in_a_larger_pool_keeps_to_the_workspace_of_its_plan() {
+        let pool = |threads| rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+        let device = pool(1).install(|| CpuBackend::new().unwrap());
+        let shape = [1, 8, 200, 2, 16];
+        let problem = AttentionProblem::new(AttentionSpec::new(DType::F32, 1, 8, 200, 2, 16)).unwrap();
+        let plan = device.plan_attention(&problem).unwrap();
+        let (input, mut out) = (Tensor::zeros(DType::F32, &shape).unwrap(), Tensor::zeros(DType::F32, &shape).unwrap());
+        let operands = ForwardOperands {
+            q: input.view(),
+            k: input.view(),
+            v: input.view(),
+            biases: vec![],
+            key_mask: None,
+            q_segments: None,
+            k_segments: None,
+            gate: None,
+            out: out.view_mut(),
+            lse: None,
+            lse_low: None,
+        };
+        let args = ForwardArgs::new(&plan, operands).unwrap();
+        let stream = device.stream().unwrap();
+        pool(4).install(|| device.attention_forward(&stream, args)).unwrap();
+        assert!(device.cache.bytes() <= plan.forward_workspace_bytes, "{} bytes", device.cache.bytes());
+        assert!(device.cache.bytes() > 0);
+    }
 }

@@ -5,8 +5,8 @@ use std::sync::Arc;
 use tilefold_core::attention::reference::{self, ReferenceInputs};
 use tilefold_core::{
     AttentionPlan, AttentionProblem, AttentionSpec, Backend, BackwardArgs, BiasSpec, DType, DeviceError, DeviceInfo,
-    DeviceResult, EmptyRows, Event, ForwardArgs, MergeArgs, RelayoutArgs, Storage, Stream, Tensor, TensorViewMut,
-    Window,
+    DeviceResult, EmptyRows, Event, ForwardArgs, MergeArgs, ProblemError, RelayoutArgs, Storage, Stream, Tensor,
+    TensorViewMut, Window,
 };
 
 /// What goes wrong, by the mistake a kernel's author makes.
@@ -161,12 +161,11 @@ impl Planted {
         if let Some(bug) = self.bug {
             bug.spec(&mut spec);
         }
-        AttentionProblem::new(spec).map_err(|error| DeviceError::Unsupported { limit: error.to_string() })
+        AttentionProblem::new(spec).map_err(failed)
     }
 
     /// Writes row-major values into a view of any layout.
     fn write(&self, stream: &Stream, values: &[f64], to: TensorViewMut<'_>) -> DeviceResult<()> {
-        let failed = |error: tilefold_core::ProblemError| DeviceError::Unsupported { limit: error.to_string() };
         let (shape, dtype) = (to.as_view().shape().to_vec(), to.as_view().dtype());
         let dense = Tensor::from_f64(values, dtype, &shape).map_err(failed)?;
         self.inner.relayout(stream, RelayoutArgs::new(dense.view(), to).map_err(failed)?)
@@ -242,7 +241,7 @@ fn dbiases_in_half(problem: &AttentionProblem, inputs: &ReferenceInputs, d_out: 
         bias.shape = full;
     }
     let expanded_problem = AttentionProblem::new(spec);
-    let expanded_problem = expanded_problem.map_err(|error| DeviceError::Unsupported { limit: error.to_string() })?;
+    let expanded_problem = expanded_problem.map_err(failed)?;
     let gradients = reference::backward(&expanded_problem, &expanded, d_out).dbiases;
     let sum = |(bias, ds): (&BiasSpec, Vec<f64>)| {
         let mut sums = vec![0.0; bias.shape.iter().product()];
@@ -266,8 +265,8 @@ fn source(logit: usize, full: &[usize; 5], own: &[usize; 5]) -> usize {
     source
 }
 
-fn unreadable() -> DeviceError {
-    DeviceError::Unsupported { limit: "the host cannot read an operand".into() }
+fn failed(error: ProblemError) -> DeviceError {
+    DeviceError::Unsupported { limit: error.to_string() }
 }
 
 impl Backend for Planted {
@@ -329,7 +328,7 @@ impl Backend for Planted {
             o.k_segments.as_ref(),
             o.gate.as_ref(),
         );
-        let mut inputs = inputs.ok_or_else(unreadable)?;
+        let mut inputs = inputs.map_err(failed)?;
         if let Some(bug) = self.bug {
             bug.inputs(problem.spec(), &mut inputs);
         }
@@ -358,7 +357,8 @@ impl Backend for Planted {
             o.k_segments.as_ref(),
             o.gate.as_ref(),
         );
-        let (mut inputs, mut d_out) = inputs.zip(o.d_out.to_f64()).ok_or_else(unreadable)?;
+        let mut inputs = inputs.map_err(failed)?;
+        let mut d_out = o.d_out.to_f64().map_err(failed)?;
         let s = problem.spec();
         if let Some(bug) = self.bug {
             bug.inputs(s, &mut inputs);
@@ -409,7 +409,7 @@ impl Planted {
         gradients: &mut reference::ReferenceGradients,
     ) -> DeviceResult<()> {
         let s = problem.spec();
-        let stored = o.lse.to_f64().ok_or_else(unreadable)?;
+        let stored = o.lse.to_f64().map_err(failed)?;
         let exact = reference::forward(problem, inputs).lse;
         for (at, row) in gradients.dq.chunks_mut(s.head_dim).enumerate() {
             let (head, rest) = (at % s.heads, at / s.heads);

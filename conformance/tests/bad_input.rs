@@ -147,15 +147,19 @@ fn sizes_that_overflow() {
 }
 
 #[test]
-fn a_scale_that_is_not_finite() {
-    for got in [f64::INFINITY, f64::NEG_INFINITY, f64::MAX, -1e39] {
-        let expected = ProblemError::NotFinite { parameter: "softmax_scale", got };
-        refuses("scale", |s| s.softmax_scale = Some(got), &expected, &["softmax_scale", "finite"]);
+fn a_scale_that_is_not_finite_in_f32() {
+    let limit = f64::from(f32::MAX) / 2.0;
+    for got in [f64::INFINITY, f64::NEG_INFINITY, f64::MAX, -1e39, 3e38] {
+        let expected = ProblemError::OutOfRange { parameter: "softmax_scale", limit, got };
+        refuses("scale", |s| s.softmax_scale = Some(got), &expected, &["softmax_scale", "at most 1.7014"]);
     }
     let mut nan = spec();
     nan.softmax_scale = Some(f64::NAN);
     let error = AttentionProblem::new(nan).unwrap_err();
-    assert!(matches!(error, ProblemError::NotFinite { parameter: "softmax_scale", got } if got.is_nan()), "{error}");
+    assert!(
+        matches!(error, ProblemError::OutOfRange { parameter: "softmax_scale", got, .. } if got.is_nan()),
+        "{error}"
+    );
     assert!(error.to_string().contains("NaN"));
     for valid in [0.0, -1.0, 1e-30, 1e30] {
         let mut edited = spec();

@@ -117,11 +117,13 @@ pub enum ProblemError {
         /// The other operand.
         other: &'static str,
     },
-    /// A parameter is NaN or infinite.
-    #[error("{parameter}: expected a finite number, got {got}")]
-    NotFinite {
+    /// A parameter is NaN, infinite, or too large for f32.
+    #[error("{parameter}: expected a number of magnitude at most {limit:e}, got {got:e}")]
+    OutOfRange {
         /// The parameter.
         parameter: &'static str,
+        /// The largest magnitude.
+        limit: f64,
         /// Its value.
         got: f64,
     },

@@ -39,8 +39,8 @@ impl Layout {
         if shape.len() != strides.len() {
             return Err(ProblemError::Rank { tensor: "strides", expected: shape.len(), got: strides.len() });
         }
-        if shape.contains(&0) {
-            return Err(ProblemError::ZeroSize { tensor: "layout", dimension: "a dimension" });
+        if let Some(dim) = shape.iter().position(|&size| size == 0) {
+            return Err(ProblemError::ZeroSize { tensor: "layout", dimension: dimension_name(dim) });
         }
         let layout = Self { shape: shape.to_vec(), strides: strides.to_vec(), offset };
         layout.checked_extent().ok_or(OVERFLOW)?;
@@ -101,8 +101,10 @@ impl Layout {
         if index.len() != self.shape.len() || index.iter().zip(&self.shape).any(|(i, size)| i >= size) {
             return None;
         }
+        // Index 0 of a dimension of size 1 may have any stride; positions of elements fit, whatever the sums on the way.
         let steps = index.iter().zip(&self.strides);
-        Some(self.offset + steps.map(|(&i, stride)| i64::try_from(i).unwrap_or(i64::MAX) * stride).sum::<i64>())
+        let step = |(&i, stride): (&usize, &i64)| i64::try_from(i).unwrap_or(i64::MAX).wrapping_mul(*stride);
+        Some(steps.map(step).fold(self.offset, i64::wrapping_add))
     }
 
     /// Positions of all elements in row-major order of their indices.
@@ -112,12 +114,14 @@ impl Layout {
         (0..self.len()).map(move |_| {
             let current = position;
             for dim in (0..index.len()).rev() {
+                let (size, stride) = (self.shape[dim], self.strides[dim]);
                 index[dim] += 1;
-                position += self.strides[dim];
-                if index[dim] < self.shape[dim] {
+                // Wraps on the way past the last element only.
+                position = position.wrapping_add(stride);
+                if index[dim] < size {
                     break;
                 }
-                position -= self.strides[dim] * i64::try_from(self.shape[dim]).unwrap_or(i64::MAX);
+                position = position.wrapping_sub(stride.wrapping_mul(i64::try_from(size).unwrap_or(i64::MAX)));
                 index[dim] = 0;
             }
             current
@@ -143,7 +147,7 @@ impl Layout {
     pub fn overlaps_itself(&self) -> bool {
         let mut steps: Vec<(i64, i64)> = (self.shape.iter().zip(&self.strides))
             .filter(|&(&size, _)| size > 1)
-            .map(|(&size, &stride)| (stride.abs(), i64::try_from(size - 1).unwrap_or(i64::MAX)))
+            .map(|(&size, &stride)| (stride.saturating_abs(), i64::try_from(size - 1).unwrap_or(i64::MAX)))
             .collect();
         steps.sort_unstable();
         let mut reach = 0_i64;
@@ -165,7 +169,7 @@ impl Layout {
         if a.end <= b.start || b.end <= a.start {
             return false;
         }
-        let periods = self.strides.iter().chain(&other.strides).map(|stride| stride.abs());
+        let periods = self.strides.iter().chain(&other.strides).map(|stride| stride.saturating_abs());
         !periods.filter(|&period| period > 1).any(|period| match (self.window(period), other.window(period)) {
             (Some(a), Some(b)) => {
                 let shift = (b.start - a.start).rem_euclid(period);
@@ -185,7 +189,7 @@ impl Layout {
                 high = high.checked_add(span.max(0))?;
             }
         }
-        (high - low < period).then_some(low..high + 1)
+        (high.checked_sub(low)? < period).then_some(low..high.checked_add(1)?)
     }
 
     /// Dimensions reordered: dimension `i` of the result is dimension `order[i]`.
@@ -261,12 +265,27 @@ impl Layout {
             if own == 1 && full != 1 {
                 strides[dim] = 0;
             } else if own != full {
-                let (tensor, dimension) = ("expand", "a dimension");
+                let (tensor, dimension) = ("expand", dimension_name(dim));
                 return Err(ProblemError::NotBroadcastable { tensor, dimension, expected: full, got: own });
             }
         }
         Self::new(shape, &strides, self.offset)
     }
+}
+
+/// What errors call a dimension of a tensor that has no axes by name.
+pub(crate) fn dimension_name(dim: usize) -> &'static str {
+    const NAMES: [&str; 8] = [
+        "dimension 0",
+        "dimension 1",
+        "dimension 2",
+        "dimension 3",
+        "dimension 4",
+        "dimension 5",
+        "dimension 6",
+        "dimension 7",
+    ];
+    NAMES.get(dim).copied().unwrap_or("a dimension above 7")
 }
 
 const OVERFLOW: ProblemError = ProblemError::Overflow { tensor: "layout", quantity: "size or offset" };
@@ -296,6 +315,27 @@ mod tests {
         assert!(!part(0).overlaps_itself());
         assert!(Layout::new(&[4, 2], &[0, 1], 0).unwrap().overlaps_itself());
         assert!(Layout::new(&[4, 3], &[2, 1], 0).unwrap().overlaps_itself());
+    }
+
+    #[test]
+    fn extreme_strides_neither_overflow_nor_matter() {
+        let one = Layout::new(&[1, 2], &[i64::MIN, 1], 0).unwrap();
+        assert_eq!(one.positions().collect::<Vec<_>>(), [0, 1]);
+        assert_eq!(one.position(&[0, 1]), Some(1));
+        assert!(!one.overlaps_itself() && one.overlaps(&one));
+        let far = Layout::new(&[2], &[i64::MIN], 0).unwrap();
+        assert_eq!(far.positions().collect::<Vec<_>>(), [0, i64::MIN]);
+        assert!(!far.overlaps_itself() && far.overlaps(&one));
+        let end = Layout::new(&[2], &[i64::MAX - 1], 0).unwrap();
+        assert_eq!(end.positions().last(), Some(i64::MAX - 1));
+    }
+
+    #[test]
+    fn errors_number_the_dimension() {
+        let zero = Layout::contiguous(&[2, 0]).unwrap_err();
+        assert_eq!(zero, ProblemError::ZeroSize { tensor: "layout", dimension: "dimension 1" });
+        let error = Layout::contiguous(&[2, 3]).unwrap().expand(&[2, 4]).unwrap_err();
+        assert!(matches!(error, ProblemError::NotBroadcastable { dimension: "dimension 1", expected: 4, got: 3, .. }));
     }
 
     #[test]

@@ -1,5 +1,6 @@
 //! Strided copy with a change of dtype: transposes, gathers into contiguous memory, casts.
 
+use crate::layout::dimension_name;
 use crate::{DType, DeviceId, ProblemError, TensorView, TensorViewMut};
 
 /// A copy whose source and destination fit together.
@@ -31,8 +32,10 @@ impl<'a> RelayoutArgs<'a> {
         if to.shape().len() != source.shape().len() {
             return Err(ProblemError::Rank { tensor, expected: source.shape().len(), got: to.shape().len() });
         }
-        if let Some((&expected, &got)) = source.shape().iter().zip(to.shape()).find(|(from, to)| from != to) {
-            return Err(ProblemError::Shape { tensor, dimension: "a dimension", expected, got });
+        for (dim, (&expected, &got)) in source.shape().iter().zip(to.shape()).enumerate() {
+            if expected != got {
+                return Err(ProblemError::Shape { tensor, dimension: dimension_name(dim), expected, got });
+            }
         }
         if to.layout().overlaps_itself() {
             return Err(ProblemError::SelfOverlap { tensor, strides: to.layout().strides().to_vec() });

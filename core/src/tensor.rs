@@ -37,17 +37,19 @@ impl Tensor {
     /// A row-major host tensor with `values` rounded to `dtype`: the one place test inputs are rounded.
     ///
     /// # Errors
-    /// As [`Tensor::from_vec`].
+    /// As [`Tensor::from_vec`], and [`ProblemError::OutOfMemory`].
     pub fn from_f64(values: &[f64], dtype: DType, shape: &[usize]) -> Result<Self, ProblemError> {
-        fn convert<T: Element>(values: &[f64]) -> Vec<T> {
-            values.iter().map(|&value| T::from_f64(value)).collect()
+        fn convert<T: Element>(values: &[f64], shape: &[usize]) -> Result<Tensor, ProblemError> {
+            let mut data = reserved::<T>(values.len())?;
+            data.extend(values.iter().map(|&value| T::from_f64(value)));
+            Tensor::from_vec(data, shape)
         }
         match dtype {
-            DType::F32 => Self::from_vec(convert::<f32>(values), shape),
-            DType::F16 => Self::from_vec(convert::<half::f16>(values), shape),
-            DType::BF16 => Self::from_vec(convert::<half::bf16>(values), shape),
-            DType::I32 => Self::from_vec(convert::<i32>(values), shape),
-            DType::Bool => Self::from_vec(convert::<u8>(values), shape),
+            DType::F32 => convert::<f32>(values, shape),
+            DType::F16 => convert::<half::f16>(values, shape),
+            DType::BF16 => convert::<half::bf16>(values, shape),
+            DType::I32 => convert::<i32>(values, shape),
+            DType::Bool => convert::<u8>(values, shape),
         }
     }
 
@@ -59,10 +61,7 @@ impl Tensor {
         let layout = Layout::contiguous(shape)?;
         let bytes = layout.len().checked_mul(dtype.size_bytes()).ok_or(BYTES_OVERFLOW)?;
         // Allocated as u64, so that every dtype is aligned.
-        let mut words: Vec<u64> = Vec::new();
-        words
-            .try_reserve_exact(bytes.div_ceil(8))
-            .map_err(|_| ProblemError::OutOfMemory { tensor: "tensor", bytes })?;
+        let mut words = reserved::<u64>(bytes.div_ceil(8))?;
         words.resize(bytes.div_ceil(8), 0);
         let address = words.as_mut_ptr().cast::<u8>();
         // SAFETY: the vector's buffer does not move when the vector does, and the owner gives no access to it.
@@ -124,9 +123,11 @@ impl Tensor {
         TensorViewMut(self.view())
     }
 
-    /// All elements as f64 in row-major order of their indices; `None` when the host cannot read the memory.
-    #[must_use]
-    pub fn to_f64(&self) -> Option<Vec<f64>> {
+    /// All elements as f64 in row-major order of their indices.
+    ///
+    /// # Errors
+    /// As [`TensorView::to_f64`].
+    pub fn to_f64(&self) -> Result<Vec<f64>, ProblemError> {
         self.view().to_f64()
     }
 }
@@ -258,22 +259,30 @@ impl<'a> TensorView<'a> {
         Ok(self.with_layout(self.layout.expand(shape)?))
     }
 
-    /// All elements as f64 in row-major order of their indices; `None` when the host cannot read the memory.
-    #[must_use]
-    pub fn to_f64(&self) -> Option<Vec<f64>> {
-        fn read<T: Element>(view: &TensorView<'_>) -> Vec<f64> {
+    /// All elements as f64 in row-major order of their indices.
+    ///
+    /// # Errors
+    /// [`ProblemError::WrongDevice`] when the host cannot read the memory, [`ProblemError::OutOfMemory`].
+    pub fn to_f64(&self) -> Result<Vec<f64>, ProblemError> {
+        fn read<T: Element>(view: &TensorView<'_>) -> Result<Vec<f64>, ProblemError> {
+            let mut values = reserved(view.layout.len())?;
             let base = view.address.cast::<T>().cast_const();
             let at = |position: i64| base.wrapping_offset(isize::try_from(position).unwrap_or(0));
             // SAFETY: every position lies inside borrowed, initialised host memory (`check_memory`).
-            view.layout.positions().map(|position| unsafe { at(position).read() }.to_f64()).collect()
+            values.extend(view.layout.positions().map(|position| unsafe { at(position).read() }.to_f64()));
+            Ok(values)
         }
-        self.device.is_host().then(|| match self.dtype {
+        if !self.device.is_host() {
+            let (tensor, expected, got) = ("tensor", DeviceId::CPU, self.device);
+            return Err(ProblemError::WrongDevice { tensor, expected, got });
+        }
+        match self.dtype {
             DType::F32 => read::<f32>(self),
             DType::F16 => read::<half::f16>(self),
             DType::BF16 => read::<half::bf16>(self),
             DType::I32 => read::<i32>(self),
             DType::Bool => read::<u8>(self),
-        })
+        }
     }
 
     /// Whether an element of one may share memory with an element of the other.
@@ -356,12 +365,6 @@ impl<'a> TensorViewMut<'a> {
         &self.0
     }
 
-    /// A shorter exclusive borrow.
-    #[must_use]
-    pub fn reborrow(&mut self) -> TensorViewMut<'_> {
-        TensorViewMut(self.0.clone())
-    }
-
     /// Address of element (0, 0, ...).
     #[must_use]
     pub fn origin(&mut self) -> *mut u8 {
@@ -407,6 +410,14 @@ impl<'a> TensorViewMut<'a> {
 }
 
 const BYTES_OVERFLOW: ProblemError = ProblemError::Overflow { tensor: "tensor", quantity: "size in bytes" };
+
+/// An empty vector with room for `count` elements.
+fn reserved<T>(count: usize) -> Result<Vec<T>, ProblemError> {
+    let mut data = Vec::new();
+    let bytes = count.saturating_mul(size_of::<T>());
+    data.try_reserve_exact(count).map_err(|_| ProblemError::OutOfMemory { tensor: "tensor", bytes })?;
+    Ok(data)
+}
 
 fn dense_layout(elements: usize, shape: &[usize]) -> Result<Layout, ProblemError> {
     let layout = Layout::contiguous(shape)?;
@@ -454,6 +465,14 @@ mod tests {
             assert!(matches!(result, Err(ProblemError::OutOfBounds { .. })), "{result:?}");
         }
         assert!(TensorView::from_slice(&data, &[5]).is_err());
+    }
+
+    #[test]
+    fn a_copy_beyond_memory_is_an_error() {
+        let one = [1_f32];
+        let layout = Layout::new(&[1 << 60], &[0], 0).unwrap();
+        let error = TensorView::from_slice_with_layout(&one, layout).unwrap().to_f64().unwrap_err();
+        assert_eq!(error, ProblemError::OutOfMemory { tensor: "tensor", bytes: 1 << 63 });
     }
 
     #[test]

@@ -82,7 +82,7 @@ pub(crate) unsafe trait Simd: Copy + Send + Sync + 'static {
     /// Whether any lane of `a` is greater than that of `b`.
     fn any_gt(self, a: Self::V, b: Self::V) -> bool;
     /// 2 to the power of `x ≤ 127`: exactly 0 at or below -127 and at -inf, exactly 1 at 0, NaN for NaN; relative error
-    /// below 2e-7 elsewhere.
+    /// below 2e-7 from -126 up; in between, where results are subnormal, within 2^-126.
     fn exp2(self, x: Self::V) -> Self::V;
 
     /// `LANES` values from `from`.

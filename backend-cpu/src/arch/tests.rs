@@ -43,6 +43,9 @@ fn check_exp2<S: Simd>(s: S) {
         let expected = f64::from(x).exp2();
         assert!((f64::from(got) / expected - 1.0).abs() < 2e-7, "exp2({x}) = {got}, expected {expected}");
     }
+    for (x, got) in [-126.9_f32, -126.6, -126.4, -126.1].map(|x| (x, apply(s, &[x], |v| s.exp2(v))[0])) {
+        assert!((f64::from(got) - f64::from(x).exp2()).abs() <= f64::from(f32::MIN_POSITIVE), "exp2({x}) = {got}");
+    }
     let edges = [
         0.0,
         -127.0,

@@ -48,6 +48,8 @@ pub(crate) struct Backward<'p> {
     /// Where dK and dV are summed when an item does not see all queries at once.
     pub(crate) key_partials: KeyPartials,
     pub(crate) shape: ItemShape,
+    /// Threads that share the work.
+    pub(crate) workers: usize,
 }
 
 /// dK and dV in f32, `[chunk · batch, rows, seqlen_k, kv_heads, channels]`, unscaled.
@@ -108,8 +110,9 @@ impl Scratch {
         let spec = problem.spec();
         let (channels, channels_v) = (padded_channels(spec.head_dim), padded_channels(spec.head_dim_v));
         let group = if wants.row { problem.group() } else { 1 };
-        let tiles = group * shape.item_q / shape.tile_q;
+        let tiles = group.saturating_mul(shape.item_q / shape.tile_q);
         let keys = spec.seqlen_k.next_multiple_of(shape.tile_k);
+        let slab = [tiles, keys].into_iter().fold(shape.heads, usize::saturating_mul);
         let queries = shape.tile_q;
         let only_pairs = |rows: usize| if S::PAIRS { rows } else { 0 };
         let (in_slots, in_slots_v) = (padded_slots::<S>(spec.head_dim), padded_slots::<S>(spec.head_dim_v));
@@ -124,21 +127,19 @@ impl Scratch {
         let wide_rows = if takes_rows::<S>(channels) && takes_rows::<S>(channels_v) { 0 } else { queries };
         let keys_matrix = carver.matrix(shape.tile_k, in_slots);
         Self {
-            slab: shape.slab.then(|| carver.matrix(shape.heads * tiles * keys, queries)),
-            bias_sum: wants.bias_sum.then(|| carver.matrix(shape.heads * tiles * keys, queries)),
-            tiles: (0..tiles)
-                .map(|_| QueryTile {
-                    q: carver.matrix(slots::<S>(queries), channels),
-                    q_turned: carver.matrix(in_slots, queries),
-                    d_out: carver.matrix(slots::<S>(queries), channels_v),
-                    d_out_turned: carver.matrix(in_slots_v, queries),
-                    dq_turned: carver.matrix(channels, queries),
-                    lse: carver.floats(queries),
-                    lse_low: carver.floats(queries),
-                    delta: carver.floats(queries),
-                    query_sum: carver.floats(queries),
-                })
-                .collect(),
+            slab: shape.slab.then(|| carver.matrix(slab, queries)),
+            bias_sum: wants.bias_sum.then(|| carver.matrix(slab, queries)),
+            tiles: carver.pieces(tiles, |carver| QueryTile {
+                q: carver.matrix(slots::<S>(queries), channels),
+                q_turned: carver.matrix(in_slots, queries),
+                d_out: carver.matrix(slots::<S>(queries), channels_v),
+                d_out_turned: carver.matrix(in_slots_v, queries),
+                dq_turned: carver.matrix(channels, queries),
+                lse: carver.floats(queries),
+                lse_low: carver.floats(queries),
+                delta: carver.floats(queries),
+                query_sum: carver.floats(queries),
+            }),
             keys: keys_matrix,
             values: carver.matrix(shape.tile_k, in_slots_v),
             keys_by_key: if S::PAIRS { carver.matrix(shape.tile_k.div_ceil(2), channels) } else { keys_matrix },

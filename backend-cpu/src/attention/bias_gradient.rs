@@ -1,4 +1,4 @@
-//! Gradients of biases: dS summed over the axes a bias broadcasts over (equation (14)), always in a fixed order.
+//! Gradients of biases: dS summed over the axes a bias broadcasts over (equation (15)), always in a fixed order.
 //!
 //! Three ways, by the bias's shape:
 //! * equal for all queries or all keys: sums per row and head, made by the main pass, added up here;
@@ -7,14 +7,13 @@
 
 use std::ops::Range;
 
-use tilefold_core::{AttentionProblem, AttentionSpec, BiasSpec, DeviceResult};
+use tilefold_core::{AttentionSpec, BiasSpec, DeviceResult};
 
 use super::backward::{Backward, Part, Wants};
 use super::forward::{Item, key_tiles};
 use super::operands::Operand;
 use super::pack::{Row, transpose};
 use super::product::Matrix;
-use super::schedule::cuts;
 use super::share;
 use super::workspace::{Carver, Lease};
 use crate::arch::Simd;
@@ -48,16 +47,15 @@ fn sharing(own: usize, full: usize, i: usize) -> Range<usize> {
     if own == full { i..i + 1 } else { 0..full }
 }
 
-/// Every (batch, row, head) of a bias.
-fn owners(bias: &BiasSpec) -> Vec<[usize; 3]> {
-    let [batch, rows, heads, ..] = bias.shape;
-    let mut owners = Vec::with_capacity(batch * rows * heads);
-    for b in 0..batch {
-        for n in 0..rows {
-            owners.extend((0..heads).map(|h| [b, n, h]));
-        }
-    }
-    owners
+/// How many (batch, row, head) a bias has.
+fn owners(bias: &BiasSpec) -> usize {
+    bias.shape[..3].iter().product()
+}
+
+/// One (batch, row, head) of a bias.
+fn owner(bias: &BiasSpec, index: usize) -> [usize; 3] {
+    let [_, rows, heads, ..] = bias.shape;
+    [index / heads / rows, index / heads % rows, index % heads]
 }
 
 /// Writes a bias equal for all queries or all keys from the main pass's `sums` of shape
@@ -65,15 +63,14 @@ fn owners(bias: &BiasSpec) -> Vec<[usize; 3]> {
 pub(crate) fn reduce_sums(
     sums: &Operand<4>,
     (chunks, length): (usize, usize),
-    problem: &AttentionProblem,
+    (spec, workers): (&AttentionSpec, usize),
     bias: &BiasSpec,
     to: &Operand<5>,
 ) -> DeviceResult<()> {
-    let (spec, owners) = (problem.spec(), owners(bias));
     let along_queries = bias.shape[3] != 1;
     let kept = bias.shape[3].max(bias.shape[4]);
-    share::for_each(share::workers(problem), owners.len(), |index| {
-        let [b, n, h] = owners[index];
+    share::for_each(workers, owners(bias), |index| {
+        let [b, n, h] = owner(bias, index);
         let mut total = vec![0_f64; kept];
         for chunk in 0..chunks {
             for batch in sharing(bias.shape[0], spec.batch, b) {
@@ -161,12 +158,12 @@ pub(crate) fn owner_pass<S: Simd>(
 ) -> DeviceResult<()> {
     let spec = backward.inputs.problem.spec();
     let group = backward.inputs.problem.group();
-    let parts: Vec<_> = cuts(0..spec.seqlen_q, backward.shape.item_q).collect();
-    let work: Vec<_> =
-        owners(bias).into_iter().flat_map(|owner| parts.iter().map(move |q| (owner, q.clone()))).collect();
-    share::for_each(share::workers(backward.inputs.problem), work.len(), |index| {
-        let (owner, queries) = work[index].clone();
+    let parts = spec.seqlen_q.div_ceil(backward.shape.item_q);
+    share::for_each(backward.workers, owners(bias) * parts, |index| {
+        let owner = owner(bias, index / parts);
         let [b, n, h] = owner;
+        let start = index % parts * backward.shape.item_q;
+        let queries = start..(start + backward.shape.item_q).min(spec.seqlen_q);
         lease.with(bytes, |block| {
             let scratch = backward.scratch::<S>(&mut Carver::over(block), OWNER_WANTS);
             let mut part = Part { heads: 0..1, queries, chunk: 0, first: true, last: true };
@@ -215,7 +212,9 @@ mod tests {
                 _ => Reduction::Owner,
             };
             assert_eq!(Reduction::of(&bias, &spec), expected, "{shape:?}");
-            assert_eq!(owners(&bias).len(), shape[0] * shape[1] * shape[2]);
+            let all: Vec<_> = (0..owners(&bias)).map(|index| owner(&bias, index)).collect();
+            assert_eq!(all.len(), shape[0] * shape[1] * shape[2]);
+            assert!(all.is_sorted() && all.last() == Some(&[shape[0] - 1, shape[1] - 1, shape[2] - 1]), "{all:?}");
         }
     }
 }

@@ -116,20 +116,19 @@ impl Scratch {
     fn carve<S: Simd>(carver: &mut Carver, problem: &AttentionProblem, shape: ItemShape) -> Self {
         let spec = problem.spec();
         let (channels, channels_v) = (padded_channels(spec.head_dim), padded_channels(spec.head_dim_v));
-        let tiles = problem.group() * shape.item_q / shape.tile_q;
+        let tiles = problem.group().saturating_mul(shape.item_q / shape.tile_q);
         let keys = spec.seqlen_k.next_multiple_of(shape.tile_k);
+        let slab = [tiles, keys].into_iter().fold(shape.heads, usize::saturating_mul);
         let slot_stride = padded_slots::<S>(spec.head_dim);
         let only_pairs = |rows: usize| if S::PAIRS { rows } else { 0 };
         Self {
-            slab: shape.slab.then(|| carver.matrix(shape.heads * tiles * keys, shape.tile_q)),
-            tiles: (0..tiles)
-                .map(|_| QueryTile {
-                    q: carver.matrix(slot_stride, shape.tile_q),
-                    out: carver.matrix(channels_v, shape.tile_q),
-                    row_max: carver.floats(shape.tile_q),
-                    row_sum: carver.floats(shape.tile_q),
-                })
-                .collect(),
+            slab: shape.slab.then(|| carver.matrix(slab, shape.tile_q)),
+            tiles: carver.pieces(tiles, |carver| QueryTile {
+                q: carver.matrix(slot_stride, shape.tile_q),
+                out: carver.matrix(channels_v, shape.tile_q),
+                row_max: carver.floats(shape.tile_q),
+                row_sum: carver.floats(shape.tile_q),
+            }),
             keys: carver.matrix(shape.tile_k, slot_stride),
             values: carver.matrix(slots::<S>(shape.tile_k), channels_v),
             narrow: carver.matrix(only_pairs(shape.tile_k), padded_slots::<S>(spec.head_dim_v)),
@@ -236,12 +235,12 @@ impl Forward<'_> {
                 }
             }
         }
-        let mut mean = None;
+        let mut has_mean = false;
         for index in 0..all {
             let at = position(index / tiles);
             let q = self.tile_range(item, index % tiles);
             // SAFETY: the tile was carved and computed.
-            unsafe { self.finish_tile(s, at, &q, scratch, scratch.tiles[index], &mut mean) };
+            unsafe { self.finish_tile(s, at, &q, scratch, scratch.tiles[index], &mut has_mean) };
         }
     }
 
@@ -379,7 +378,7 @@ impl Forward<'_> {
         q: &Range<usize>,
         scratch: &Scratch,
         tile: QueryTile,
-        mean: &mut Option<()>,
+        has_mean: &mut bool,
     ) {
         let spec = self.inputs.problem.spec();
         let padded = padded_channels(spec.head_dim_v);
@@ -399,7 +398,9 @@ impl Forward<'_> {
             for i in 0..q.len() {
                 let empty = *tile.row_sum.add(i) == 0.0;
                 if empty && spec.empty_rows == EmptyRows::Uniform {
-                    mean.get_or_insert_with(|| self.mean_of_values(at, scratch.mean));
+                    if !std::mem::replace(has_mean, true) {
+                        self.mean_of_values(at, scratch.mean);
+                    }
                     rows.at(i, 0).copy_from_nonoverlapping(scratch.mean, spec.head_dim_v);
                 }
             }
@@ -470,7 +471,7 @@ pub(crate) fn scale_base2(inputs: &Inputs<'_>) -> f32 {
     (inputs.problem.softmax_scale() * std::f64::consts::LOG2_E) as f32
 }
 
-/// Natural lse of a row, and what its rounding to f32 took away (equation (6)). Without branches, so that it vectorises.
+/// Natural lse of a row, and what its rounding to f32 took away (equation (5a)). Without branches, so that it vectorises.
 #[inline(always)]
 #[allow(clippy::cast_possible_truncation, reason = "the split into two f32 is the point")]
 fn lse_parts(row_max: f32, row_sum: f32) -> (f32, f32) {

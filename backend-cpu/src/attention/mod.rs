@@ -12,8 +12,8 @@ mod tile;
 mod workspace;
 
 use tilefold_core::{
-    AttentionPlan, AttentionProblem, BackwardArgs, BackwardOperands, DType, DeviceId, DeviceResult, ForwardArgs,
-    ForwardOperands,
+    AttentionPlan, AttentionProblem, BackwardArgs, BackwardOperands, DType, DeviceError, DeviceId, DeviceResult,
+    ForwardArgs, ForwardOperands,
 };
 
 use crate::arch::{Arch, Portable, Simd};
@@ -52,47 +52,59 @@ macro_rules! dispatch {
 }
 
 /// Tiles and workspace of a problem.
-pub(crate) fn plan(problem: &AttentionProblem, arch: Arch, workers: usize) -> AttentionPlan {
-    dispatch!(arch, problem, plan_for(problem, arch, workers))
+///
+/// # Errors
+/// [`DeviceError::Unsupported`] when no address space holds the workspace.
+pub(crate) fn plan(problem: &AttentionProblem, arch: Arch, threads: usize) -> DeviceResult<AttentionPlan> {
+    dispatch!(arch, problem, plan_for(problem, arch, threads))
 }
 
-fn plan_for<S: Simd>(_: S, problem: &AttentionProblem, arch: Arch, workers: usize) -> AttentionPlan {
-    let forward = ForwardSchedule::new(problem, S::LANES, workers);
-    let backward = BackwardPlan::new::<S>(problem, workers);
-    AttentionPlan {
+fn plan_for<S: Simd>(_: S, problem: &AttentionProblem, arch: Arch, threads: usize) -> DeviceResult<AttentionPlan> {
+    let forward = ForwardSchedule::new(problem, S::LANES, threads);
+    let backward = BackwardPlan::new::<S>(problem, threads);
+    let forward_bytes = forward::scratch_bytes::<S>(problem, forward.shape).saturating_mul(threads);
+    let backward_bytes = backward.item_bytes.saturating_mul(threads).saturating_add(backward.shared_bytes());
+    for (pass, bytes) in [("forward", forward_bytes), ("backward", backward_bytes)] {
+        if isize::try_from(bytes).is_err() {
+            let limit =
+                format!("the {pass} pass needs more workspace than can be addressed; use fewer heads per key head");
+            return Err(DeviceError::Unsupported { limit });
+        }
+    }
+    Ok(AttentionPlan {
         problem: problem.clone(),
         device: DeviceId::CPU,
         kernel: format!("cpu-{arch}-{}", problem.spec().dtype),
         tile_q: forward.shape.tile_q,
         tile_k: forward.shape.tile_k,
-        forward_workspace_bytes: workers * forward::scratch_bytes::<S>(problem, forward.shape),
-        backward_workspace_bytes: workers * backward.item_bytes + backward.shared_bytes(),
+        forward_workspace_bytes: forward_bytes,
+        backward_workspace_bytes: backward_bytes,
         deterministic: true,
-    }
+    })
 }
 
-/// Runs a forward launch.
-pub(crate) fn forward(arch: Arch, cache: &BlockCache, args: ForwardArgs<'_>) -> DeviceResult<()> {
+/// Runs a forward launch on at most `threads`, for which its plan was made.
+pub(crate) fn forward(arch: Arch, threads: usize, cache: &BlockCache, args: ForwardArgs<'_>) -> DeviceResult<()> {
     let problem = &args.plan().problem;
     let operands = args.into_operands();
-    dispatch!(arch, problem, run_forward(problem, operands, cache))
+    dispatch!(arch, problem, run_forward(problem, operands, threads, cache))
 }
 
-/// Runs a backward launch.
-pub(crate) fn backward(arch: Arch, cache: &BlockCache, args: BackwardArgs<'_>) -> DeviceResult<()> {
+/// Runs a backward launch on at most `threads`, for which its plan was made.
+pub(crate) fn backward(arch: Arch, threads: usize, cache: &BlockCache, args: BackwardArgs<'_>) -> DeviceResult<()> {
     let problem = &args.plan().problem;
     let operands = args.into_operands();
-    dispatch!(arch, problem, run_backward(problem, operands, cache))
+    dispatch!(arch, problem, run_backward(problem, operands, threads, cache))
 }
 
 fn run_forward<S: Simd>(
     s: S,
     problem: &AttentionProblem,
     operands: ForwardOperands<'_>,
+    threads: usize,
     cache: &BlockCache,
 ) -> DeviceResult<()> {
-    let workers = rayon::current_num_threads();
-    let schedule = ForwardSchedule::new(problem, S::LANES, workers);
+    let schedule = ForwardSchedule::new(problem, S::LANES, threads);
     let views = Views {
         q: &operands.q,
         k: &operands.k,
@@ -112,10 +124,10 @@ fn run_forward<S: Simd>(
     };
     let bytes = forward::scratch_bytes::<S>(problem, schedule.shape);
     let items = schedule.items(problem.spec());
-    let sharing = share::workers(problem);
-    let lease = cache.lease(sharing.min(items.len()), bytes)?;
-    share::for_each(sharing, items.len(), |index| {
-        lease.with(bytes, |block| forward.run(s, &items[index], &mut Carver::over(block)))
+    let workers = share::workers(problem, threads).min(items.len());
+    let lease = cache.lease(workers, bytes)?;
+    share::for_each(workers, items.len(), |index| {
+        lease.with(bytes, |block| forward.run(s, &items.item(index), &mut Carver::over(block)))
     })
 }
 
@@ -135,13 +147,13 @@ struct BackwardPlan<'p> {
 const OWNER_TILES: usize = 4;
 
 impl<'p> BackwardPlan<'p> {
-    fn new<S: Simd>(problem: &'p AttentionProblem, workers: usize) -> Self {
+    fn new<S: Simd>(problem: &'p AttentionProblem, threads: usize) -> Self {
         let spec = problem.spec();
         let wanted = spec.gradients.biases;
         let reductions: Vec<_> =
             spec.biases.iter().enumerate().map(|(i, bias)| wanted[i].then(|| Reduction::of(bias, spec))).collect();
         let bias_sum = reductions.contains(&Some(Reduction::Rows));
-        let schedule = BackwardSchedule::new(problem, S::LANES, workers, bias_sum);
+        let schedule = BackwardSchedule::new(problem, S::LANES, threads, bias_sum);
         let wants = Wants { row: true, bias_sum };
         let owner = ItemShape {
             item_q: OWNER_TILES * schedule.shape.tile_q,
@@ -185,21 +197,24 @@ impl<'p> BackwardPlan<'p> {
         let (spec, shape) = (self.problem.spec(), self.schedule.shape);
         let chunks = self.schedule.row_chunks(spec);
         let keys = spec.seqlen_k.next_multiple_of(shape.tile_k);
-        let slab = spec.seqlen_q.div_ceil(shape.tile_q) * keys * shape.tile_q;
+        let slab = spec.seqlen_q.next_multiple_of(shape.tile_q).saturating_mul(keys);
         (self.wants.bias_sum && chunks > 1).then_some([chunks, spec.batch * spec.heads, slab])
     }
 
     fn shared_bytes(&self) -> usize {
         let spec = self.problem.spec();
         let wanted = spec.gradients;
-        let bytes = |shape: &[usize]| shape.iter().product::<usize>() * size_of::<f32>();
         let sums = [Reduction::Queries, Reduction::Keys].into_iter().filter_map(|reduction| self.sums(reduction));
         let partials = [(wanted.k, spec.head_dim), (wanted.v, spec.head_dim_v)];
         let partials = partials.into_iter().filter_map(|(wanted, channels)| self.partials(channels).filter(|_| wanted));
-        sums.map(|shape| bytes(&shape)).sum::<usize>()
-            + partials.map(|shape| bytes(&shape)).sum::<usize>()
-            + self.row_sums().map_or(0, |shape| bytes(&shape))
+        let sizes = sums.map(|shape| f32_bytes(&shape)).chain(partials.map(|shape| f32_bytes(&shape)));
+        sizes.chain(self.row_sums().map(|shape| f32_bytes(&shape))).fold(0, usize::saturating_add)
     }
+}
+
+/// Bytes of f32 memory of one shape; saturates.
+fn f32_bytes(shape: &[usize]) -> usize {
+    shape.iter().copied().fold(size_of::<f32>(), usize::saturating_mul)
 }
 
 /// Zeroed f32 memory of one shape.
@@ -210,7 +225,7 @@ struct Shared<const R: usize> {
 
 impl<const R: usize> Shared<R> {
     fn new(shape: [usize; R]) -> DeviceResult<Self> {
-        let mut block = Block::zeroed(shape.iter().product::<usize>() * size_of::<f32>())?;
+        let mut block = Block::zeroed(f32_bytes(&shape))?;
         let operand = Operand::dense_f32(block.address(), shape);
         Ok(Self { _block: block, operand })
     }
@@ -220,11 +235,11 @@ fn run_backward<S: Simd>(
     s: S,
     problem: &AttentionProblem,
     operands: BackwardOperands<'_>,
+    threads: usize,
     cache: &BlockCache,
 ) -> DeviceResult<()> {
-    let workers = rayon::current_num_threads();
-    let plan = BackwardPlan::new::<S>(problem, workers);
-    let spec = problem.spec();
+    let plan = BackwardPlan::new::<S>(problem, threads);
+    let (spec, workers) = (problem.spec(), share::workers(problem, threads));
     let views = Views {
         q: &operands.q,
         k: &operands.k,
@@ -258,13 +273,14 @@ fn run_backward<S: Simd>(
             dv: dv_partial.as_ref().map(|p| p.operand),
         },
         shape: plan.schedule.shape,
+        workers,
     };
     let dbiases: Vec<_> = operands.dbiases.into_iter().map(|view| view.map(Operand::<5>::write)).collect();
     let gradients = |reduction: Reduction| {
         let wanted = plan.reductions.iter().zip(&spec.biases).zip(&dbiases);
         wanted.filter_map(move |((made, bias), to)| (*made == Some(reduction)).then_some((bias, (*to)?)))
     };
-    let lease = cache.lease(share::workers(problem), plan.item_bytes)?;
+    let lease = cache.lease(workers, plan.item_bytes)?;
     if plan.has_main_pass() {
         let row_gradients: Vec<_> = gradients(Reduction::Rows).map(|(_, to)| to).collect();
         let rows = RowGradients { to: row_gradients, partial: row_sums.as_ref().map(|sums| sums.operand) };
@@ -279,7 +295,7 @@ fn run_backward<S: Simd>(
             _ => (1, spec.seqlen_q),
         };
         for (bias, to) in gradients(reduction) {
-            reduce_sums(sums, (chunks, length), problem, bias, &to)?;
+            reduce_sums(sums, (chunks, length), (spec, workers), bias, &to)?;
         }
     }
     if plan.reductions.contains(&Some(Reduction::Owner)) {
@@ -302,8 +318,8 @@ fn main_pass<S: Simd>(
 ) -> DeviceResult<()> {
     let group = plan.problem.group();
     let items = plan.schedule.items(plan.problem.spec());
-    share::for_each(share::workers(plan.problem), items.len(), |index| {
-        let item = &items[index];
+    share::for_each(backward.workers, items.len(), |index| {
+        let item = &items.item(index);
         lease.with(plan.item_bytes, |block| {
             let scratch = backward.scratch::<S>(&mut Carver::over(block), plan.wants);
             let chunk = item.queries.start / plan.schedule.chunk;
@@ -378,7 +394,7 @@ impl RowGradients {
         let Some(partial) = self.partial else { return Ok(()) };
         let (spec, shape) = (plan.problem.spec(), plan.schedule.shape);
         let (tiles, size) = (spec.seqlen_q.div_ceil(shape.tile_q), backward.padded_keys() * shape.tile_q);
-        share::for_each(share::workers(plan.problem), spec.batch * spec.heads * tiles, |index| {
+        share::for_each(backward.workers, spec.batch * spec.heads * tiles, |index| {
             lease.with(plan.item_bytes, |block| {
                 let scratch = backward.scratch::<S>(&mut Carver::over(block), plan.wants);
                 let (owner, tile) = (index / tiles, index % tiles);
@@ -417,7 +433,7 @@ fn finish_partials(backward: &Backward<'_>, chunks: usize) -> DeviceResult<()> {
     ];
     for (to, partial, channels, factor) in pairs {
         let Some((to, partial)) = to.zip(partial) else { continue };
-        share::for_each(share::workers(problem), spec.batch * spec.rows * spec.kv_heads, |index| {
+        share::for_each(backward.workers, spec.batch * spec.rows * spec.kv_heads, |index| {
             let (batch, row) = (index / spec.kv_heads / spec.rows, index / spec.kv_heads % spec.rows);
             let head = index % spec.kv_heads;
             let mut sum = vec![0_f32; channels];

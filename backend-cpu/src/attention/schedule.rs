@@ -114,17 +114,9 @@ impl ForwardSchedule {
         Self { shape: ItemShape { tile_q, tile_k, item_q, heads, slab: slab.is_some(), whole_keys: false }, rows }
     }
 
-    /// All items; neighbours share a slab.
-    pub(crate) fn items(&self, spec: &AttentionSpec) -> Vec<Item> {
-        let mut items = Vec::new();
-        for (batch, kv_heads) in head_groups(spec, self.shape.heads) {
-            for queries in cuts(0..spec.seqlen_q, self.shape.item_q) {
-                for rows in cuts(0..spec.rows, self.rows) {
-                    items.push(Item { batch, kv_heads: kv_heads.clone(), rows, queries: queries.clone() });
-                }
-            }
-        }
-        items
+    /// All items.
+    pub(crate) fn items<'s>(&self, spec: &'s AttentionSpec) -> Items<'s> {
+        Items { spec, heads: self.shape.heads, queries: self.shape.item_q, rows: self.rows }
     }
 }
 
@@ -193,23 +185,44 @@ impl BackwardSchedule {
     }
 
     /// All items.
-    pub(crate) fn items(&self, spec: &AttentionSpec) -> Vec<Item> {
-        let mut items = Vec::new();
-        for (batch, kv_heads) in head_groups(spec, self.shape.heads) {
-            for queries in cuts(0..spec.seqlen_q, self.chunk) {
-                for rows in cuts(0..spec.rows, self.rows) {
-                    items.push(Item { batch, kv_heads: kv_heads.clone(), rows, queries: queries.clone() });
-                }
-            }
-        }
-        items
+    pub(crate) fn items<'s>(&self, spec: &'s AttentionSpec) -> Items<'s> {
+        Items { spec, heads: self.shape.heads, queries: self.chunk, rows: self.rows }
     }
 }
 
-/// Every batch with every group of key heads.
-fn head_groups(spec: &AttentionSpec, heads: usize) -> impl Iterator<Item = (usize, Range<usize>)> {
-    let kv_heads = spec.kv_heads;
-    (0..spec.batch).flat_map(move |batch| cuts(0..kv_heads, heads).map(move |group| (batch, group)))
+/// The items of a pass, made when their turn comes: a list of them could be larger than the operands.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Items<'s> {
+    spec: &'s AttentionSpec,
+    /// Key heads, queries and rows of an item.
+    heads: usize,
+    queries: usize,
+    rows: usize,
+}
+
+impl Items<'_> {
+    /// Number of items.
+    pub(crate) fn len(&self) -> usize {
+        let [heads, queries, rows] = self.parts();
+        self.spec.batch * heads * queries * rows
+    }
+
+    /// Item `index`; neighbours differ in their rows and share a slab.
+    pub(crate) fn item(&self, index: usize) -> Item {
+        let [heads, queries, rows] = self.parts();
+        let part = |index: usize, length: usize, size: usize| index * length..((index + 1) * length).min(size);
+        Item {
+            batch: index / rows / queries / heads,
+            kv_heads: part(index / rows / queries % heads, self.heads, self.spec.kv_heads),
+            queries: part(index / rows % queries, self.queries, self.spec.seqlen_q),
+            rows: part(index % rows, self.rows, self.spec.rows),
+        }
+    }
+
+    fn parts(&self) -> [usize; 3] {
+        let spec = self.spec;
+        [spec.kv_heads.div_ceil(self.heads), spec.seqlen_q.div_ceil(self.queries), spec.rows.div_ceil(self.rows)]
+    }
 }
 
 /// Consecutive parts of a range.
@@ -224,8 +237,8 @@ mod tests {
 
     use super::*;
 
-    fn problem(rows: usize, seqlen: usize, heads: usize) -> AttentionProblem {
-        let mut spec = AttentionSpec::new(DType::F32, 1, rows, seqlen, heads, 32);
+    fn problem(batch: usize, rows: usize, seqlen: usize, heads: usize) -> AttentionProblem {
+        let mut spec = AttentionSpec::new(DType::F32, batch, rows, seqlen, heads, 32);
         spec.biases.push(BiasSpec { shape: [1, 1, heads, seqlen, seqlen], dtype: DType::F32 });
         AttentionProblem::new(spec.with_all_gradients()).unwrap()
     }
@@ -233,16 +246,23 @@ mod tests {
     #[test]
     fn items_cover_everything_once() {
         for (rows, seqlen, heads) in [(1, 1, 1), (3, 100, 2), (128, 256, 8), (5, 5000, 1), (300, 47, 3)] {
-            let problem = problem(rows, seqlen, heads);
+            let batch = 2;
+            let problem = problem(batch, rows, seqlen, heads);
             let spec = problem.spec();
             for lanes in [4, 8, 16] {
                 let forward = ForwardSchedule::new(&problem, lanes, 2).items(spec);
                 let backward = [true, false].map(|sum| BackwardSchedule::new(&problem, lanes, 2, sum).items(spec));
                 for items in [forward].into_iter().chain(backward) {
-                    let cells: usize =
-                        items.iter().map(|item| item.rows.len() * item.queries.len() * item.kv_heads.len()).sum();
-                    assert_eq!(cells, rows * seqlen * heads);
-                    assert!(items.iter().all(|item| item.queries.start % tile_queries(lanes) == 0));
+                    let mut seen = vec![0_u8; batch * rows * seqlen * heads];
+                    for item in (0..items.len()).map(|index| items.item(index)) {
+                        assert_eq!(item.queries.start % tile_queries(lanes), 0);
+                        for (row, head) in item.rows.flat_map(|row| item.kv_heads.clone().map(move |head| (row, head)))
+                        {
+                            let at = ((item.batch * rows + row) * heads + head) * seqlen;
+                            seen[at..][item.queries.clone()].iter_mut().for_each(|seen| *seen += 1);
+                        }
+                    }
+                    assert!(seen.iter().all(|&times| times == 1), "{items:?}");
                 }
             }
         }
@@ -251,7 +271,7 @@ mod tests {
     #[test]
     fn sums_do_not_depend_on_workers() {
         for (rows, seqlen, heads) in [(1, 1000, 1), (16, 100, 2), (128, 256, 4), (2, 5000, 1)] {
-            let problem = problem(rows, seqlen, heads);
+            let problem = problem(1, rows, seqlen, heads);
             let cut = |workers| BackwardSchedule::new(&problem, 8, workers, true);
             let (one, many) = (cut(1), cut(64));
             assert_eq!((one.shape, one.rows, one.chunk), (many.shape, many.rows, many.chunk));

@@ -8,12 +8,12 @@ use tilefold_core::{AttentionProblem, DeviceResult};
 /// Below so many operations of the matrix products, waking a second thread takes longer than the work.
 const SMALLEST_SHARED: usize = 4 << 20;
 
-/// How many threads may work on a problem: one for a small one.
-pub(crate) fn workers(problem: &AttentionProblem) -> usize {
+/// How many of `threads` may work on a problem: one on a small one.
+pub(crate) fn workers(problem: &AttentionProblem, threads: usize) -> usize {
     let spec = problem.spec();
     let sizes = [spec.batch, spec.rows, spec.heads, spec.seqlen_q, spec.seqlen_k, spec.head_dim + spec.head_dim_v, 2];
     let operations = sizes.into_iter().fold(1, usize::saturating_mul);
-    if operations < SMALLEST_SHARED { 1 } else { rayon::current_num_threads() }
+    if operations < SMALLEST_SHARED { 1 } else { threads }
 }
 
 /// Runs `work` for each index below `count` on at most `workers` threads, the caller among them: it starts at once, while

@@ -31,18 +31,29 @@ impl Carver {
     /// The next `count` elements.
     pub(crate) fn floats(&mut self, count: usize) -> *mut f32 {
         let piece = self.base.wrapping_add(self.used);
-        self.used += count.next_multiple_of(LINE);
+        self.used = self.used.saturating_add(count.checked_next_multiple_of(LINE).unwrap_or(usize::MAX));
         piece
     }
 
     /// The next `rows` rows of `stride` elements.
     pub(crate) fn matrix(&mut self, rows: usize, stride: usize) -> Matrix {
-        Matrix { data: self.floats(rows * stride), stride }
+        Matrix { data: self.floats(rows.saturating_mul(stride)), stride }
     }
 
-    /// Bytes taken so far.
+    /// The next `count` equal pieces; only one is made where all are only counted, however many.
+    pub(crate) fn pieces<T>(&mut self, count: usize, mut piece: impl FnMut(&mut Self) -> T) -> Vec<T> {
+        if !self.base.is_null() {
+            return (0..count).map(|_| piece(self)).collect();
+        }
+        let before = self.used;
+        let first = piece(self);
+        self.used = before.saturating_add((self.used - before).saturating_mul(count));
+        vec![first]
+    }
+
+    /// Bytes taken so far; saturates.
     pub(crate) fn bytes(&self) -> usize {
-        self.used * size_of::<f32>()
+        self.used.saturating_mul(size_of::<f32>())
     }
 }
 
@@ -66,6 +77,12 @@ impl BlockCache {
             blocks.push(Block::zeroed(bytes)?);
         }
         Ok(Lease { cache: self, blocks: Mutex::new(blocks) })
+    }
+
+    /// Bytes kept.
+    #[cfg(test)]
+    pub(crate) fn bytes(&self) -> usize {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).iter().map(Block::bytes).sum()
     }
 }
 
@@ -95,5 +112,49 @@ impl Drop for Lease<'_> {
         let blocks = std::mem::take(&mut *self.blocks.lock().unwrap_or_else(PoisonError::into_inner));
         let kept = blocks.into_iter().filter(|block| block.bytes() <= KEPT_BYTES);
         self.cache.0.lock().unwrap_or_else(PoisonError::into_inner).extend(kept);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn carve(carver: &mut Carver) -> Vec<*mut f32> {
+        let mut pieces = vec![carver.floats(3), carver.matrix(5, 7).data];
+        pieces.extend(carver.pieces(4, |carver| carver.floats(17)));
+        pieces.push(carver.floats(1));
+        pieces
+    }
+
+    #[test]
+    fn counting_finds_the_size_that_cutting_takes() {
+        let mut counting = Carver::counting();
+        carve(&mut counting);
+        assert_eq!(counting.bytes(), (16 + 48 + 4 * 32 + 16) * 4);
+        let mut block = Block::zeroed(counting.bytes()).unwrap();
+        let mut cutting = Carver::over(&mut block);
+        let pieces = carve(&mut cutting);
+        assert_eq!(cutting.bytes(), counting.bytes());
+        let offsets: Vec<_> = pieces.iter().map(|piece| (piece.addr() - pieces[0].addr()) / 4).collect();
+        assert_eq!(offsets, [0, 16, 64, 96, 128, 160, 192]);
+    }
+
+    #[test]
+    fn counting_saturates() {
+        let mut carver = Carver::counting();
+        carver.matrix(usize::MAX / 2, 3);
+        carver.floats(usize::MAX - 1);
+        carver.pieces(usize::MAX, |carver| carver.floats(1));
+        assert_eq!(carver.bytes(), usize::MAX);
+    }
+
+    #[test]
+    fn blocks_are_kept_between_launches_unless_large() {
+        let cache = BlockCache::default();
+        let address = |lease: &Lease<'_>, bytes| lease.with(bytes, |block| block.address().addr()).unwrap();
+        let first = address(&cache.lease(1, 4096).unwrap(), 4096);
+        assert_eq!(address(&cache.lease(1, 64).unwrap(), 64), first);
+        drop(cache.lease(2, KEPT_BYTES + 1).unwrap());
+        assert!(cache.0.lock().unwrap().iter().all(|block| block.bytes() <= KEPT_BYTES));
     }
 }

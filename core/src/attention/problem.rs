@@ -130,8 +130,9 @@ impl AttentionProblem {
         check_gradients(&spec)?;
         let softmax_scale = spec.softmax_scale.unwrap_or_else(|| 1.0 / as_f64(spec.head_dim).sqrt());
         // The kernels hold the scale in f32, multiplied by log2(e).
-        if !softmax_scale.is_finite() || softmax_scale.abs() > f64::from(f32::MAX) / 2.0 {
-            return Err(ProblemError::NotFinite { parameter: "softmax_scale", got: softmax_scale });
+        let limit = f64::from(f32::MAX) / 2.0;
+        if softmax_scale.is_nan() || softmax_scale.abs() > limit {
+            return Err(ProblemError::OutOfRange { parameter: "softmax_scale", limit, got: softmax_scale });
         }
         Ok(Self { spec, softmax_scale })
     }

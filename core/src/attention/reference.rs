@@ -5,7 +5,7 @@
 //! and the row sum, never from lse, so that a row of -1e9 biases loses nothing.
 
 use crate::attention::problem::{AttentionProblem, AttentionSpec, EmptyRows};
-use crate::{Element, TensorView};
+use crate::{Element, ProblemError, TensorView};
 
 /// Inputs in f64, row-major in the problem's own shapes.
 #[derive(Clone, Debug)]
@@ -55,8 +55,9 @@ pub struct ReferenceGradients {
 impl ReferenceInputs {
     /// Reads the operands of a launch.
     ///
-    /// `None` when the host cannot read a tensor, or when a tensor does not fit the problem.
-    #[must_use]
+    /// # Errors
+    /// [`ProblemError::Length`], [`ProblemError::Missing`] and [`ProblemError::Unexpected`] for operands that are not the
+    /// problem's, and those of [`TensorView::expand`] and [`TensorView::to_f64`].
     #[allow(clippy::too_many_arguments, reason = "the operands of a launch, in the order of ForwardOperands")]
     pub fn from_views(
         problem: &AttentionProblem,
@@ -68,22 +69,42 @@ impl ReferenceInputs {
         q_segments: Option<&TensorView<'_>>,
         k_segments: Option<&TensorView<'_>>,
         gate: Option<&TensorView<'_>>,
-    ) -> Option<Self> {
+    ) -> Result<Self, ProblemError> {
         let s = problem.spec();
         let (queries, keys) = ([s.batch, s.rows, s.seqlen_q], [s.batch, s.rows, s.seqlen_k]);
+        if biases.len() != s.biases.len() {
+            let (expected, got) = (s.biases.len().to_string(), biases.len());
+            return Err(ProblemError::Length { list: "biases", expected, got });
+        }
+        let optional = [
+            ("key_mask", key_mask, s.key_mask),
+            ("q_segments", q_segments, s.segments),
+            ("k_segments", k_segments, s.segments),
+            ("gate", gate, s.gate),
+        ];
+        for (tensor, given, wanted) in optional {
+            match (given, wanted) {
+                (None, true) => return Err(ProblemError::Missing { tensor, reason: "the problem has one" }),
+                (Some(_), false) => return Err(ProblemError::Unexpected { tensor, reason: "the problem has none" }),
+                _ => {}
+            }
+        }
         let bools = |values: Vec<f64>| values.into_iter().map(|value| value != 0.0).collect();
         let ids = |values: Vec<f64>| values.into_iter().map(i32::from_f64).collect();
-        let inputs = Self {
+        Ok(Self {
             q: read(q, &problem.q_shape())?,
             k: read(k, &problem.k_shape())?,
             v: read(v, &problem.v_shape())?,
-            biases: biases.iter().zip(&s.biases).map(|(view, bias)| read(view, &bias.shape)).collect::<Option<_>>()?,
-            key_mask: read_optional(key_mask, &keys)?.map(bools),
-            q_segments: read_optional(q_segments, &queries)?.map(ids),
-            k_segments: read_optional(k_segments, &keys)?.map(ids),
-            gate: read_optional(gate, &problem.out_shape())?,
-        };
-        (biases.len() == s.biases.len() && inputs.fit(problem)).then_some(inputs)
+            biases: biases
+                .iter()
+                .zip(&s.biases)
+                .map(|(view, bias)| read(view, &bias.shape))
+                .collect::<Result<_, _>>()?,
+            key_mask: key_mask.map(|view| read(view, &keys)).transpose()?.map(bools),
+            q_segments: q_segments.map(|view| read(view, &queries)).transpose()?.map(ids),
+            k_segments: k_segments.map(|view| read(view, &keys)).transpose()?.map(ids),
+            gate: gate.map(|view| read(view, &problem.out_shape())).transpose()?,
+        })
     }
 
     /// Whether every operand of the problem is there, with as many elements as its shape has, and no other.
@@ -351,16 +372,8 @@ impl Data<'_> {
     }
 }
 
-fn read(view: &TensorView<'_>, shape: &[usize]) -> Option<Vec<f64>> {
-    view.expand(shape).ok()?.to_f64()
-}
-
-/// The outer `None`: cannot be read; the inner one: not given.
-fn read_optional(view: Option<&TensorView<'_>>, shape: &[usize]) -> Option<Option<Vec<f64>>> {
-    match view {
-        Some(view) => read(view, shape).map(Some),
-        None => Some(None),
-    }
+fn read(view: &TensorView<'_>, shape: &[usize]) -> Result<Vec<f64>, ProblemError> {
+    view.expand(shape)?.to_f64()
 }
 
 fn elements(shape: &[usize]) -> Option<usize> {

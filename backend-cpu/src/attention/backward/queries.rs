@@ -261,7 +261,7 @@ unsafe fn lane_products<S: Simd>(s: S, columns: usize, a: *const f32, b: *const 
     }
 }
 
-/// `d_gate = d_out ⊙ out ⊙ (1 - sigmoid)`, then `d_out ⊙= sigmoid`: out already has the gate in it (equation (8)).
+/// `d_gate = d_out ⊙ out ⊙ (1 - sigmoid)`, then `d_out ⊙= sigmoid`: out already has the gate in it (equations (16) and (7)).
 #[inline(always)]
 unsafe fn gate_gradient<S: Simd>(
     s: S,

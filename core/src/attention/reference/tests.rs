@@ -199,7 +199,9 @@ fn views_are_read_in_any_layout_and_must_fit() {
     assert_eq!(got.key_mask.unwrap(), [true, false, true, true, false, true]);
     assert_eq!(got.q_segments.unwrap(), [4, 4, 4, 5, 5, 5]);
     let without = |mask, ids| ReferenceInputs::from_views(&problem, &q, &k, &k, &[], mask, ids, ids, None);
-    assert!(without(None, Some(&ids)).is_none() && without(Some(&mask), None).is_none());
+    let reason = "the problem has one";
+    assert_eq!(without(None, Some(&ids)).unwrap_err(), ProblemError::Missing { tensor: "key_mask", reason });
+    assert_eq!(without(Some(&mask), None).unwrap_err(), ProblemError::Missing { tensor: "q_segments", reason });
     let extra = ReferenceInputs::from_views(
         &problem,
         &q,
@@ -211,7 +213,7 @@ fn views_are_read_in_any_layout_and_must_fit() {
         Some(&ids),
         None,
     );
-    assert!(extra.is_none());
+    assert_eq!(extra.unwrap_err(), ProblemError::Length { list: "biases", expected: "0".into(), got: 1 });
 }
 
 #[test]
