@@ -62,16 +62,23 @@ def describe(threads: int) -> dict[str, Any]:
     }
 
 
-def versions(repository: Path) -> dict[str, str]:
-    """Python, the peers' packages, and tilefold's commit, marked where the tree differs from it."""
+def commit(repository: Path) -> str:
+    """The commit checked out, marked where more than the records differs from it."""
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], cwd=repository, capture_output=True, text=True).stdout.strip()
+
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benches/record")
+    return (git("rev-parse", "--short", "HEAD") or "not committed") + ("-dirty" if changed else "")
+
+
+def versions() -> dict[str, str]:
+    """Python and the peers' packages."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
             found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             found[package] = "absent"
-    git = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=repository, capture_output=True, text=True)
-    found["tilefold"] = git.stdout.strip() or "not committed"
     return found
 
 

@@ -47,6 +47,7 @@ FLOORS_AVX512: dict[tuple[str, str], tuple[float, float]] = {
     ("small", "f32"): (1.2, 1.5),
     ("small", "bf16"): (1.5, 1.5),
     ("extra-msa-finetuning", "f32"): (6.0, 6.0),
+    ("extra-msa-finetuning", "bf16"): (6.0, 6.0),
 }
 # Passes that warm caches, compile and fault pages in: until two in a row agree, at most so many, for at most so long.
 WARM_UP_PASSES, WARM_UP_S, WARM_UP_AGREEMENT = 6, 20.0, 1.2
@@ -287,15 +288,21 @@ def print_row(row: Row, results: list[Measured], verdict: dict[str, Any]) -> Non
               f"{ratio:>10}{peak:>9}{extra:>8}  {judged}{note}")
     floor = f", floor on AVX-512 {verdict['floor_avx512']}x" if verdict["floor_avx512"] else ""
     if verdict["ratio"]:
-        missed = verdict["floor_avx512"] and machine.has_avx512() and verdict["ratio"] < verdict["floor_avx512"]
-        floor += " MISSED" if missed else ""
+        floor += " MISSED" if missed(verdict) else ""
         print(f"  => {verdict['ratio']:.2f}x the best peer ({verdict['best_peer']}){floor}")
     elif verdict["best_peer"]:
         print(f"  => best peer {verdict['best_peer']}{floor}")
 
 
-def row_record(row: Row, results: list[Measured], verdict: dict[str, Any], effort: Effort) -> dict[str, Any]:
-    """What the record keeps of a row."""
+def missed(verdict: dict[str, Any]) -> bool:
+    """Whether a floor that applies to this machine was not reached."""
+    floor, ratio = verdict["floor_avx512"], verdict["ratio"]
+    return bool(floor and ratio and machine.has_avx512() and ratio < floor)
+
+
+def row_record(row: Row, results: list[Measured], verdict: dict[str, Any], options: argparse.Namespace,
+               effort: Effort) -> dict[str, Any]:
+    """What the record keeps of a row: everything it takes to repeat it, since rows of one file come from several runs."""
     flops = row.workload.flops(row.kind == "fwdbwd")
     w = row.workload
     peers = {}
@@ -312,7 +319,8 @@ def row_record(row: Row, results: list[Measured], verdict: dict[str, Any], effor
     return {
         "workload": w.name, "rows": w.rows, "seqlen": w.seqlen, "seqlen_k": w.keys, "heads": w.heads,
         "head_dim": w.head_dim, "dtype": row.dtype, "pass": row.kind, "time": now().isoformat(timespec="seconds"),
-        "load_average": os.getloadavg()[0], "rounds": effort.rounds, **verdict, "peers": peers,
+        "load_average": os.getloadavg()[0], "rounds": effort.rounds, "seed": options.seed,
+        "versions": options.versions, **verdict, "peers": peers,
     }
 
 
@@ -325,8 +333,7 @@ def write_record(path: Path, rows: list[dict[str, Any]], options: argparse.Names
     if path.exists():
         measured = {key(row) for row in rows}
         kept = [row for row in json.loads(path.read_text())["rows"] if key(row) not in measured]
-    versions = machine.versions(REPOSITORY)
-    record = {"machine": machine.describe(len(options.cpus)), "versions": versions, "seed": options.seed}
+    record = {"machine": machine.describe(len(options.cpus))}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record | {"rows": kept + rows}, indent=1) + "\n")
     print(f"\nrecord: {path}")
@@ -350,17 +357,28 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--cpus", help="processors to bind to, as 0,1; default the first two")
     parser.add_argument("--timeout", type=float, default=900.0, help="seconds a peer may take to answer")
     parser.add_argument("--seed", type=int, default=2023)
-    parser.add_argument("--tilefold", type=Path, help="tilefold's peer program; default target/release/tilefold-peer")
+    parser.add_argument("--tilefold", type=Path, help="tilefold's peer program; default: built here from this tree")
     options = parser.parse_args()
     unknown = [name for name in options.peers.split(",") if name and name not in PEER_NAMES]
     if unknown:
         parser.error(f"unknown peers {unknown}; there are {', '.join(PEER_NAMES)}")
     allowed = sorted(os.sched_getaffinity(0))
     options.cpus = [int(cpu) for cpu in options.cpus.split(",")] if options.cpus else allowed[:2]
-    target = Path(os.environ.get("CARGO_TARGET_DIR", TARGET))
-    options.tilefold = options.tilefold or target / "release" / "tilefold-peer"
     options.target = TARGET
     return options
+
+
+def build_tilefold(options: argparse.Namespace) -> str:
+    """Builds tilefold's peer unless a program was given; returns what the record calls the version measured."""
+    if options.tilefold:
+        if not os.access(options.tilefold, os.X_OK):
+            sys.exit(f"--tilefold {options.tilefold}: no such program")
+        return f"program {options.tilefold.name} of unknown commit"
+    command = ["cargo", "build", "--release", "--quiet", "-p", "tilefold-benches", "--bin", "tilefold-peer"]
+    if subprocess.run(command, cwd=REPOSITORY).returncode:
+        sys.exit(f"{' '.join(command)} failed; it must succeed before peers are measured")
+    options.tilefold = Path(os.environ.get("CARGO_TARGET_DIR", TARGET)) / "release" / "tilefold-peer"
+    return machine.commit(REPOSITORY)
 
 
 def enter_environment() -> None:
@@ -392,7 +410,9 @@ def selected_rows(options: argparse.Namespace) -> list[Row]:
 def main() -> int:
     """Measures the chosen rows and writes the record; an interrupt keeps what is complete."""
     options = parse_options()
+    commit = build_tilefold(options)
     enter_environment()
+    options.versions = machine.versions() | {"tilefold": commit}
     rows = selected_rows(options)
     effort = QUICK if options.quick else FULL
     if options.rounds:
@@ -404,6 +424,7 @@ def main() -> int:
     base = TARGET / "peers-record" if options.quick else HERE.parent / "record" / machine.slug(len(options.cpus))
     out = options.out or base / f"{now().date().isoformat()}.json"
     records: list[dict[str, Any]] = []
+    below: list[str] = []
     status = 0
     try:
         for row in rows:
@@ -412,14 +433,18 @@ def main() -> int:
             verdict = summary(row, results)
             print_row(row, results, verdict)
             sys.stdout.flush()
-            records.append(row_record(row, results, verdict, effort))
-            status |= any(measured.wrong for measured in results)
+            records.append(row_record(row, results, verdict, options, effort))
+            ours = next(measured for measured in results if measured.peer == TILEFOLD)
+            status |= any(measured.wrong for measured in results) or not ours.seconds or bool(ours.reason)
+            below += [row.title] if missed(verdict) else []
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         status = 130
     finally:
         if records:
             write_record(out, records, options)
+        for title in below:
+            print(f"below its floor: {title}")
     return int(status)
 
 
