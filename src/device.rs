@@ -12,9 +12,8 @@ use crate::{
 /// The environment variable that names the device [`Device::best`] opens.
 pub const DEVICE_VARIABLE: &str = "TILEFOLD_DEVICE";
 
-/// Kinds of device by preference, with the cargo feature a build lacks when it has no such backend.
-const KINDS: [(&str, Option<&str>); 4] =
-    [("cuda", Some("cuda")), ("rocm", Some("rocm")), ("wgpu", Some("wgpu")), ("cpu", None)];
+/// Kinds of device by preference.
+const KINDS: [&str; 4] = ["cuda", "rocm", "wgpu", "cpu"];
 
 /// One device: closed over the backends of this build, open through `Custom`.
 ///
@@ -55,7 +54,7 @@ impl Device {
     /// ```
     #[must_use]
     pub fn all() -> Vec<Discovery> {
-        KINDS.iter().map(|&(kind, _)| Discovery { name: kind.to_owned(), device: Self::open(kind) }).collect()
+        KINDS.iter().map(|&kind| Discovery { name: kind.to_owned(), device: Self::open(kind) }).collect()
     }
 
     /// The device with a name: `cpu`, `cpu:0`, `cuda:0`, ...; a name without a number means number 0.
@@ -67,19 +66,18 @@ impl Device {
     /// ```
     ///
     /// # Errors
-    /// [`OpenError::NoSuchDevice`] for an unknown name, [`OpenError::NotCompiled`] for a backend that is not part of this
-    /// build, and what the backend reports.
+    /// [`OpenError::NoSuchDevice`] for an unknown name, [`OpenError::NoBackend`] for a kind of device this version has
+    /// no backend for, and what the backend reports.
     pub fn open(name: &str) -> Result<Self, OpenError> {
         let unknown = || OpenError::NoSuchDevice { name: name.to_owned(), known: known_names() };
         let (kind, ordinal) = match name.split_once(':') {
             None => (name, 0),
             Some((kind, ordinal)) => (kind, ordinal.parse::<usize>().map_err(|_| unknown())?),
         };
-        match KINDS.iter().find(|&&(known, _)| known == kind) {
-            None => Err(unknown()),
-            Some(&(_, Some(feature))) => Err(OpenError::NotCompiled { feature }),
-            Some(&(_, None)) if ordinal == 0 => Self::cpu(),
-            Some(&(_, None)) => Err(unknown()),
+        match KINDS.iter().find(|&&known| known == kind) {
+            Some(&"cpu") if ordinal == 0 => Self::cpu(),
+            Some(&"cpu") | None => Err(unknown()),
+            Some(kind) => Err(OpenError::NoBackend { kind, version: env!("CARGO_PKG_VERSION") }),
         }
     }
 
@@ -142,8 +140,7 @@ impl Device {
 
 /// Names that may be given to [`Device::open`] in this build.
 fn known_names() -> String {
-    let compiled = KINDS.iter().filter(|(_, feature)| feature.is_none()).map(|&(kind, _)| kind);
-    compiled.collect::<Vec<_>>().join(", ")
+    "cpu".to_owned()
 }
 
 macro_rules! dispatch {
@@ -223,10 +220,7 @@ mod tests {
         assert!(matches!(Device::open("cpu:0"), Ok(Device::Cpu(_))));
         for name in ["cuda", "cuda:0", "rocm:3", "wgpu"] {
             let error = Device::open(name).unwrap_err();
-            assert!(
-                matches!(error, OpenError::NotCompiled { feature } if name.starts_with(feature)),
-                "{name}: {error}"
-            );
+            assert!(matches!(error, OpenError::NoBackend { kind, .. } if name.starts_with(kind)), "{name}: {error}");
         }
         for name in ["", "cpu:1", "cpu:", "cpu:-1", "cuda:x", "CPU", "tpu"] {
             let error = Device::open(name).unwrap_err();
@@ -245,7 +239,10 @@ mod tests {
     fn the_environment_is_never_ignored() {
         assert!(matches!(Device::choose(None), Ok(Device::Cpu(_))));
         assert!(matches!(Device::choose(Some(OsStr::new("cpu"))), Ok(Device::Cpu(_))));
-        assert_eq!(Device::choose(Some(OsStr::new("cuda:0"))).unwrap_err(), OpenError::NotCompiled { feature: "cuda" });
+        assert_eq!(
+            Device::choose(Some(OsStr::new("cuda:0"))).unwrap_err(),
+            OpenError::NoBackend { kind: "cuda", version: "0.1.0" }
+        );
         for value in ["", "gpu", "cpu:7"] {
             let error = Device::choose(Some(OsStr::new(value))).unwrap_err();
             assert_eq!(error.to_string(), format!("TILEFOLD_DEVICE={value}: expected one of cpu"));

@@ -252,7 +252,7 @@ mod tests {
             (whole[..whole.len() - 1].to_vec(), "expected 24 bytes of tensor data, got 23"),
             (tensor("F32", "[2,3]", 20), "not a safetensors file: header: "),
             (tensor("F64", "[2]", 16), "tensor `x`: expected F32, F16, BF16, I32, BOOL or U8, got F64"),
-            (tensor("F32", "[2,0]", 0), "tensor `x`: layout: a dimension is 0"),
+            (tensor("F32", "[2,0]", 0), "tensor `x`: layout: dimension 1 is 0"),
         ] {
             let message = error(&bytes);
             assert!(message.starts_with(path.to_str().unwrap()) && message.contains(part), "{message}");

@@ -26,14 +26,23 @@ fn main() -> ExitCode {
 
 fn wrap(kind: &str, trial: suite::Trial) -> Trial {
     let suite::Trial { name, run, .. } = trial;
+    let shown = format!("{kind} {name}");
     let runner = move || match run()? {
         Outcome::Passed { .. } => Ok(Completion::Completed),
-        Outcome::Skipped { reason } => Ok(Completion::ignored_with(reason)),
+        Outcome::Skipped { reason } => Ok(skipped(&shown, reason)),
     };
     Trial::ignorable_test(name, runner).with_kind(kind)
 }
 
+/// Says so on a line of its own, since `--quiet` shows an `i` and no reason.
+#[allow(clippy::print_stdout, reason = "a test's own report")]
+fn skipped(trial: &str, reason: String) -> Completion {
+    println!("\nskipped {trial}: {reason}");
+    Completion::ignored_with(reason)
+}
+
 fn absent(name: &str, reason: String, required: bool) -> Trial {
-    let runner = move || if required { Err(reason.into()) } else { Ok(Completion::ignored_with(reason)) };
+    let shown = name.to_owned();
+    let runner = move || if required { Err(reason.into()) } else { Ok(skipped(&shown, reason)) };
     Trial::ignorable_test("device", runner).with_kind(name)
 }

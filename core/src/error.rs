@@ -101,6 +101,14 @@ pub enum ProblemError {
         /// Address modulo element size.
         got: usize,
     },
+    /// A tensor must be row-major without gaps here.
+    #[error("{tensor}: expected a row-major tensor without gaps, got strides {strides:?}; copy it with relayout")]
+    NotContiguous {
+        /// The tensor.
+        tensor: &'static str,
+        /// Its strides in elements.
+        strides: Vec<i64>,
+    },
     /// Two elements of an output are the same memory (for example a stride of 0).
     #[error("{tensor}: an output's elements must not overlap; expected distinct addresses, got strides {strides:?}")]
     SelfOverlap {
@@ -250,11 +258,13 @@ pub type DeviceResult<T> = Result<T, DeviceError>;
 #[derive(Clone, Debug, PartialEq, Error)]
 #[non_exhaustive]
 pub enum OpenError {
-    /// The backend is not part of this build.
-    #[error("backend not compiled in; rebuild with the cargo feature `{feature}`")]
-    NotCompiled {
-        /// The feature that adds it.
-        feature: &'static str,
+    /// This version of the crate has no such backend.
+    #[error("tilefold {version} has no backend for {kind} devices yet; the CPU does everything")]
+    NoBackend {
+        /// The kind of device.
+        kind: &'static str,
+        /// The crate's version.
+        version: &'static str,
     },
     /// A driver library is missing.
     #[error("cannot load {library}; {hint}")]

@@ -105,6 +105,27 @@ impl Tensor {
         self.storage.host_bytes_mut()
     }
 
+    /// The elements of a row-major host tensor, without a copy; bools are `u8`.
+    ///
+    /// # Errors
+    /// [`ProblemError::UnsupportedDType`] when `T` is not the tensor's type, [`ProblemError::NotContiguous`],
+    /// [`ProblemError::WrongDevice`] when the host cannot read the memory.
+    pub fn as_slice<T: Element>(&self) -> Result<&[T], ProblemError> {
+        let tensor = "tensor";
+        if self.dtype != T::DTYPE {
+            return Err(ProblemError::UnsupportedDType { tensor, expected: T::DTYPE.to_string(), got: self.dtype });
+        }
+        if !self.layout.is_contiguous() {
+            return Err(ProblemError::NotContiguous { tensor, strides: self.layout.strides().to_vec() });
+        }
+        let (expected, got) = (DeviceId::CPU, self.device());
+        let memory = self.storage.host_bytes().ok_or(ProblemError::WrongDevice { tensor, expected, got })?;
+        let first = usize::try_from(self.layout.offset()).unwrap_or(usize::MAX).saturating_mul(size_of::<T>());
+        let bytes = memory.get(first..).and_then(|rest| rest.get(..self.layout.len() * size_of::<T>()));
+        // `check_memory` made sure that the elements are inside the memory and aligned.
+        Ok(bytemuck::cast_slice(bytes.unwrap_or_default()))
+    }
+
     /// A shared view of the whole tensor.
     #[must_use]
     pub fn view(&self) -> TensorView<'_> {
@@ -465,6 +486,20 @@ mod tests {
             assert!(matches!(result, Err(ProblemError::OutOfBounds { .. })), "{result:?}");
         }
         assert!(TensorView::from_slice(&data, &[5]).is_err());
+    }
+
+    #[test]
+    fn elements_of_a_dense_tensor_are_a_slice() {
+        let tensor = Tensor::from_vec(vec![1_f32, 2.0, 3.0, 4.0], &[2, 2]).unwrap();
+        assert_eq!(tensor.as_slice::<f32>(), Ok([1.0, 2.0, 3.0, 4.0].as_slice()));
+        assert!(matches!(tensor.as_slice::<i32>(), Err(ProblemError::UnsupportedDType { got: DType::F32, .. })));
+        let part = |strides: &[i64], offset| {
+            let layout = Layout::new(&[1, 2], strides, offset).unwrap();
+            Tensor::new(Storage::from_vec(vec![1_f32, 2.0, 3.0, 4.0]), DType::F32, layout).unwrap()
+        };
+        assert_eq!(part(&[7, 1], 2).as_slice::<f32>(), Ok([3.0, 4.0].as_slice()));
+        let strides = vec![0, 2];
+        assert_eq!(part(&[0, 2], 0).as_slice::<f32>(), Err(ProblemError::NotContiguous { tensor: "tensor", strides }));
     }
 
     #[test]

@@ -24,7 +24,8 @@ impl std::error::Error for Failed {}
 
 /// Runs a command with extra environment variables, passing its output on.
 ///
-/// Counts the tests of every `test result:` line; a command without one counts as one check.
+/// Counts the tests of every `test result:` line, and keeps every `skipped TRIAL: REASON`; a command without a result
+/// counts as one check.
 pub(crate) fn run(environment: &[(&str, &str)], command: &[&str]) -> Result<Count> {
     let repeat = spell(environment, command);
     println!("$ {repeat}");
@@ -41,14 +42,16 @@ pub(crate) fn run(environment: &[(&str, &str)], command: &[&str]) -> Result<Coun
         for line in BufReader::new(stdout).split(b'\n') {
             let line = line.with_context(|| format!("cannot read what {program} prints"))?;
             terminal.write_all(&[&line[..], b"\n"].concat()).context("cannot print")?;
-            count += tests_of(&String::from_utf8_lossy(&line));
+            let line = String::from_utf8_lossy(&line);
+            count += tests_of(&line);
+            count.skips.extend(skip_of(&line));
         }
     }
     let status = child.wait().with_context(|| format!("cannot wait for {program}"))?;
     if !status.success() {
         return Err(Failed { repeat, count }.into());
     }
-    Ok(if count == Count::default() { Count::ONE } else { count })
+    Ok(if count == Count::default() { Count::one() } else { count })
 }
 
 /// What a command prints.
@@ -78,6 +81,11 @@ fn spell(environment: &[(&str, &str)], command: &[&str]) -> String {
     variables.chain(command.iter().map(|word| quoted(word))).collect::<Vec<_>>().join(" ")
 }
 
+/// The trial and the reason of a line such as `skipped cuda:0 device: no driver`.
+fn skip_of(line: &str) -> Option<String> {
+    line.strip_prefix("skipped ").filter(|rest| rest.contains(": ")).map(str::to_owned)
+}
+
 /// The numbers of a line such as `test result: ok. 19 passed; 0 failed; 0 ignored; ...`.
 fn tests_of(line: &str) -> Count {
     let Some((_, result)) = line.split_once("test result: ") else { return Count::default() };
@@ -86,7 +94,7 @@ fn tests_of(line: &str) -> Count {
         let pair = words.windows(2).find(|pair| pair[1].trim_end_matches(';') == unit);
         pair.and_then(|pair| pair[0].parse().ok()).unwrap_or(0)
     };
-    Count { passed: number("passed"), failed: number("failed"), skipped: number("ignored") }
+    Count { passed: number("passed"), failed: number("failed"), skipped: number("ignored"), skips: Vec::new() }
 }
 
 #[cfg(test)]
@@ -96,15 +104,17 @@ mod tests {
     #[test]
     fn test_results_are_counted() {
         let line = "test result: FAILED. 17 passed; 2 failed; 3 ignored; 0 measured; 0 filtered out; finished in 0.03s";
-        assert_eq!(tests_of(line), Count { passed: 17, failed: 2, skipped: 3 });
+        assert_eq!(tests_of(line), Count { passed: 17, failed: 2, skipped: 3, ..Count::default() });
         assert_eq!(tests_of("running 19 tests"), Count::default());
+        assert_eq!(skip_of("skipped cuda device: no driver").as_deref(), Some("cuda device: no driver"));
+        assert_eq!(skip_of("3 tests skipped: none"), None);
     }
 
     #[test]
     fn a_failure_says_how_to_repeat_it() {
         let error = run(&[("X", "a b")], &["sh", "-c", "exit 3"]).unwrap_err();
         assert_eq!(error.to_string(), "to repeat it:\n    X='a b' sh -c 'exit 3'");
-        assert_eq!(run(&[], &["true"]).unwrap(), Count::ONE);
+        assert_eq!(run(&[], &["true"]).unwrap(), Count::one());
         assert!(succeeds(&["true"]) && !succeeds(&["false"]) && !succeeds(&["no-such-program"]));
     }
 }

@@ -25,7 +25,7 @@ pub(crate) fn check() -> Result<Count> {
     }
     ensure!(wrong.is_empty(), "{}", wrong.join("\n"));
     println!("{} files", files.len());
-    Ok(Count::ONE)
+    Ok(Count::one())
 }
 
 fn complaints(text: &str) -> Vec<String> {

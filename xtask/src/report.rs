@@ -5,17 +5,21 @@ use std::time::Instant;
 use anyhow::{Error, Result};
 
 /// Tests and checks of a step by how they ended.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Count {
     pub(crate) passed: u64,
     pub(crate) failed: u64,
     /// Could not run here, and said why: too little memory, no such device.
     pub(crate) skipped: u64,
+    /// Which, and why.
+    pub(crate) skips: Vec<String>,
 }
 
 impl Count {
     /// A check that is no run of tests.
-    pub(crate) const ONE: Self = Self { passed: 1, failed: 0, skipped: 0 };
+    pub(crate) fn one() -> Self {
+        Self { passed: 1, ..Self::default() }
+    }
 }
 
 impl std::ops::AddAssign for Count {
@@ -23,6 +27,7 @@ impl std::ops::AddAssign for Count {
         self.passed += other.passed;
         self.failed += other.failed;
         self.skipped += other.skipped;
+        self.skips.extend(other.skips);
     }
 }
 
@@ -46,8 +51,8 @@ impl Report {
         let start = Instant::now();
         match work() {
             Ok(count) => {
-                self.total += count;
                 println!("== ok, {count}, {:.1} s", start.elapsed().as_secs_f64());
+                self.total += count;
                 Ok(())
             }
             Err(error) => {
@@ -59,9 +64,13 @@ impl Report {
 
     /// The last lines of a run.
     pub(crate) fn summary(&self) -> String {
-        let Count { skipped, .. } = self.total;
+        let Count { skipped, skips, .. } = &self.total;
+        let mut reasons: Vec<_> = skips.iter().map(|skip| format!("skipped {skip}\n")).collect();
+        reasons.sort();
+        reasons.dedup();
         format!(
-            "{} steps in {:.0} s, {skipped} tests skipped\n{}",
+            "{}{} steps in {:.0} s, {skipped} tests skipped\n{}",
+            reasons.concat(),
             self.steps,
             self.start.elapsed().as_secs_f64(),
             self.total
@@ -71,7 +80,7 @@ impl Report {
 
 /// What an error counts as: at least one failure.
 fn failures(error: &Error) -> Count {
-    let count = error.downcast_ref::<crate::command::Failed>().map(|failed| failed.count).unwrap_or_default();
+    let count = error.downcast_ref::<crate::command::Failed>().map(|failed| failed.count.clone()).unwrap_or_default();
     Count { failed: count.failed.max(1), ..count }
 }
 

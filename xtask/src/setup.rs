@@ -16,7 +16,7 @@ pub(crate) fn toolchain() -> Result<Count> {
         println!("{component} is missing: adding it");
         run(&[], &["rustup", "component", "add", component])?;
     }
-    Ok(Count::ONE)
+    Ok(Count::one())
 }
 
 /// Installs Debian packages whose programs are missing, as root or with sudo.
@@ -24,7 +24,7 @@ pub(crate) fn programs(wanted: &[(&str, &str)]) -> Result<Count> {
     let missing = wanted.iter().filter(|(program, _)| !succeeds(&[program, "--version"]));
     let packages: Vec<&str> = missing.map(|&(_, package)| package).collect();
     if packages.is_empty() {
-        return Ok(Count::ONE);
+        return Ok(Count::one());
     }
     println!("installing {}", packages.join(" "));
     ensure!(

@@ -89,7 +89,7 @@ fn examples(report: &mut Report) -> Result<()> {
     report.step("building the examples", || {
         examples = executables(&["build", "--workspace", "--all-features", "--examples"])?;
         ensure!(!examples.is_empty(), "cargo built no example");
-        Ok(Count::ONE)
+        Ok(Count::one())
     })?;
     examples.sort();
     for (name, executable) in examples {
