@@ -4,7 +4,7 @@ use std::env;
 use std::fs;
 use std::path::Path;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use serde::Deserialize;
 
 use crate::command::{output, run};
@@ -130,6 +130,10 @@ fn other_archs(report: &mut Report, archs: &[Arch]) -> Result<()> {
 /// The part of conformance that is run where each instruction is emulated: every feature at once, in every dtype.
 const EMULATED: &str = "everything";
 
+/// The package with the instruction sets, and its tests of each operation against plain arithmetic.
+const BACKEND: &str = "tilefold-backend-cpu";
+const OPERATIONS: &str = "arch::tests";
+
 /// Conformance on the instruction sets this machine lacks.
 fn emulated_archs(report: &mut Report, archs: &[Arch], in_ci: bool) -> Result<()> {
     if !cfg!(all(target_os = "linux", target_arch = "x86_64")) && !in_ci {
@@ -137,32 +141,47 @@ fn emulated_archs(report: &mut Report, archs: &[Arch], in_ci: bool) -> Result<()
         return Ok(());
     }
     let lacks = |name: &str| archs.iter().any(|arch| arch.name == name && !arch.available);
-    let emulate = |kind: &str, arguments: &[&str]| {
-        let command = [&["cargo", "xtask", "emulate", kind], arguments].concat();
-        run(&[REQUIRED, ("TILEFOLD_CPU_ARCH", kind)], &command)
+    let emulate = |kind: &str, arch: &str, arguments: &[&str]| {
+        let command = [&["cargo", "xtask", "emulate", kind], arguments, &["--quiet", "--color=never"]].concat();
+        run(&[REQUIRED, ("TILEFOLD_CPU_ARCH", arch)], &command)
     };
     if lacks("neon") {
+        report.step("operations of neon, emulated", || {
+            emulate("neon", "neon", &["--", "--package", BACKEND, "--lib", "--", OPERATIONS])
+        })?;
         report.step("conformance on neon, emulated", || {
-            let package = ["--", "--package", "tilefold-conformance", "--test", CONFORMANCE];
-            emulate("neon", &[&package[..], &["--", EMULATED, "--quiet", "--color=never"]].concat())
+            let package = ["--", "--package", "tilefold-conformance", "--test", CONFORMANCE, "--", EMULATED];
+            emulate("neon", "neon", &package)
         })?;
     }
-    if lacks("avx512") {
+    let lacking: Vec<_> = ["avx512", "avx512bf16"].into_iter().filter(|name| lacks(name)).collect();
+    if !lacking.is_empty() {
         report.step("tools for the emulator of avx512", || {
             setup::programs(&[("g++", "g++"), ("make", "make"), ("tar", "tar"), ("xz", "xz-utils")])
         })?;
-        report.step("conformance on avx512, emulated", || {
-            emulate("avx512", &[&conformance_executable()?, "--", EMULATED, "--quiet", "--color=never"])
+        report.step("operations of avx512 and avx512bf16, emulated", || {
+            let tests = test_executable(&["--package", BACKEND, "--lib"])?;
+            emulate("avx512", "avx512", &[&tests, "--", OPERATIONS])
+        })?;
+    }
+    for arch in lacking {
+        report.step(&format!("conformance on {arch}, emulated"), || {
+            let tests = test_executable(&["--workspace", "--test", CONFORMANCE])?;
+            // In the other dtypes the two compute alike.
+            let chosen = if arch == "avx512bf16" { format!("bf16/{EMULATED}") } else { EMULATED.to_owned() };
+            emulate("avx512", arch, &[&tests, "--", &chosen])
         })?;
     }
     Ok(())
 }
 
-/// The file that the tests ran as.
-fn conformance_executable() -> Result<String> {
-    let built = executables(&["test", "--workspace", "--all-features", "--test", CONFORMANCE, "--no-run"])?;
-    let found = built.into_iter().find(|(name, _)| name == CONFORMANCE);
-    Ok(found.context("cargo built no conformance test")?.1)
+/// The file that the one test target chosen is run as.
+fn test_executable(chosen: &[&str]) -> Result<String> {
+    let built = executables(&[&["test", "--all-features", "--no-run"], chosen].concat())?;
+    match &built[..] {
+        [(_, executable)] => Ok(executable.clone()),
+        _ => bail!("expected one test executable of {chosen:?}, got {built:?}"),
+    }
 }
 
 #[derive(Deserialize)]
