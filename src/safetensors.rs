@@ -1,12 +1,13 @@
 //! Tensors in safetensors files: read into host memory one by one, written back densely.
 
 use std::borrow::Cow;
+use std::cmp::Reverse;
 use std::collections::BTreeMap;
-use std::fs::File;
-use std::io::{BufReader, Read};
-use std::path::Path;
+use std::fs::{self, File};
+use std::io::{self, BufReader, BufWriter, ErrorKind, Read, Write};
+use std::path::{Path, PathBuf};
 
-use ::safetensors::tensor::{Dtype, Metadata, TensorInfo, View, serialize_to_file};
+use ::safetensors::tensor::{Dtype, Metadata, TensorInfo};
 
 use crate::{DType, Error, Tensor};
 
@@ -36,7 +37,7 @@ const MAX_HEADER_BYTES: u64 = 100_000_000;
 /// or shape that tilefold has not.
 pub fn read(path: impl AsRef<Path>) -> Result<BTreeMap<String, Tensor>, Error> {
     let path = path.as_ref();
-    let io = |error: std::io::Error| file_error(path, error.to_string());
+    let io = |error: io::Error| file_error(path, error.to_string());
     let file = File::open(path).map_err(io)?;
     let file_bytes = file.metadata().map_err(io)?.len();
     let mut reader = BufReader::new(file);
@@ -54,6 +55,9 @@ pub fn read(path: impl AsRef<Path>) -> Result<BTreeMap<String, Tensor>, Error> {
 
 /// Writes tensors under their names; strided ones densely. [`read`] has an example.
 ///
+/// A file that is there is replaced as a whole once everything is written: until then, and when writing fails, it stays
+/// as it was. Links are followed; devices and pipes are written in place.
+///
 /// # Errors
 /// [`Error::FileTensor`] for a tensor the host cannot read and for a name that is taken, [`Error::File`] when the file
 /// cannot be written.
@@ -64,12 +68,82 @@ pub fn write<'a>(
     let path = path.as_ref();
     let mut named = BTreeMap::new();
     for (name, tensor) in tensors {
-        let dense = Dense::new(tensor).map_err(|message| tensor_error(path, name, message.to_owned()))?;
+        let dense = Dense::new(tensor).map_err(|message| tensor_error(path, name, message))?;
         if name == "__metadata__" || named.insert(name, dense).is_some() {
             return Err(tensor_error(path, name, "this name is taken; use another".to_owned()));
         }
     }
-    serialize_to_file(named, None, path).map_err(|error| file_error(path, error.to_string()))
+    let header = header(&named).map_err(|error| file_error(path, error))?;
+    let fill = |file: &mut File| fill(file, &header, &named);
+    match replaceable(path) {
+        Some(target) => replace(&target, fill),
+        None => File::create(path).and_then(|mut file| fill(&mut file)),
+    }
+    .map_err(|error| file_error(path, error.to_string()))
+}
+
+/// What a new file may be renamed to: a regular file, found through links, or a free name. `None` for devices, pipes and
+/// links to nothing.
+fn replaceable(path: &Path) -> Option<PathBuf> {
+    match path.canonicalize() {
+        Ok(target) => target.is_file().then_some(target),
+        Err(_) => (!path.is_symlink()).then(|| path.to_owned()),
+    }
+}
+
+/// Fills a file beside the target and gives it the target's name, with the permissions the target has or would have been
+/// created with.
+fn replace(target: &Path, fill: impl FnOnce(&mut File) -> io::Result<()>) -> io::Result<()> {
+    let folder = target.parent().filter(|folder| !folder.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let mut builder = tempfile::Builder::new();
+    builder.prefix(".tilefold-");
+    #[cfg(unix)]
+    builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666)); // less the umask, as for any new file
+    let mut beside = match builder.tempfile_in(folder) {
+        Ok(beside) => beside,
+        // A file may be writable where its folder is not.
+        Err(error) if error.kind() == ErrorKind::PermissionDenied => return fill(&mut File::create(target)?),
+        Err(error) => return Err(error),
+    };
+    fill(beside.as_file_mut())?;
+    if let Ok(present) = fs::metadata(target) {
+        beside.as_file().set_permissions(present.permissions())?;
+    }
+    beside.persist(target)?;
+    Ok(())
+}
+
+/// Tensors in the order of a file, elements of the largest size first, so that each is aligned.
+fn in_order<'a>(named: &'a BTreeMap<&str, Dense<'_>>) -> Vec<(&'a str, &'a Dense<'a>)> {
+    let mut ordered: Vec<_> = named.iter().map(|(name, dense)| (*name, dense)).collect();
+    ordered.sort_by_key(|(_, dense)| Reverse(dense.dtype()));
+    ordered
+}
+
+/// The header with its length, padded so that the tensors' bytes start aligned.
+fn header(named: &BTreeMap<&str, Dense<'_>>) -> Result<Vec<u8>, String> {
+    let mut end = 0;
+    let infos = in_order(named).into_iter().map(|(name, dense)| {
+        let start = end;
+        end += dense.bytes.len();
+        let (dtype, shape) = (dense.dtype(), dense.tensor.shape().to_vec());
+        (name.to_owned(), TensorInfo { dtype, shape, data_offsets: (start, end) })
+    });
+    let metadata = Metadata::new(None, infos.collect()).map_err(|error| error.to_string())?;
+    let mut text = serde_json::to_vec(&metadata).map_err(|error| error.to_string())?;
+    text.resize(text.len().next_multiple_of(size_of::<u64>()), b' ');
+    let length = u64::try_from(text.len()).unwrap_or(u64::MAX);
+    if length > MAX_HEADER_BYTES {
+        return Err(format!("its header would have {length} bytes, of which {MAX_HEADER_BYTES} are allowed"));
+    }
+    Ok([length.to_le_bytes().as_slice(), &text].concat())
+}
+
+fn fill(file: &mut File, header: &[u8], named: &BTreeMap<&str, Dense<'_>>) -> io::Result<()> {
+    let mut file = BufWriter::new(file);
+    file.write_all(header)?;
+    in_order(named).into_iter().try_for_each(|(_, dense)| file.write_all(&dense.bytes))?;
+    file.flush()
 }
 
 fn read_header(path: &Path, reader: &mut impl Read, file_bytes: u64) -> Result<Metadata, Error> {
@@ -121,7 +195,7 @@ struct Dense<'a> {
 }
 
 impl<'a> Dense<'a> {
-    fn new(tensor: &'a Tensor) -> Result<Self, &'static str> {
+    fn new(tensor: &'a Tensor) -> Result<Self, String> {
         let memory = tensor.storage().host_bytes().ok_or("it is not in host memory; copy it to the host first")?;
         let (layout, dtype) = (tensor.layout(), tensor.dtype());
         let size = dtype.size_bytes();
@@ -133,7 +207,11 @@ impl<'a> Dense<'a> {
         let mut bytes = if is_plain && layout.offset() == 0 {
             Cow::Borrowed(memory.get(..layout.len() * size).ok_or(OUTSIDE)?)
         } else {
-            let mut dense = Vec::with_capacity(layout.len() * size);
+            let mut dense = Vec::new();
+            let bytes = layout.len() * size;
+            dense
+                .try_reserve_exact(bytes)
+                .map_err(|_| format!("no memory for {bytes} bytes, those of a dense copy"))?;
             for position in layout.positions() {
                 dense.extend_from_slice(at(position).ok_or(OUTSIDE)?);
             }
@@ -147,11 +225,7 @@ impl<'a> Dense<'a> {
         }
         Ok(Self { tensor, bytes })
     }
-}
 
-const OUTSIDE: &str = "its layout reaches outside its memory";
-
-impl View for Dense<'_> {
     fn dtype(&self) -> Dtype {
         match self.tensor.dtype() {
             DType::F16 => Dtype::F16,
@@ -161,19 +235,9 @@ impl View for Dense<'_> {
             _ => Dtype::F32,
         }
     }
-
-    fn shape(&self) -> &[usize] {
-        self.tensor.shape()
-    }
-
-    fn data(&self) -> Cow<'_, [u8]> {
-        Cow::Borrowed(&self.bytes)
-    }
-
-    fn data_len(&self) -> usize {
-        self.bytes.len()
-    }
 }
+
+const OUTSIDE: &str = "its layout reaches outside its memory";
 
 /// Files are little-endian.
 fn swap_on_big_endian(bytes: &mut [u8], dtype: DType) {
@@ -230,11 +294,74 @@ mod tests {
     }
 
     #[test]
+    fn the_formats_own_library_reads_what_is_written() {
+        let folder = folder();
+        let path = folder.path().join("mixed.safetensors");
+        // In the order of names the second tensor would start at byte 3.
+        let tensors =
+            [DType::Bool, DType::BF16, DType::F32].map(|dtype| Tensor::from_f64(&[1.0; 3], dtype, &[3]).unwrap());
+        write(&path, ["a", "b", "c"].into_iter().zip(&tensors)).unwrap();
+        let bytes = fs::read(&path).unwrap();
+        let parsed = ::safetensors::SafeTensors::deserialize(&bytes).unwrap();
+        assert_eq!(parsed.tensor("c").unwrap().data(), [1.0_f32; 3].map(f32::to_le_bytes).as_flattened());
+        assert_eq!(parsed.tensor("b").unwrap().data(), [0x80, 0x3f].repeat(3));
+        assert_eq!(parsed.tensor("a").unwrap().data(), [1; 3]);
+        let (header, metadata) = ::safetensors::SafeTensors::read_metadata(&bytes).unwrap();
+        assert_eq!(header % 8, 0);
+        assert_eq!(metadata.offset_keys(), ["c", "b", "a"]);
+    }
+
+    #[test]
+    fn a_file_is_kept_when_writing_its_successor_fails() {
+        let folder = folder();
+        let path = folder.path().join("kept");
+        fs::write(&path, "before").unwrap();
+        let error = replace(&path, |file| file.write_all(b"half").and(Err(io::Error::other("disk full"))));
+        assert_eq!(error.unwrap_err().to_string(), "disk full");
+        assert_eq!(fs::read(&path).unwrap(), b"before");
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn links_modes_and_pipes_stay_what_they_are() {
+        use std::os::unix::fs::{FileTypeExt, PermissionsExt, symlink};
+        let folder = folder();
+        let at = |name: &str| folder.path().join(name);
+        let mode = |name: &str| fs::metadata(at(name)).unwrap().permissions().mode();
+        let x = Tensor::from_vec(vec![1.0_f32, 2.0], &[2]).unwrap();
+        let write = |name: &str| write(at(name), [("x", &x)]).unwrap();
+
+        File::create(at("plain")).unwrap();
+        write("new");
+        assert_eq!(mode("new"), mode("plain"));
+        fs::set_permissions(at("new"), fs::Permissions::from_mode(0o640)).unwrap();
+        write("new");
+        assert_eq!(mode("new") & 0o777, 0o640);
+
+        for (link, target) in [("link", "new"), ("link to nothing", "absent")] {
+            symlink(target, at(link)).unwrap();
+            fs::write(at("new"), "").unwrap();
+            write(link);
+            assert!(at(link).is_symlink());
+            assert_eq!(read(at(target)).unwrap()["x"].shape(), [2]);
+        }
+
+        let made = std::process::Command::new("mkfifo").arg(at("pipe")).status().unwrap();
+        assert!(made.success());
+        let pipe = at("pipe");
+        let reader = std::thread::spawn(move || fs::read(pipe).unwrap());
+        write("pipe");
+        assert!(fs::metadata(at("pipe")).unwrap().file_type().is_fifo());
+        assert_eq!(reader.join().unwrap(), fs::read(at("absent")).unwrap());
+    }
+
+    #[test]
     fn what_is_wrong_with_a_file_is_said() {
         let folder = folder();
         let path = folder.path().join("bad.safetensors");
         let error = |bytes: &[u8]| {
-            std::fs::write(&path, bytes).unwrap();
+            fs::write(&path, bytes).unwrap();
             read(&path).unwrap_err().to_string()
         };
         let file = |header: &str, data: usize| {
