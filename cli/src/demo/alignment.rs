@@ -32,7 +32,7 @@ const LIMIT_BYTES: u64 = 1 << 29;
 /// Sign of a gap in [`Alignment::rows`].
 pub(crate) const GAP: u8 = b'-';
 
-/// Aligned protein sequences: at least one row, at least one match column, all rows of one length.
+/// Aligned protein sequences: at least one row, one match column and one residue in it, all rows of one length.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Alignment {
     names: Vec<String>,
@@ -97,21 +97,18 @@ impl Alignment {
     fn fold(records: Vec<Record>, columns: &MatchColumns, file: &str) -> Result<Self, AlignmentError> {
         let mut alignment = Self { names: Vec::new(), rows: Vec::new(), deletions: Vec::new() };
         for record in records {
-            let Some((row, deletions)) = fold_row(&record.symbols, columns) else {
-                return Err(AlignmentError::InsertionTooLong {
-                    file: file.to_owned(),
-                    line: record.line,
-                    name: record.name,
-                });
-            };
+            let (row, deletions) = fold_row(&record, columns, file)?;
             alignment.names.push(record.name);
             alignment.rows.push(row);
             alignment.deletions.push(deletions);
         }
-        match alignment.n_columns() {
-            0 => Err(AlignmentError::NoMatchColumns { file: file.to_owned() }),
-            _ => Ok(alignment),
+        if alignment.n_columns() == 0 {
+            return Err(AlignmentError::NoMatchColumns { file: file.to_owned() });
         }
+        if alignment.rows.iter().flatten().all(|&symbol| symbol == GAP) {
+            return Err(AlignmentError::OnlyGaps { file: file.to_owned() });
+        }
+        Ok(alignment)
     }
 
     /// Names of the sequences, as the file gives them.
@@ -148,6 +145,17 @@ enum MatchColumns {
     Listed(Vec<bool>),
     /// Upper case and gaps (A3M).
     UpperCase,
+}
+
+impl MatchColumns {
+    /// Whether the symbol in a column of the file stands in one of them.
+    fn hold(&self, column: usize, symbol: u8) -> bool {
+        match self {
+            Self::All => true,
+            Self::Listed(marks) => marks.get(column).copied().unwrap_or(false),
+            Self::UpperCase => is_a3m_match(symbol),
+        }
+    }
 }
 
 /// What a file's first line of content says it is.
@@ -229,21 +237,24 @@ fn is_a3m_match(symbol: u8) -> bool {
     symbol == GAP || symbol.is_ascii_uppercase()
 }
 
-/// Splits a row into its match columns and the residues before each; `None` if a count overflows.
-fn fold_row(symbols: &[u8], columns: &MatchColumns) -> Option<(Vec<u8>, Vec<u32>)> {
+/// Splits a row into its match columns and the residues before each.
+fn fold_row(record: &Record, columns: &MatchColumns, file: &str) -> Result<(Vec<u8>, Vec<u32>), AlignmentError> {
+    let symbols = || record.symbols.iter().copied().enumerate();
+    let count = symbols().filter(|&(column, symbol)| columns.hold(column, symbol)).count();
     let (mut row, mut deletions, mut inserted) = (Vec::new(), Vec::new(), 0_u32);
-    for (column, &symbol) in symbols.iter().enumerate() {
-        let is_match = match columns {
-            MatchColumns::All => true,
-            MatchColumns::Listed(marks) => marks.get(column).copied().unwrap_or(false),
-            MatchColumns::UpperCase => is_a3m_match(symbol),
-        };
-        if is_match {
+    let reserved = row.try_reserve_exact(count).and_then(|()| deletions.try_reserve_exact(count));
+    reserved.map_err(|_| record.no_memory(file))?;
+    for (column, symbol) in symbols() {
+        if columns.hold(column, symbol) {
             row.push(if symbol.is_ascii_alphabetic() { symbol.to_ascii_uppercase() } else { GAP });
             deletions.push(std::mem::take(&mut inserted));
         } else if symbol.is_ascii_alphabetic() {
-            inserted = inserted.checked_add(1)?;
+            inserted = inserted.checked_add(1).ok_or_else(|| AlignmentError::InsertionTooLong {
+                file: file.to_owned(),
+                line: record.line,
+                name: record.name.clone(),
+            })?;
         }
     }
-    Some((row, deletions))
+    Ok((row, deletions))
 }

@@ -155,6 +155,22 @@ pub(crate) enum AlignmentError {
         /// The file's path.
         file: String,
     },
+    /// Rows of nothing but gaps.
+    #[error("alignment {file} has only gaps in its match columns; give sequences with residues")]
+    OnlyGaps {
+        /// The file's path.
+        file: String,
+    },
+    /// The system gives no memory for a sequence.
+    #[error("alignment {file}, line {line}: no memory for sequence {name}; keep fewer sequences, or allow more memory")]
+    NoMemory {
+        /// The file's path.
+        file: String,
+        /// Line on which the sequence starts.
+        line: usize,
+        /// The sequence's name.
+        name: String,
+    },
     /// More inserted residues between two columns than a deletion count holds.
     #[error(
         "alignment {file}, line {line}: sequence {name} has more than {limit} inserted residues in one place; \

@@ -28,6 +28,7 @@ impl Record {
         line: usize,
         first_column: usize,
     ) -> Result<(), AlignmentError> {
+        self.symbols.try_reserve(text.len()).map_err(|_| self.no_memory(file))?;
         for (offset, character) in text.chars().enumerate() {
             if character.is_whitespace() {
                 continue;
@@ -41,6 +42,10 @@ impl Record {
             self.symbols.push(symbol);
         }
         Ok(())
+    }
+
+    pub(super) fn no_memory(&self, file: &str) -> AlignmentError {
+        AlignmentError::NoMemory { file: file.to_owned(), line: self.line, name: self.name.clone() }
     }
 }
 

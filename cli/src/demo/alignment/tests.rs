@@ -130,6 +130,8 @@ fn each_malformed_file_is_refused_with_its_place_and_fix() {
         (">a\nACD\n>b\nACaDE\n", "line 3: sequence b has 4 match columns, expected 3"),
         (">a\nacd\n", "no match columns"),
         ("# STOCKHOLM 1.0\na A-\nb -C\n//\n", "no match columns"),
+        (">a\n---\n>b\n---\n", "only gaps in its match columns"),
+        (">a\n--\n>b\n-ac-\n", "only gaps in its match columns"),
     ];
     for (text, expected) in cases {
         let message = Alignment::parse(text, "in.txt").unwrap_err().to_string();
