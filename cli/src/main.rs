@@ -19,7 +19,9 @@ use clap::{Parser, Subcommand};
 use global::Global;
 use output::Outcome;
 
-/// Exact fused biased attention, forward and backward, on any hardware.
+/// Exact fused biased attention, forward and backward.
+///
+/// This version computes on the CPU; backends for other hardware are not part of it yet.
 #[derive(Debug, Parser)]
 #[command(name = "tilefold", version, about, max_term_width = 110)]
 struct Cli {
@@ -47,7 +49,7 @@ enum Command {
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    let result = cli.global.set_threads().and_then(|()| match cli.command {
+    let result = cli.global.start_threads().and_then(|()| match cli.command {
         Command::Demo(args) => demo::run(&args, &cli.global),
         Command::Doctor(args) => doctor::run(&args, &cli.global),
         Command::Verify(args) => verify::run(&args, &cli.global),
@@ -58,7 +60,6 @@ fn main() -> ExitCode {
     match result {
         Ok(Outcome::Passed) => ExitCode::SUCCESS,
         Ok(Outcome::Failed) => ExitCode::FAILURE,
-        Err(error) if output::is_closed_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
             output::warn(&format!("error: {error:#}"));
             ExitCode::FAILURE

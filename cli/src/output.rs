@@ -17,8 +17,13 @@ pub(crate) enum Outcome {
 }
 
 /// Writes a line of results.
+///
+/// A reader that went away, as `head` does, is no error: the command goes on, and its exit code says how it ended.
 pub(crate) fn say(text: &str) -> Result<()> {
-    writeln!(io::stdout().lock(), "{text}").context("cannot write to stdout")
+    match writeln!(io::stdout().lock(), "{text}") {
+        Err(error) if error.kind() == ErrorKind::BrokenPipe => Ok(()),
+        result => result.context("cannot write to stdout"),
+    }
 }
 
 /// Writes a line that is no result. A closed stderr is no reason to stop.
@@ -29,12 +34,6 @@ pub(crate) fn warn(text: &str) {
 /// Writes one JSON value.
 pub(crate) fn say_json(value: &impl Serialize) -> Result<()> {
     say(&serde_json::to_string_pretty(value).context("cannot write the result as JSON")?)
-}
-
-/// Whether the reader of stdout went away, as `head` does.
-pub(crate) fn is_closed_pipe(error: &anyhow::Error) -> bool {
-    let mut causes = error.chain().filter_map(|cause| cause.downcast_ref::<io::Error>());
-    causes.any(|cause| cause.kind() == ErrorKind::BrokenPipe)
 }
 
 /// A table with a bold head; columns after `text_columns` are numbers and stand right.

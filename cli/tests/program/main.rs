@@ -58,6 +58,36 @@ fn usage_errors_end_with_code_2() {
 }
 
 #[test]
+fn a_closed_stdout_does_not_hide_a_failure() {
+    for (arch, code) in [("mmx", 1), ("auto", 0)] {
+        let (reader, writer) = std::io::pipe().unwrap();
+        drop(reader);
+        let mut command = Command::new(env!("CARGO_BIN_EXE_tilefold"));
+        command.arg("doctor").stdout(writer);
+        match arch {
+            "auto" => command.env_remove("TILEFOLD_CPU_ARCH"),
+            arch => command.env("TILEFOLD_CPU_ARCH", arch),
+        };
+        assert_eq!(command.status().unwrap().code(), Some(code), "{arch}");
+    }
+}
+
+#[test]
+fn threads_that_are_no_number_or_cannot_start_are_an_error() {
+    let program = env!("CARGO_BIN_EXE_tilefold");
+    let output = Command::new(program).arg("doctor").env("RAYON_NUM_THREADS", "abc").output().unwrap();
+    assert_eq!(output.status.code(), Some(1));
+    assert!(text(&output.stderr).contains("RAYON_NUM_THREADS=abc: expected a number"), "{}", text(&output.stderr));
+    if cfg!(target_os = "linux") {
+        let limited = format!("ulimit -v 200000; exec {program} bench small");
+        let output = Command::new("sh").args(["-c", &limited]).env("RAYON_NUM_THREADS", "200").output().unwrap();
+        let message = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{message}");
+        assert!(message.starts_with("error: cannot start the worker threads (200)"), "{message}");
+    }
+}
+
+#[test]
 fn an_unknown_device_is_named_with_those_there_are() {
     let message = failure(1, &["--device", "tpu", "bench", "small"]);
     assert!(
