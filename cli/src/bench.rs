@@ -3,17 +3,17 @@
 mod measure;
 mod plot;
 
-use std::fs;
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, ensure};
 use serde::Serialize;
-use tilefold::{Backend, DType, Device};
+use tilefold::{AttentionProblem, Backend, DType, Device};
 use tilefold_benches::{Pass, Workload, definitions, find};
 
 use crate::global::Global;
 use crate::list;
-use crate::output::{Outcome, as_f64, bytes, digits, say, say_json, shape, table};
+use crate::out_file::OutFile;
+use crate::output::{Outcome, as_f64, bytes, digits, known_bytes, say, say_json, shape, table};
 use measure::{Entry, Plan, measure};
 
 /// Timed when no workload is named: enough to see what a machine does, in seconds.
@@ -35,7 +35,7 @@ pub(crate) struct Args {
     /// Times rows,seqlen,heads,head_dim with a pair bias and a key mask instead
     #[arg(long, value_delimiter = ',', value_name = "N,L,H,D", conflicts_with = "workloads")]
     shape: Vec<usize>,
-    /// Also these lengths in place of the workload's own
+    /// Sequence lengths to time, instead of the workload's own
     #[arg(long, value_delimiter = ',', value_name = "L")]
     lengths: Vec<usize>,
     /// Dtypes [default: those of the workload]
@@ -53,7 +53,7 @@ pub(crate) struct Args {
     /// Draws time against length into an SVG file
     #[arg(long, value_name = "FILE.svg")]
     plot: Option<PathBuf>,
-    /// Writes JSON to a file, or to stdout instead of the table with `-`
+    /// Prints JSON instead of the table, or writes it to a file as well (`--json=FILE`; the `=` is needed)
     #[arg(long, value_name = "FILE", num_args = 0..=1, default_missing_value = "-", require_equals = true)]
     json: Option<PathBuf>,
 }
@@ -82,17 +82,22 @@ pub(crate) fn run(args: &Args, global: &Global) -> Result<Outcome> {
         list_workloads(to_stdout)?;
         return Ok(Outcome::Passed);
     }
+    let json = args.json.as_deref().filter(|_| !to_stdout).map(|path| OutFile::new(path, "--json")).transpose()?;
+    let plot = args.plot.as_deref().map(|path| OutFile::new(path, "--plot")).transpose()?;
     let device = global.open()?;
     let plans = args.plans(&device)?;
     let entries = measure(&device, &plans, args.repeats, args.warmup)?;
-    if !to_stdout {
+    let record = Record::new(&device, &entries);
+    if to_stdout {
+        say_json(&record)?;
+    } else {
         print(&entries)?;
     }
-    if let Some(path) = &args.json {
-        write_json(path, to_stdout, &device, &entries)?;
+    if let Some(file) = json {
+        file.write(&serde_json::to_string_pretty(&record)?)?;
     }
-    if let Some(path) = &args.plot {
-        plot::draw(path, &entries)?;
+    if let Some(file) = plot {
+        file.write(&plot::draw(&entries)?)?;
     }
     Ok(Outcome::Passed)
 }
@@ -108,7 +113,10 @@ impl Args {
                     "{} does not compute in {dtype}; choose another with --dtype",
                     device.info().id
                 );
-                plans.push(Plan { workload: workload.clone(), dtype, passes: self.passes() });
+                let plan = Plan { workload: workload.clone(), dtype, passes: self.passes() };
+                // Found out now, not after the workloads before it.
+                AttentionProblem::new(workload.spec(dtype, true)).with_context(|| plan.name())?;
+                plans.push(plan);
             }
         }
         Ok(plans)
@@ -120,11 +128,10 @@ impl Args {
                 [] => DEFAULT_WORKLOADS.to_vec(),
                 names => names.iter().map(String::as_str).collect(),
             };
-            names
-                .into_iter()
-                .map(find)
-                .collect::<Result<Vec<_>, _>>()
-                .context("`tilefold bench --list` shows them all")?
+            names.into_iter().map(find).collect::<Result<Vec<_>, _>>().with_context(|| match &self.json {
+                Some(_) => "`tilefold bench --list` shows them all; JSON goes to a file with --json=FILE",
+                None => "`tilefold bench --list` shows them all",
+            })?
         } else {
             vec![of_shape(list::shape(&self.shape)?)]
         };
@@ -206,30 +213,23 @@ fn print(entries: &[Entry]) -> Result<()> {
             digits(entry.min_ms),
             digits(entry.gflops),
             bytes(as_f64(entry.workspace_bytes)),
-            bytes(as_f64(entry.peak_bytes)),
+            known_bytes(entry.peak_bytes),
         ]);
     }
     say(&lines.to_string())?;
     say(CONVENTION)
 }
 
-fn write_json(path: &Path, to_stdout: bool, device: &Device, entries: &[Entry]) -> Result<()> {
-    let info = device.info();
-    let record = Record {
-        version: env!("CARGO_PKG_VERSION"),
-        device: info.id.to_string(),
-        model: &info.name,
-        arch: &info.arch,
-        threads: info.parallelism,
-        entries,
-    };
-    if to_stdout {
-        return say_json(&record);
+impl<'a> Record<'a> {
+    fn new(device: &'a Device, entries: &'a [Entry]) -> Self {
+        let info = device.info();
+        Self {
+            version: env!("CARGO_PKG_VERSION"),
+            device: info.id.to_string(),
+            model: &info.name,
+            arch: &info.arch,
+            threads: info.parallelism,
+            entries,
+        }
     }
-    if path.is_dir() {
-        bail!("--json={}: is a folder; give a file name", path.display());
-    }
-    let text = serde_json::to_string_pretty(&record)?;
-    fs::write(path, text)
-        .with_context(|| format!("cannot write {}; give a path in a folder that exists", path.display()))
 }

@@ -1,7 +1,5 @@
 //! Line charts with logarithmic axes, as SVG.
 
-use std::path::Path;
-
 use anyhow::{Context, Result, ensure};
 use plotters::coord::Shift;
 use plotters::prelude::*;
@@ -53,19 +51,23 @@ pub(crate) fn text(size: u32, colour: RGBColor) -> TextStyle<'static> {
     style
 }
 
-/// Draws the panels side by side into an SVG file.
-pub(crate) fn draw(path: &Path, charts: &[Chart]) -> Result<()> {
+/// Draws the panels side by side: the text of an SVG file.
+pub(crate) fn draw(charts: &[Chart]) -> Result<String> {
     ensure!(!charts.is_empty(), "nothing to draw: no pass was timed");
     let panels = u32::try_from(charts.len()).context("too many panels")?;
     let longest = charts.iter().map(|chart| chart.lines.len()).max().unwrap_or(0);
     let legend = LEGEND_LINE * u32::try_from(longest).context("too many lines")?;
-    let root = SVGBackend::new(path, (PANEL_WIDTH * panels, PANEL_HEIGHT + legend)).into_drawing_area();
-    let drawn = root.fill(&WHITE).map_err(anyhow::Error::from).and_then(|()| {
+    let mut svg = String::new();
+    {
+        // Borrows the text until it is dropped.
+        let size = (PANEL_WIDTH * panels, PANEL_HEIGHT + legend);
+        let root = SVGBackend::with_string(&mut svg, size).into_drawing_area();
+        root.fill(&WHITE)?;
         let areas = root.split_evenly((1, charts.len()));
         areas.iter().zip(charts).try_for_each(|(area, chart)| panel(area, chart, legend))?;
-        root.present().map_err(anyhow::Error::from)
-    });
-    drawn.with_context(|| format!("cannot write {}; give a path in a folder that exists", path.display()))
+        root.present()?;
+    }
+    Ok(svg)
 }
 
 /// One panel, its legend below.

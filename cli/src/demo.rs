@@ -11,12 +11,13 @@ mod report;
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::Result;
 use indicatif::ProgressBar;
 use std::time::Duration;
 use tilefold::Backend;
 
 use crate::global::Global;
+use crate::out_file::OutFile;
 use crate::output::{Outcome, say, say_json};
 use crate::system::Machine;
 use alignment::Alignment;
@@ -48,7 +49,7 @@ pub(crate) struct Args {
 
 /// Runs everything, prints, draws.
 pub(crate) fn run(args: &Args, global: &Global) -> Result<Outcome> {
-    let picture = picture_path(&args.out)?;
+    let picture = OutFile::new(&picture_path(&args.out), "--out")?;
     let alignment = match &args.file {
         Some(file) => Alignment::read(file)?,
         None => Alignment::from_bytes(ALIGNMENT, ALIGNMENT_NAME)?,
@@ -67,28 +68,21 @@ pub(crate) fn run(args: &Args, global: &Global) -> Result<Outcome> {
         paper::run(&device, &alignment, &progress, &mut report)?;
     }
     progress.finish_and_clear();
-    picture::draw(&picture, &report)?;
-    report.finish(&picture);
+    report.finish(picture.path());
     if args.json {
         say_json(&report)?
     } else {
         report.print()?
     }
+    picture.write(&picture::draw(&report)?)?;
+    if !args.json {
+        say(&format!("picture: {}", report.picture))?;
+    }
     Ok(if report.passed { Outcome::Passed } else { Outcome::Failed })
 }
 
-/// The file to draw into; its folder exists.
-fn picture_path(out: &Path) -> Result<PathBuf> {
+/// The file to draw into.
+fn picture_path(out: &Path) -> PathBuf {
     let is_file = out.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("svg"));
-    let folder = if is_file { out.parent().unwrap_or(out) } else { out };
-    let folder = if folder.as_os_str().is_empty() { Path::new(".") } else { folder };
-    ensure!(folder.is_dir(), "--out {}: no such folder; create it first, or name another", out.display());
-    let path = if is_file { out.to_owned() } else { out.join(PICTURE) };
-    // Found out now, not after the work is done.
-    std::fs::OpenOptions::new()
-        .append(true)
-        .create(true)
-        .open(&path)
-        .with_context(|| format!("cannot write {}; name another place with --out", path.display()))?;
-    Ok(path)
+    if is_file { out.to_owned() } else { out.join(PICTURE) }
 }

@@ -6,6 +6,7 @@ mod demo;
 mod doctor;
 mod global;
 mod list;
+mod out_file;
 mod output;
 mod plan;
 mod run;

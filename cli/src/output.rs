@@ -57,6 +57,11 @@ pub(crate) fn bytes(count: f64) -> String {
     format!("{} {}", digits(value), UNITS[unit])
 }
 
+/// Bytes that the system told, or did not.
+pub(crate) fn known_bytes(count: Option<u64>) -> String {
+    count.map_or_else(|| "unknown".to_owned(), |count| bytes(as_f64(count)))
+}
+
 /// Three significant digits, without an exponent.
 pub(crate) fn digits(value: f64) -> String {
     match value.abs() {
@@ -89,6 +94,7 @@ mod tests {
         for (count, expected) in cases {
             assert_eq!(bytes(count), expected);
         }
+        assert_eq!([known_bytes(Some(17)), known_bytes(None)], ["17.0 B", "unknown"]);
         assert_eq!(digits(0.054), "0.05");
         assert_eq!(digits(1234.5), "1234");
     }

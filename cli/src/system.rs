@@ -1,6 +1,7 @@
 //! Memory and processor of this machine.
 
 use sysinfo::{CpuRefreshKind, System};
+use tilefold_benches::{peak_rss_bytes, reset_peak_rss};
 
 /// What the operating system tells.
 #[derive(Clone, Debug, Default)]
@@ -27,5 +28,35 @@ impl Machine {
             memory_total_bytes: system.total_memory().min(total),
             memory_available_bytes: system.available_memory().min(free),
         }
+    }
+}
+
+/// Most bytes this process holds from a moment on.
+#[derive(Debug)]
+pub(crate) struct PeakMemory {
+    is_reset: bool,
+}
+
+impl PeakMemory {
+    /// From now on.
+    pub(crate) fn start() -> Self {
+        Self { is_reset: reset_peak_rss() }
+    }
+
+    /// Until now; `None` where the system does not tell, or still counts what was before.
+    pub(crate) fn bytes(&self) -> Option<u64> {
+        peak_rss_bytes().filter(|_| self.is_reset)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_peak_that_was_not_reset_is_unknown() {
+        assert_eq!(PeakMemory { is_reset: false }.bytes(), None);
+        let peak = PeakMemory::start();
+        assert_eq!(peak.bytes().is_some(), peak.is_reset && peak_rss_bytes().is_some());
     }
 }

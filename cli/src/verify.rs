@@ -7,12 +7,13 @@ use std::path::PathBuf;
 use anyhow::{Result, ensure};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
-use tilefold::{Backend, DType};
+use tilefold::{Backend, DType, DeviceInfo};
 use tilefold_conformance::report::{Report, TrialResult};
 use tilefold_conformance::suite::{Filter, Outcome as TrialOutcome, Subject, trials};
 
 use crate::global::Global;
 use crate::list;
+use crate::out_file::OutFile;
 use crate::output::{Outcome, digits, say, say_json, table};
 
 /// Options of `verify`.
@@ -24,6 +25,9 @@ pub(crate) struct Args {
     /// Only these dtypes of q
     #[arg(long, value_delimiter = ',', value_parser = list::dtype)]
     dtype: Vec<DType>,
+    /// Leaves out tensors of more than 2^31 elements: the largest such trial takes 11 GB of memory and half a minute
+    #[arg(long)]
+    no_large: bool,
     /// Lists the trials and ends
     #[arg(long)]
     list: bool,
@@ -44,6 +48,8 @@ struct JsonReport<'a> {
     passed: usize,
     failed: usize,
     skipped: usize,
+    /// Whether the trials of more than 2^31 elements were made.
+    large: bool,
     groups: Vec<JsonGroup>,
     failures: Vec<JsonTrial<'a>>,
     skips: Vec<JsonTrial<'a>>,
@@ -67,8 +73,9 @@ struct JsonTrial<'a> {
 
 /// Runs the suite.
 pub(crate) fn run(args: &Args, global: &Global) -> Result<Outcome> {
+    let junit = args.junit.as_deref().map(|path| OutFile::new(path, "--junit")).transpose()?;
     let device = global.open()?;
-    let mut filter = Filter { contains: args.filter.clone(), ..Filter::default() };
+    let mut filter = Filter { contains: args.filter.clone(), large: !args.no_large, ..Filter::default() };
     if !args.dtype.is_empty() {
         filter.dtypes.clone_from(&args.dtype);
     }
@@ -76,7 +83,7 @@ pub(crate) fn run(args: &Args, global: &Global) -> Result<Outcome> {
     ensure!(
         !trials.is_empty(),
         "--filter: no trial's name contains `{}`; `tilefold verify --list` shows them all",
-        filter.contains.unwrap_or_default()
+        filter.contains.as_deref().unwrap_or_default()
     );
     if args.list {
         trials.iter().try_for_each(|trial| say(&trial.name))?;
@@ -86,15 +93,18 @@ pub(crate) fn run(args: &Args, global: &Global) -> Result<Outcome> {
     let bar = ProgressBar::new(u64::try_from(trials.len())?).with_style(style);
     let report = Report::of(trials, |result| advance(&bar, result));
     bar.finish_and_clear();
-    if let Some(path) = &args.junit {
-        junit::write(path, &device.info().id.to_string(), &report)?;
-    }
     let info = device.info();
     if args.json {
-        say_json(&JsonReport::new(info.id.to_string(), &info.name, &info.arch, &report))?;
+        say_json(&JsonReport::new(info, filter.large, &report))?;
     } else {
         say(&format!("{} ({}, {})", info.id, info.name, info.arch))?;
         print(&report)?;
+        if args.no_large {
+            say("left out: tensors of more than 2^31 elements (--no-large)")?;
+        }
+    }
+    if let Some(file) = junit {
+        file.write(&junit::text(&info.id.to_string(), &report)?)?;
     }
     Ok(if report.is_success() { Outcome::Passed } else { Outcome::Failed })
 }
@@ -129,7 +139,7 @@ fn count(report: &Report) -> [usize; 3] {
 }
 
 impl<'a> JsonReport<'a> {
-    fn new(device: String, model: &'a str, arch: &'a str, report: &'a Report) -> Self {
+    fn new(info: &'a DeviceInfo, large: bool, report: &'a Report) -> Self {
         let trial = |(name, message): (&'a str, &'a str)| JsonTrial { name, message };
         let groups = report.groups().into_iter().map(|group| JsonGroup {
             group: group.group,
@@ -142,12 +152,13 @@ impl<'a> JsonReport<'a> {
         let [passed, failed, skipped] = count(report);
         Self {
             version: env!("CARGO_PKG_VERSION"),
-            device,
-            model,
-            arch,
+            device: info.id.to_string(),
+            model: &info.name,
+            arch: &info.arch,
             passed,
             failed,
             skipped,
+            large,
             groups: groups.collect(),
             failures: report.failures().map(trial).collect(),
             skips: report.skips().map(trial).collect(),

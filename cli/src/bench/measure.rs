@@ -6,7 +6,9 @@ use anyhow::{Context, Result};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
 use tilefold::{Backend, DType, Device};
-use tilefold_benches::{Launch, Pass, Workload, peak_rss_bytes, reset_peak_rss, rss_bytes};
+use tilefold_benches::{Launch, Pass, Workload};
+
+use crate::system::PeakMemory;
 
 /// One workload in one dtype.
 #[derive(Debug)]
@@ -14,6 +16,15 @@ pub(super) struct Plan {
     pub(super) workload: Workload,
     pub(super) dtype: DType,
     pub(super) passes: Vec<Pass>,
+}
+
+impl Plan {
+    /// What is timed, for messages.
+    pub(super) fn name(&self) -> String {
+        let Workload { name, rows, seqlen, heads, head_dim, .. } = &self.workload;
+        let dtype = self.dtype;
+        format!("workload {name} (rows {rows}, seqlen {seqlen}, heads {heads}, head_dim {head_dim}) in {dtype}")
+    }
 }
 
 /// What one pass took.
@@ -29,10 +40,10 @@ pub(super) struct Entry {
     pub(super) median_ms: f64,
     pub(super) min_ms: f64,
     pub(super) gflops: f64,
-    /// Bytes of the operands and results.
+    /// Bytes the device takes beside operands and results.
     pub(super) workspace_bytes: usize,
-    /// Most bytes the process held; operands and workspace where the system does not tell.
-    pub(super) peak_bytes: u64,
+    /// Most bytes the process held during the timed runs; `None` where the system does not tell.
+    pub(super) peak_bytes: Option<u64>,
     pub(super) repeats: u32,
 }
 
@@ -46,7 +57,7 @@ pub(super) fn measure(device: &Device, plans: &[Plan], repeats: u32, warmup: u32
         for &pass in &plan.passes {
             bar.set_message(format!("{} {} {pass}", plan.workload.name, plan.dtype));
             let entry = one(device, plan, pass, repeats, warmup, &bar);
-            entries.push(entry.with_context(|| format!("workload {} in {}", plan.workload.name, plan.dtype))?);
+            entries.push(entry.with_context(|| plan.name())?);
         }
     }
     bar.finish_and_clear();
@@ -61,15 +72,14 @@ fn one(device: &Device, plan: &Plan, pass: Pass, repeats: u32, warmup: u32, bar:
     for _ in 0..warmup {
         launch.timed(pass)?;
     }
-    let is_reset = reset_peak_rss();
+    let peak = PeakMemory::start();
     let mut times = Vec::new();
     for _ in 0..repeats {
         times.push(launch.timed(pass)?);
         bar.inc(1);
     }
     times.sort();
-    let workspace_bytes = workspace_bytes(&launch, pass);
-    let peak = if is_reset { peak_rss_bytes() } else { rss_bytes() };
+    let peak_bytes = peak.bytes();
     let median = median_seconds(&times);
     let Workload { ref name, rows, seqlen, heads, head_dim, .. } = plan.workload;
     Ok(Entry {
@@ -82,8 +92,8 @@ fn one(device: &Device, plan: &Plan, pass: Pass, repeats: u32, warmup: u32, bar:
         median_ms: median * 1e3,
         min_ms: times.first().map_or(0.0, Duration::as_secs_f64) * 1e3,
         gflops: pass.flops(launch.problem()) / median / 1e9,
-        workspace_bytes,
-        peak_bytes: peak.unwrap_or_else(|| u64::try_from(workspace_bytes).unwrap_or(u64::MAX)),
+        workspace_bytes: workspace_bytes(&launch, pass),
+        peak_bytes,
         repeats,
     })
 }

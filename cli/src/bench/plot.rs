@@ -1,21 +1,19 @@
 //! Draws time against length, forward and backward apart, one line for each workload and dtype.
 
-use std::path::Path;
-
 use anyhow::Result;
 
 use super::measure::Entry;
 use crate::chart::{Chart, Line};
 use crate::output::as_f64;
 
-/// Writes an SVG.
-pub(super) fn draw(path: &Path, entries: &[Entry]) -> Result<()> {
+/// An SVG's text.
+pub(super) fn draw(entries: &[Entry]) -> Result<String> {
     let panels = ["forward", "backward", "both"]
         .into_iter()
         .map(|pass| (pass, lines(entries, pass)))
         .filter(|(_, lines)| !lines.is_empty())
         .map(|(pass, lines)| Chart { title: title(pass).to_owned(), x: "sequence length", y: "milliseconds", lines });
-    crate::chart::draw(path, &panels.collect::<Vec<_>>())
+    crate::chart::draw(&panels.collect::<Vec<_>>())
 }
 
 fn title(pass: &str) -> &str {

@@ -1,7 +1,6 @@
 //! The demonstration's picture: time of each attention, and memory with and without the logits.
 
 use std::ops::Range;
-use std::path::Path;
 
 use anyhow::{Context, Result};
 use plotters::coord::Shift;
@@ -32,14 +31,16 @@ struct Axis {
     high: f64,
 }
 
-/// Writes the SVG.
-pub(super) fn draw(path: &Path, report: &Report) -> Result<()> {
+/// The SVG's text.
+pub(super) fn draw(report: &Report) -> Result<String> {
     let cases: Vec<_> = report.all().collect();
     let rows = i32::try_from(cases.len()).context("too many attentions to draw")?;
     let height = u32::try_from(HEAD + rows * ROW)? + FOOT;
-    let area = SVGBackend::new(path, (WIDTH, height)).into_drawing_area();
-    drawn(&area, report, &cases, HEAD + rows * ROW)
-        .with_context(|| format!("cannot write {}; name another place with --out", path.display()))
+    let mut svg = String::new();
+    let area = SVGBackend::with_string(&mut svg, (WIDTH, height)).into_drawing_area();
+    drawn(&area, report, &cases, HEAD + rows * ROW)?;
+    drop(area); // it borrows the text
+    Ok(svg)
 }
 
 fn drawn(area: &Area<'_>, report: &Report, cases: &[&Case], bottom: i32) -> Result<()> {

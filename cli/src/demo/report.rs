@@ -9,7 +9,7 @@ use tilefold_benches::Pass;
 
 use super::alignment::Alignment;
 use super::check::Finding;
-use crate::output::{as_f64, bytes, digits, say, shape, table};
+use crate::output::{as_f64, bytes, digits, known_bytes, say, shape, table};
 use crate::system::Machine;
 
 /// Everything a run found.
@@ -109,7 +109,7 @@ impl Case {
             digits(self.backward_ms),
             format!("{} / {}", digits(self.forward_gflops), digits(self.backward_gflops)),
             bytes(self.logits_bytes),
-            self.peak_bytes.map_or_else(|| "unknown".to_owned(), |peak| bytes(as_f64(peak))),
+            known_bytes(self.peak_bytes),
             format!("{:.1e} {}", self.max_error, if self.passed { "ok" } else { "FAIL" }),
         ]
     }
@@ -181,13 +181,11 @@ logits avoided: one rows x heads x L x L matrix in the dtype; an unfused backwar
 peak memory: the whole process, with inputs, outputs and gradients.\n\
 max error: a crop of out and of every gradient, against f64; ok is within what rounding explains.")?;
         for case in &self.paper {
-            let before = case.before_bytes.map_or(0.0, as_f64);
-            let peak = case.peak_bytes.map_or(0.0, as_f64);
             say(&format!(
                 "paper's size, {}: {} before, {} at most, {} of logits never stored; forward and backward {} s",
                 case.dtype,
-                bytes(before),
-                bytes(peak),
+                known_bytes(case.before_bytes),
+                known_bytes(case.peak_bytes),
                 bytes(case.logits_bytes),
                 digits((case.forward_ms + case.backward_ms) / 1e3)
             ))?;
@@ -201,6 +199,6 @@ max error: a crop of out and of every gradient, against f64; ok is within what r
                 ))?;
             }
         }
-        say(&format!("picture: {}", self.picture))
+        Ok(())
     }
 }

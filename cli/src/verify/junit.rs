@@ -1,7 +1,5 @@
 //! The suite's results in the form continuous integration reads.
 
-use std::fs::File;
-use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -9,15 +7,13 @@ use quick_junit::{NonSuccessKind, Report as JunitReport, TestCase, TestCaseStatu
 use tilefold_conformance::report::{Report, TrialResult};
 use tilefold_conformance::suite::Outcome;
 
-/// Writes one suite, one test a trial.
-pub(super) fn write(path: &Path, device: &str, report: &Report) -> Result<()> {
+/// The file's text: one suite, one test a trial.
+pub(super) fn text(device: &str, report: &Report) -> Result<String> {
     let mut suite = TestSuite::new(device);
     suite.add_test_cases(report.results.iter().map(case));
     let mut junit = JunitReport::new("tilefold verify");
     junit.add_test_suite(suite);
-    let hint = || format!("cannot write {}; give a path in a folder that exists", path.display());
-    let file = File::create(path).with_context(hint)?;
-    junit.serialize(file).with_context(hint)
+    junit.to_string().context("cannot write the results as JUnit")
 }
 
 fn case(result: &TrialResult) -> TestCase {

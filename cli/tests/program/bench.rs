@@ -18,9 +18,11 @@ fn bench_measures_what_it_promises() {
         for field in ["workload", "device", "dtype", "pass"] {
             assert!(entry[field].is_string(), "{field}: {entry}");
         }
-        for field in ["median_ms", "min_ms", "gflops", "peak_bytes"] {
+        for field in ["median_ms", "min_ms", "gflops"] {
             assert!(entry[field].as_f64().unwrap() > 0.0, "{field}: {entry}");
         }
+        let peak = &entry["peak_bytes"];
+        assert!(peak.is_null() || peak.as_u64().unwrap() > 0, "{entry}");
         assert!(entry["min_ms"].as_f64() <= entry["median_ms"].as_f64());
     }
     let svg = std::fs::read_to_string(&plot).unwrap();
@@ -49,14 +51,17 @@ fn bench_refuses_what_it_does_not_know() {
     assert!(message.contains("no workload `alphafold9`") && message.contains("msa-row-initial"), "{message}");
     assert!(failure(1, &["bench", "--shape", "2,16,2,300"]).contains("head_dim"));
     assert_eq!(failure(2, &["bench", "small", "--shape", "2,16,2,8"]).matches("cannot be used with").count(), 1);
-    let unwritable =
-        failure_after_results(&["bench", "--shape", "1,8,1,8", "--repeats", "1", "--plot", "no/such/folder.svg"]);
-    assert!(unwritable.contains("no/such/folder.svg"), "{unwritable}");
+    let huge = failure(1, &["bench", "--shape", "100000000,100000000,8,8"]);
+    assert!(huge.contains("rows 100000000, seqlen 100000000, heads 8, head_dim 8"), "{huge}");
+    let json = failure(1, &["bench", "small", "--json", "out.json"]);
+    assert!(json.contains("no workload `out.json`") && json.contains("--json=FILE"), "{json}");
 }
 
-/// Message of a run that fails once results are printed.
-fn failure_after_results(args: &[&str]) -> String {
-    let output = crate::tilefold(args);
-    assert_eq!(output.status.code(), Some(1));
-    crate::text(&output.stderr)
+#[test]
+fn files_that_cannot_be_written_are_found_before_anything_is_timed() {
+    for argument in ["--plot=no/such/folder.svg", "--json=no/such/folder.json"] {
+        let (option, path) = argument.split_once('=').unwrap();
+        let message = failure(1, &["bench", "--shape", "1,8,1,8", "--repeats", "1", argument]);
+        assert!(message.contains(&format!("{option}: cannot write {path}")), "{message}");
+    }
 }

@@ -78,6 +78,20 @@ fn verify_runs_a_part_of_the_suite_and_reports_it_thrice() {
 }
 
 #[test]
+fn verify_leaves_out_what_fills_the_memory_when_asked_to() {
+    assert!(stdout(&["verify", "--list"]).contains("2^31_elements"));
+    assert!(!stdout(&["verify", "--list", "--no-large"]).contains("/large/"));
+    let report = json(&["verify", "--no-large", "--filter", "device/", "--json"]);
+    assert_eq!(report["large"], false);
+}
+
+#[test]
+fn verify_finds_a_file_it_cannot_write_before_the_trials() {
+    let message = failure(1, &["verify", "--filter", "device/", "--junit", "no/such/folder.xml"]);
+    assert!(message.contains("--junit: cannot write no/such/folder.xml"), "{message}");
+}
+
+#[test]
 fn verify_refuses_a_filter_that_leaves_nothing() {
     assert!(failure(1, &["verify", "--filter", "no such trial"]).contains("no trial's name contains"));
 }
