@@ -4,13 +4,15 @@ mod mask;
 mod tensors;
 
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use serde::Serialize;
-use tilefold::{Backend, EmptyRows, Gradients, MAX_BIASES, Options, safetensors};
+use tilefold::{Backend, Device, EmptyRows, Error, Gradients, MAX_BIASES, Options, safetensors};
 use tilefold_benches::{Launch, Operands, Pass};
 
 use crate::global::Global;
+use crate::out_file::OutFile;
 use crate::output::{Outcome, digits, say, say_json, shape};
 
 /// Options of `run`.
@@ -75,7 +77,8 @@ pub(crate) fn run(args: &Args, global: &Global) -> Result<Outcome> {
     check_paths(&args.input, &args.output)?;
     let device = global.open()?;
     let operands = tensors::operands(&args.input)?;
-    let heads = operands.inputs()?.q.shape().get(3).copied().unwrap_or(0);
+    let input = || args.input.display().to_string();
+    let heads = operands.inputs().with_context(input)?.q.shape().get(3).copied().unwrap_or(0);
     let options = Options {
         softmax_scale: args.scale,
         kv_lengths: (!args.kv_lengths.is_empty()).then(|| args.kv_lengths.clone()),
@@ -85,14 +88,9 @@ pub(crate) fn run(args: &Args, global: &Global) -> Result<Outcome> {
             EmptyRowsName::Uniform => EmptyRows::Uniform,
         },
     };
-    let gradients = gradients(&args.grad, &operands)?;
-    let input = || format!("{}", args.input.display());
-    let mut launch = Launch::new(&device, operands, &options, gradients).with_context(input)?;
-    let forward_ms = launch.timed(Pass::Forward)?.as_secs_f64() * 1e3;
-    let backward_ms = match launch.backward_results() {
-        Some(_) => Some(launch.timed(Pass::Backward)?.as_secs_f64() * 1e3),
-        None => None,
-    };
+    let gradients = gradients(&args.grad, &operands, &args.input)?;
+    let (launch, [forward, backward]) = compute(&device, operands, &options, gradients).with_context(input)?;
+    let ms = |time: Duration| time.as_secs_f64() * 1e3;
     let named = tensors::results(&launch);
     safetensors::write(&args.output, named.iter().map(|(name, tensor)| (name.as_str(), *tensor)))?;
     let report = Report {
@@ -100,8 +98,8 @@ pub(crate) fn run(args: &Args, global: &Global) -> Result<Outcome> {
         kernel: launch.plan().kernel.clone(),
         input: input(),
         output: args.output.display().to_string(),
-        forward_ms,
-        backward_ms,
+        forward_ms: ms(forward),
+        backward_ms: launch.backward_results().map(|_| ms(backward)),
         tensors: named
             .into_iter()
             .map(|(name, tensor)| Written { name, dtype: tensor.dtype().to_string(), shape: tensor.shape().to_vec() })
@@ -115,21 +113,34 @@ pub(crate) fn run(args: &Args, global: &Global) -> Result<Outcome> {
     Ok(Outcome::Passed)
 }
 
-/// The output is a file of its own, in a folder that exists.
+/// Runs both passes, the backward one if there are gradients to compute, and says how long each took.
+fn compute(
+    device: &Device,
+    operands: Operands,
+    options: &Options,
+    gradients: Gradients,
+) -> Result<(Launch, [Duration; 2]), Error> {
+    let mut launch = Launch::new(device, operands, options, gradients)?;
+    let forward = launch.timed(Pass::Forward)?;
+    let backward = match launch.backward_results() {
+        Some(_) => launch.timed(Pass::Backward)?,
+        None => Duration::ZERO,
+    };
+    Ok((launch, [forward, backward]))
+}
+
+/// The output is a file of its own that can be written.
 fn check_paths(input: &Path, output: &Path) -> Result<()> {
     let read =
         input.canonicalize().with_context(|| format!("cannot read {}; give a safetensors file", input.display()))?;
     if output.canonicalize().is_ok_and(|written| written == read) {
         bail!("{} is the input; name another output file", output.display());
     }
-    ensure!(!output.is_dir(), "{} is a folder; name a file in it", output.display());
-    let folder = output.parent().filter(|folder| !folder.as_os_str().is_empty());
-    ensure!(folder.is_none_or(Path::is_dir), "cannot write {}: no such folder; create it first", output.display());
-    Ok(())
+    OutFile::new(output, "OUT.safetensors").map(drop)
 }
 
-/// Gradients by name; without names all that the operands allow.
-fn gradients(names: &[String], operands: &Operands) -> Result<Gradients> {
+/// Gradients by name; without names all that the operands of a file allow.
+fn gradients(names: &[String], operands: &Operands, file: &Path) -> Result<Gradients> {
     let every = || operands.inputs().map(|inputs| tilefold::all_gradients(&inputs));
     let wanted = match names {
         [] if operands.d_out.is_some() => every()?,
@@ -140,7 +151,18 @@ fn gradients(names: &[String], operands: &Operands) -> Result<Gradients> {
     };
     ensure!(
         wanted == Gradients::default() || operands.d_out.is_some(),
-        "d_out: expected a tensor, got none; gradients need the gradient of out (or ask for --grad none)"
+        "{}: no tensor `d_out`; gradients need the gradient of out (or ask for --grad none)",
+        file.display()
+    );
+    let bias = wanted.biases.iter().skip(operands.biases.len()).position(|&is_wanted| is_wanted);
+    if let Some(index) = bias {
+        let index = operands.biases.len() + index;
+        bail!("--grad: bias{index} asked for, but {} has no tensor `bias{index}`", file.display());
+    }
+    ensure!(
+        !wanted.gate || operands.gate.is_some(),
+        "--grad: gate asked for, but {} has no tensor `gate`",
+        file.display()
     );
     Ok(wanted)
 }
@@ -148,8 +170,7 @@ fn gradients(names: &[String], operands: &Operands) -> Result<Gradients> {
 fn named_gradients(names: &[String]) -> Result<Gradients> {
     let mut wanted = Gradients::default();
     for name in names {
-        let bias =
-            name.strip_prefix("bias").and_then(|index| index.parse().ok()).filter(|&index: &usize| index < MAX_BIASES);
+        let bias = (0..MAX_BIASES).find(|index| *name == format!("bias{index}"));
         match (name.as_str(), bias) {
             ("q", _) => wanted.q = true,
             ("k", _) => wanted.k = true,
@@ -183,7 +204,7 @@ mod tests {
         let wanted = named_gradients(&names("q,bias2,gate")).unwrap();
         assert!(wanted.q && !wanted.k && !wanted.v && wanted.gate);
         assert_eq!(wanted.biases, [false, false, true, false]);
-        for wrong in ["bias4", "q,all", "x", "bias"] {
+        for wrong in ["bias4", "q,all", "x", "bias", "bias00", "bias+1", "bias 1"] {
             assert!(named_gradients(&names(wrong)).is_err(), "{wrong}");
         }
     }

@@ -19,7 +19,7 @@ pub(super) struct MaskArgs {
     #[arg(long, default_value_t = 0, allow_negative_numbers = true)]
     k_offset: i64,
     /// ALiBi: one slope a head, or `auto` for those of the paper
-    #[arg(long, value_name = "SLOPES")]
+    #[arg(long, value_name = "SLOPES", allow_hyphen_values = true)]
     alibi: Option<String>,
 }
 

@@ -32,11 +32,20 @@ pub(super) fn operands(path: &Path) -> Result<Operands> {
         "{}: tensor `q`: expected 3 to 5 dimensions ([batch, rows,] seqlen, heads, head_dim), got {rank}",
         path.display()
     );
+    let (q_segments, k_segments) = (take("q_segments"), take("k_segments"));
+    let alone = match (&q_segments, &k_segments) {
+        (Some(_), None) => Some("`q_segments` without `k_segments`"),
+        (None, Some(_)) => Some("`k_segments` without `q_segments`"),
+        _ => None,
+    };
+    if let Some(alone) = alone {
+        bail!("{}: tensor {alone}; give both or neither", path.display());
+    }
     let mut operands = Operands::new(q, k, v);
     operands.biases = given.into_iter().flatten().collect();
     operands.key_mask = take("key_mask");
-    operands.q_segments = take("q_segments");
-    operands.k_segments = take("k_segments");
+    operands.q_segments = q_segments;
+    operands.k_segments = k_segments;
     operands.gate = take("gate");
     operands.d_out = take("d_out");
     operands.omitted = Omitted::Rows;

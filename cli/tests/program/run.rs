@@ -164,14 +164,17 @@ fn axes_may_be_left_out() {
 fn run_names_the_tensor_that_is_wrong() {
     let folder = tempfile::tempdir().unwrap();
     let f32s = |shape: &[usize]| normal(DType::F32, shape, 1).unwrap();
-    let cases: [(&str, Option<Tensor>, &str); 8] = [
+    let segments = || Some(Tensor::from_f64(&[0.0; 42], DType::I32, &[2, 3, 7]).unwrap());
+    let cases: [(&str, Option<Tensor>, &str); 10] = [
         ("k", None, "no tensor `k`"),
         ("k", Some(f32s(&[2, 3, 7, 2, 9])), "k: head_dim must be 8, got 9"),
         ("bias1", Some(f32s(&[1, 3, 1, 2, 7])), "bias1: seqlen_q must be 1 or 5 to broadcast, got 2"),
         ("bias3", Some(f32s(&[1, 1, 1, 1, 1])), "tensor `bias3` without `bias2`"),
         ("gate", Some(f32s(&[2, 3, 5, 4, 7])), "gate: head_dim_v must be 6, got 7"),
         ("key_mask", Some(f32s(&[2, 3, 7])), "key_mask: dtype must be bool, got f32"),
-        ("d_out", None, "d_out: expected a tensor, got none"),
+        ("d_out", None, "no tensor `d_out`"),
+        ("d_out", Some(f32s(&[2, 3, 5, 4, 7])), "d_out: head_dim_v must be 6, got 7"),
+        ("k_segments", segments(), "tensor `k_segments` without `q_segments`"),
         ("weights", Some(f32s(&[1])), "unknown tensor `weights`"),
     ];
     for (name, tensor, part) in cases {
@@ -180,7 +183,7 @@ fn run_names_the_tensor_that_is_wrong() {
         tensors.extend(tensor.map(|tensor| (name, tensor)));
         let [input, output] = write(folder.path(), &tensors);
         let message = failure(1, &["run", &input, &output, "--grad", "all"]);
-        assert!(message.contains(part), "{part}: {message}");
+        assert!(message.contains(part) && message.contains(&input), "{part}: {message}");
         assert!(!Path::new(&output).exists());
     }
 }
@@ -195,11 +198,17 @@ fn run_refuses_files_it_must_not_touch_or_cannot_read() {
     assert!(failure(1, &["run", &input, &other_name]).contains("is the input"));
     assert_eq!(fs::read(&input).unwrap(), before);
     assert!(failure(1, &["run", "absent.safetensors", &output]).contains("absent.safetensors"));
-    assert!(failure(1, &["run", &input, "no/such/out.safetensors"]).contains("no such folder"));
+    assert!(failure(1, &["run", &input, "no/such/out.safetensors"]).contains("a folder that exists"));
+    assert!(failure(1, &["run", &input, folder.path().to_str().unwrap()]).contains("OUT.safetensors: cannot write"));
     assert!(failure(1, &["run", &input, &output, "--kv-lengths", "8,8"]).contains("kv_lengths[0]: expected 0..=7"));
     assert!(failure(1, &["run", &input, &output, "--alibi", "1,2"]).contains("alibi_slopes: expected 4"));
     assert!(failure(1, &["run", &input, &output, "--scale", "nan"]).contains("softmax_scale"));
-    assert!(failure(1, &["run", &input, &output, "--grad", "bias2"]).contains("dbias2"));
+    assert!(failure(1, &["run", &input, &output, "--grad", "bias2"]).contains("no tensor `bias2`"));
+    for name in ["bias00", "bias+1"] {
+        assert!(failure(1, &["run", &input, &output, "--grad", name]).contains(&format!("got `{name}`")));
+    }
+    assert!(!Path::new(&output).exists());
+    stdout(&["run", &input, &output, "--alibi", "-0.5,1,0,2"]);
     fs::write(&input, b"no tensors").unwrap();
     assert!(failure(1, &["run", &input, &output]).contains("not a safetensors file"));
 }
