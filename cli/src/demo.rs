@@ -5,6 +5,7 @@ mod block;
 mod bound;
 mod check;
 mod features;
+mod memory;
 mod paper;
 mod picture;
 mod report;

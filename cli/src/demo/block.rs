@@ -5,13 +5,18 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result};
 use indicatif::ProgressBar;
 use tilefold::evoformer::{Inputs, Variant};
-use tilefold::{Backward, DType, Device, Forward, Options, Tensor, TensorView, all_gradients, problem};
-use tilefold_benches::{peak_rss_bytes, reset_peak_rss};
+use tilefold::{
+    AttentionProblem, AttentionSpec, Backend, Backward, BiasSpec, DType, Device, Forward, Options, Tensor, TensorView,
+    all_gradients, problem,
+};
 
 use super::alignment::Alignment;
 use super::check::{self, Checked};
-use super::features::{self, EvoformerInputs, FeatureOptions, MsaFeatures, VariantInputs};
+use super::features::{EvoformerInputs, FeatureOptions, MsaFeatures, VariantInputs};
+use super::memory;
 use super::report::Case;
+use crate::output::as_f64;
+use crate::system::PeakMemory;
 
 /// Timed runs of each pass; the median counts.
 const REPEATS: usize = 3;
@@ -19,14 +24,43 @@ const REPEATS: usize = 3;
 /// Runs, times and checks each variant in f32.
 pub(super) fn run(device: &Device, alignment: &Alignment, progress: &ProgressBar) -> Result<Vec<Case>> {
     progress.set_message("embedding the alignment");
-    let inputs = EvoformerInputs::new(MsaFeatures::new(alignment)?, FeatureOptions::default())?;
-    let variants = features::Variant::ALL.into_iter().zip(Variant::ALL);
-    variants
-        .map(|(from, variant)| {
+    let (n_seq, n_res, options) = (alignment.n_seq(), alignment.n_columns(), FeatureOptions::default());
+    let part = format!("an Evoformer block for {n_seq} x {n_res} residues");
+    let counted = counted_bytes(device, n_seq, n_res, &options).with_context(|| part.clone())?;
+    memory::check(&part, counted, "give an alignment of fewer sequences or columns, or use a larger machine")?;
+    let inputs = EvoformerInputs::new(MsaFeatures::new(alignment)?, options)?;
+    Variant::ALL
+        .into_iter()
+        .map(|variant| {
             progress.set_message(variant.name());
-            one(device, variant, inputs.variant(from)?).with_context(|| format!("variant {}", variant.name()))
+            let from = inputs.variant(variant).map_err(anyhow::Error::from);
+            from.and_then(|from| one(device, variant, from)).with_context(|| format!("variant {}", variant.name()))
         })
         .collect()
+}
+
+/// Bytes of the block's two representations and of its largest attention.
+fn counted_bytes(device: &Device, n_seq: usize, n_res: usize, options: &FeatureOptions) -> Result<f64> {
+    let f32s = |sizes: &[usize]| 4.0 * sizes.iter().map(|&size| as_f64(size)).product::<f64>();
+    let (msa, pair) = (f32s(&[n_seq, n_res, options.msa_channels]), f32s(&[n_res, n_res, options.pair_channels]));
+    let attention = |rows: usize, seqlen: usize, heads: usize, has_bias: bool| -> Result<f64> {
+        let mut spec = AttentionSpec::new(DType::F32, 1, rows, seqlen, heads, options.head_dim);
+        (spec.key_mask, spec.gate) = (true, true);
+        if has_bias {
+            spec.biases.push(BiasSpec { shape: [1, 1, heads, seqlen, seqlen], dtype: DType::F32 });
+        }
+        let plan = device.plan_attention(&AttentionProblem::new(spec.with_all_gradients())?)?;
+        // q k v gate d_out out dq dk dv d_gate, lse in two parts, bias and its gradient.
+        let tensors = 10.0 * f32s(&[rows, seqlen, heads, options.head_dim]) + 2.0 * f32s(&[rows, heads, seqlen]);
+        let bias = if has_bias { 2.0 * f32s(&[heads, seqlen, seqlen]) } else { 0.0 };
+        Ok(tensors + bias + as_f64(plan.forward_workspace_bytes.max(plan.backward_workspace_bytes)))
+    };
+    let largest = [
+        attention(n_seq, n_res, options.msa_heads, true)?,
+        attention(n_res, n_seq, options.msa_heads, false)?,
+        attention(n_res, n_res, options.pair_heads, true)?,
+    ];
+    Ok(msa + pair + largest.into_iter().fold(0.0, f64::max))
 }
 
 fn one(device: &Device, variant: Variant, from: VariantInputs) -> Result<Case> {
@@ -42,22 +76,21 @@ fn one(device: &Device, variant: Variant, from: VariantInputs) -> Result<Case> {
         let backward = variant.backward(device, &inputs, &forward, &d_out, gradients)?;
         Ok((forward, backward, [forward_time, start.elapsed()]))
     };
-    let mut results = step()?;
-    let mut times = Vec::new();
-    let _ = reset_peak_rss();
-    for _ in 0..REPEATS {
-        results = step()?;
-        times.push(results.2);
-    }
-    let peak_bytes = peak_rss_bytes();
-    let checked = checked(variant, &operands, &results.0, &results.1)?;
+    step()?;
+    let peak = PeakMemory::start();
+    // Only the last results are kept: two sets of them would double the memory.
+    let mut times = (1..REPEATS).map(|_| Ok(step()?.2)).collect::<Result<Vec<_>>>()?;
+    let (forward, backward, time) = step()?;
+    times.push(time);
+    let peak_bytes = peak.bytes();
+    let checked = checked(variant, &operands, &forward, &backward)?;
     let problem = problem(&checked.inputs, &Options::default(), all_gradients(&checked.inputs))?;
     let median = |pass: usize| {
         let mut pass: Vec<_> = times.iter().map(|times| times[pass]).collect();
         pass.sort();
         pass[REPEATS / 2].as_secs_f64()
     };
-    let plan = tilefold::Backend::plan_attention(device, &problem)?;
+    let plan = device.plan_attention(&problem)?;
     let findings = check::check(&problem, &checked)?;
     Ok(Case { peak_bytes, ..Case::new(variant.name(), &plan, DType::F32, [median(0), median(1)], findings) })
 }

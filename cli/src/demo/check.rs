@@ -1,8 +1,9 @@
 //! Holds a crop of an attention's results against the f64 oracle.
 //!
-//! Rows are independent given the bias, so a few rows of the outputs and gradients are a problem of their own. A bias's
-//! gradient sums over all rows, but each query's part of it stands alone: it is checked for a few queries over all rows, in
-//! slabs, so that the check takes little memory at any size.
+//! Rows are independent given the bias, so a few rows of the outputs and gradients are a problem of their own; of a long
+//! sequence it is solved in slabs of queries, over which the gradients of k and v are sums. A bias's gradient sums over all
+//! rows, but each query's part of it stands alone: it is checked for a few queries over all rows, in slabs. So the check
+//! takes little memory at any size.
 
 use anyhow::{Context, Result};
 use serde::Serialize;
@@ -15,10 +16,10 @@ use super::bound::{Bounds, Precision};
 const ROWS: usize = 4;
 /// Queries whose part of the bias gradient is checked.
 const QUERIES: usize = 2;
-/// Rows of one slab of the bias gradient's check.
-const SLAB_ROWS: usize = 256;
-/// Logits the oracle visits a row crop: well below a second.
+/// Logits the oracle visits a row crop: well below a second; and most logits of a slab of queries.
 const LIMIT_LOGITS: usize = 8_000_000;
+/// Most values of k in a slab of rows.
+const LIMIT_KEYS: usize = 1 << 20;
 
 /// One attention, computed: views in the order `[batch, rows, seqlen, heads, head_dim]`, batch 1.
 #[derive(Debug)]
@@ -57,16 +58,22 @@ pub(super) fn check(problem: &AttentionProblem, checked: &Checked<'_>) -> Result
     let mut findings = Vec::new();
     for row in spread(spec.rows, rows) {
         let crop = checked.slice(1, row, 1)?.slice(3, 0, heads)?;
-        crop.compare_rows(&precision, &mut findings)?;
+        crop.compare_rows(slab(LIMIT_LOGITS, heads * spec.seqlen_k, spec.seqlen_q), &precision, &mut findings)?;
     }
     if checked.dbias.is_some() {
         let head = spec.heads - 1;
         for query in spread(spec.seqlen_q, QUERIES.min(spec.seqlen_q)) {
             let crop = checked.slice(3, head, 1)?.slice(2, query, 1)?;
-            crop.compare_bias_gradient(spec.rows, &precision, &mut findings)?;
+            let rows = slab(LIMIT_KEYS, spec.seqlen_k * spec.head_dim, spec.rows);
+            crop.compare_bias_gradient(rows, &precision, &mut findings)?;
         }
     }
     Ok(findings)
+}
+
+/// How many of `count` parts of a size make one slab.
+fn slab(limit: usize, size: usize, count: usize) -> usize {
+    (limit / size.max(1)).clamp(1, count)
 }
 
 /// `count` indices from the first to the last.
@@ -115,43 +122,71 @@ impl<'a> Checked<'a> {
         Ok((problem, exact, self.d_out.to_f64()?))
     }
 
-    fn compare_rows(&self, precision: &Precision, findings: &mut Vec<Finding>) -> Result<()> {
-        let (problem, exact, d_out) = self.exact()?;
-        let forward = reference::forward(&problem, &exact);
-        let gradients = reference::backward(&problem, &exact, &d_out);
-        let bounds = Bounds::new(&problem, &exact, &d_out, &forward, precision);
-        let results = [
-            ("out", Some(&self.out), Some(&forward.out), &bounds.out),
-            ("dq", Some(&self.dq), Some(&gradients.dq), &bounds.dq),
-            ("dk", Some(&self.dk), Some(&gradients.dk), &bounds.dk),
-            ("dv", Some(&self.dv), Some(&gradients.dv), &bounds.dv),
-            ("dgate", self.d_gate.as_ref(), gradients.d_gate.as_ref(), &bounds.d_gate),
-        ];
-        for (tensor, got, expected, bound) in results {
-            if let (Some(got), Some(expected)) = (got, expected) {
-                merge(findings, compare(tensor, &got.to_f64()?, expected, bound));
+    /// Slabs of an axis: rows (1) or queries (2).
+    fn slabs(&self, axis: usize, size: usize) -> impl Iterator<Item = Result<Self>> {
+        let count = self.inputs.q.shape()[axis];
+        (0..count).step_by(size.max(1)).map(move |start| self.slice(axis, start, size.min(count - start)))
+    }
+
+    fn compare_rows(&self, queries: usize, precision: &Precision, findings: &mut Vec<Finding>) -> Result<()> {
+        let (mut dk, mut dv) = (Sum::like(&self.dk), Sum::like(&self.dv));
+        for slab in self.slabs(2, queries) {
+            let slab = slab?;
+            let (problem, exact, d_out) = slab.exact()?;
+            let forward = reference::forward(&problem, &exact);
+            let gradients = reference::backward(&problem, &exact, &d_out);
+            let bounds = Bounds::new(&problem, &exact, &d_out, &forward, precision);
+            dk.add(&gradients.dk, &bounds.dk);
+            dv.add(&gradients.dv, &bounds.dv);
+            let results = [
+                ("out", Some(&slab.out), Some(&forward.out), &bounds.out),
+                ("dq", Some(&slab.dq), Some(&gradients.dq), &bounds.dq),
+                ("dgate", slab.d_gate.as_ref(), gradients.d_gate.as_ref(), &bounds.d_gate),
+            ];
+            for (tensor, got, expected, bound) in results {
+                if let (Some(got), Some(expected)) = (got, expected) {
+                    merge(findings, compare(tensor, &got.to_f64()?, expected, bound));
+                }
             }
+        }
+        for (tensor, got, sum) in [("dk", &self.dk, dk), ("dv", &self.dv, dv)] {
+            merge(findings, compare(tensor, &got.to_f64()?, &sum.expected, &sum.bound));
         }
         Ok(())
     }
 
     fn compare_bias_gradient(&self, rows: usize, precision: &Precision, findings: &mut Vec<Finding>) -> Result<()> {
         let Some(dbias) = &self.dbias else { return Ok(()) };
-        let got = dbias.to_f64()?;
-        let (mut expected, mut bound) = (vec![0.0; got.len()], vec![0.0; got.len()]);
-        for start in (0..rows).step_by(SLAB_ROWS) {
-            let slab = self.slice(1, start, SLAB_ROWS.min(rows - start))?;
-            let (problem, exact, d_out) = slab.exact()?;
+        let mut sum = Sum::like(dbias);
+        for slab in self.slabs(1, rows) {
+            let (problem, exact, d_out) = slab?.exact()?;
             let forward = reference::forward(&problem, &exact);
             let gradients = reference::backward(&problem, &exact, &d_out);
             let bounds = Bounds::new(&problem, &exact, &d_out, &forward, precision);
-            let part = gradients.dbiases.first().context("the oracle gave no dbias")?;
-            expected.iter_mut().zip(part).for_each(|(sum, part)| *sum += part);
-            bound.iter_mut().zip(&bounds.dbias).for_each(|(sum, part)| *sum += part);
+            sum.add(gradients.dbiases.first().context("the oracle gave no dbias")?, &bounds.dbias);
         }
-        bound.iter_mut().zip(&expected).for_each(|(bound, sum)| *bound += precision.result * sum.abs());
-        merge(findings, compare("dbias", &got, &expected, &bound));
+        let Sum { expected, bound } = &mut sum;
+        bound.iter_mut().zip(expected).for_each(|(bound, sum)| *bound += precision.result * sum.abs());
+        merge(findings, compare("dbias", &dbias.to_f64()?, &sum.expected, &sum.bound));
         Ok(())
+    }
+}
+
+/// A gradient that slabs are added to, and how far it may be off.
+struct Sum {
+    expected: Vec<f64>,
+    bound: Vec<f64>,
+}
+
+impl Sum {
+    fn like(view: &TensorView<'_>) -> Self {
+        let count = view.shape().iter().product();
+        Self { expected: vec![0.0; count], bound: vec![0.0; count] }
+    }
+
+    fn add(&mut self, expected: &[f64], bound: &[f64]) {
+        self.expected.iter_mut().zip(expected).for_each(|(sum, part)| *sum += part);
+        self.bound.iter_mut().zip(bound).for_each(|(sum, part)| *sum += part);
     }
 }
 
@@ -193,8 +228,8 @@ mod tests {
 
     const SHAPE: [usize; 5] = [1, 6, 20, 2, 8];
 
-    /// Checks an attention after one value of a result was moved by `shift` of the result's own size.
-    fn worst(dtype: DType, moved: &str, shift: f32) -> f64 {
+    /// Looks at an attention after one value of a result was moved by `shift` of the result's own size.
+    fn look<T>(dtype: DType, moved: &str, shift: f32, at: impl FnOnce(&AttentionProblem, &Checked<'_>) -> T) -> T {
         let tensor = |seed| normal(dtype, &SHAPE, seed).unwrap();
         let [q, k, v, gate, d_out] = [1, 2, 3, 4, 5].map(tensor);
         let bias = normal(dtype, &[1, 1, 2, 20, 20], 6).unwrap();
@@ -232,7 +267,13 @@ mod tests {
             dbias: Some(dbias.view()),
             inputs: inputs.clone(),
         };
-        check(&problem, &checked).unwrap().iter().map(|finding| finding.of_tolerance).fold(0.0, f64::max)
+        at(&problem, &checked)
+    }
+
+    fn worst(dtype: DType, moved: &str, shift: f32) -> f64 {
+        look(dtype, moved, shift, |problem, checked| {
+            check(problem, checked).unwrap().iter().map(|finding| finding.of_tolerance).fold(0.0, f64::max)
+        })
     }
 
     #[test]
@@ -241,6 +282,30 @@ mod tests {
             let worst = worst(dtype, "nothing", 0.0);
             assert!((1e-3..1.0).contains(&worst), "{dtype}: {worst}");
         }
+    }
+
+    #[test]
+    fn slabs_find_what_the_whole_finds() {
+        look(DType::F32, "dk", 1e-3, |problem, checked| {
+            let precision = Precision::of(problem);
+            let findings = |queries, rows| {
+                let mut findings = Vec::new();
+                checked.slice(1, 3, 1).unwrap().compare_rows(queries, &precision, &mut findings).unwrap();
+                let crop = checked.slice(3, 1, 1).unwrap().slice(2, 0, 1).unwrap();
+                crop.compare_bias_gradient(rows, &precision, &mut findings).unwrap();
+                findings
+            };
+            let whole = findings(20, 6);
+            assert!(whole.iter().any(|finding| finding.tensor == "dk" && finding.of_tolerance > 1.0));
+            for (queries, rows) in [(1, 1), (7, 4), (100, 100)] {
+                for (slab, whole) in findings(queries, rows).iter().zip(&whole) {
+                    assert_eq!((slab.tensor, slab.values), (whole.tensor, whole.values));
+                    assert!((slab.max_error - whole.max_error).abs() < 1e-12, "{slab:?} {whole:?}");
+                    assert!((slab.of_tolerance / whole.of_tolerance - 1.0).abs() < 1e-3, "{slab:?} {whole:?}");
+                }
+            }
+        });
+        assert_eq!([slab(8, 3, 9), slab(8, 9, 9), slab(8, 0, 5)], [2, 1, 5]);
     }
 
     #[test]

@@ -33,7 +33,7 @@ mod variant;
 pub(crate) use extra_msa::{ExtraMsa, ExtraMsaOptions, ExtraMsaTensor};
 pub(crate) use representation::EvoformerInputs;
 pub(crate) use residue::MsaFeatures;
-pub(crate) use variant::{Variant, VariantInputs};
+pub(crate) use variant::VariantInputs;
 
 /// Most values one tensor may have: 8 GiB of `f32`.
 const LIMIT_VALUES: usize = 1 << 31;
@@ -83,6 +83,14 @@ pub(crate) enum FeatureError {
         /// Its shape.
         shape: Vec<usize>,
     },
+    /// The system gives no memory for a tensor.
+    #[error("{tensor}: no memory for {bytes} bytes; use fewer sequences or residues, or allow more memory")]
+    NoMemory {
+        /// The tensor.
+        tensor: &'static str,
+        /// Its size.
+        bytes: usize,
+    },
     /// A caller's row buffer does not fit.
     #[error("row buffer has {got} values, expected {expected} (residues x heads x head_dim); resize it")]
     RowLength {
@@ -108,6 +116,22 @@ fn values(tensor: &'static str, shape: &[usize]) -> Result<usize, FeatureError> 
         .try_fold(1_usize, |product, &extent| product.checked_mul(extent))
         .filter(|&product| product <= LIMIT_VALUES)
         .ok_or_else(|| FeatureError::TooLarge { tensor, shape: shape.to_vec() })
+}
+
+/// An empty vector with room for `count` elements.
+fn reserved<T>(tensor: &'static str, count: usize) -> Result<Vec<T>, FeatureError> {
+    let mut reserved = Vec::new();
+    let bytes = count.saturating_mul(size_of::<T>());
+    reserved.try_reserve_exact(count).map_err(|_| FeatureError::NoMemory { tensor, bytes })?;
+    Ok(reserved)
+}
+
+/// A tensor of zeros.
+fn zeros(tensor: &'static str, shape: &[usize]) -> Result<Vec<f32>, FeatureError> {
+    let count = values(tensor, shape)?;
+    let mut zeros = reserved(tensor, count)?;
+    zeros.resize(count, 0.0);
+    Ok(zeros)
 }
 
 /// Refuses sizes of zero, which would leave nothing to attend to.

@@ -7,17 +7,15 @@ use indicatif::ProgressBar;
 use tilefold::{
     AttentionProblem, AttentionSpec, Backend, Backward, BiasSpec, DType, Device, Options, Tensor, all_gradients,
 };
-use tilefold_benches::{Launch, Operands, Pass, filled_by_rows, peak_rss_bytes, reset_peak_rss, rss_bytes};
+use tilefold_benches::{Launch, Operands, Pass, filled_by_rows, rss_bytes};
 
 use super::alignment::Alignment;
 use super::check::{self, Checked};
 use super::features::{ExtraMsa, ExtraMsaOptions, ExtraMsaTensor, FeatureError};
+use super::memory::{self, TooLittleMemory};
 use super::report::{Case, Report};
-use crate::output::{as_f64, bytes};
-use crate::system::Machine;
-
-/// Share of the memory needed that must be free on top: the inputs' tables and the check.
-const MEMORY_MARGIN: f64 = 1.1;
+use crate::output::as_f64;
+use crate::system::PeakMemory;
 
 /// Runs both dtypes, one after the other, each with memory of its own.
 pub(super) fn run(device: &Device, alignment: &Alignment, progress: &ProgressBar, report: &mut Report) -> Result<()> {
@@ -25,8 +23,8 @@ pub(super) fn run(device: &Device, alignment: &Alignment, progress: &ProgressBar
     let extra = ExtraMsa::new(alignment, ExtraMsaOptions::default())?;
     for dtype in [DType::BF16, DType::F32] {
         progress.set_message(format!("paper's size, {dtype}"));
-        if let Some(reason) = too_small(device, &extra, dtype)? {
-            report.skipped.push(reason);
+        if let Err(reason) = fits(device, &extra, dtype)? {
+            report.skipped.push(format!("skipped: {reason}"));
             continue;
         }
         report.paper.push(one(device, &extra, dtype).with_context(|| format!("paper's size in {dtype}"))?);
@@ -34,8 +32,8 @@ pub(super) fn run(device: &Device, alignment: &Alignment, progress: &ProgressBar
     Ok(())
 }
 
-/// Why this machine cannot hold one dtype, if it cannot.
-fn too_small(device: &Device, extra: &ExtraMsa, dtype: DType) -> Result<Option<String>> {
+/// Whether this machine can hold one dtype.
+fn fits(device: &Device, extra: &ExtraMsa, dtype: DType) -> Result<Result<(), TooLittleMemory>> {
     let [batch, rows, seqlen, heads, head_dim] = extra.shape();
     let mut spec = AttentionSpec::new(dtype, batch, rows, seqlen, heads, head_dim);
     spec.key_mask = true;
@@ -45,15 +43,8 @@ fn too_small(device: &Device, extra: &ExtraMsa, dtype: DType) -> Result<Option<S
     let tensors = 8.0 * as_f64(extra.row_len() * rows * dtype.size_bytes());
     let lse = 8.0 * as_f64(rows * heads * seqlen);
     let workspace = as_f64(plan.forward_workspace_bytes.max(plan.backward_workspace_bytes));
-    let needed = (tensors + lse + workspace) * MEMORY_MARGIN;
-    let available = as_f64(Machine::now().memory_available_bytes);
-    Ok((needed > available).then(|| {
-        format!(
-            "paper's size in {dtype} skipped: it needs {}, and {} are available; free some memory, or use a larger machine",
-            bytes(needed),
-            bytes(available)
-        )
-    }))
+    let part = format!("paper's size in {dtype}");
+    Ok(memory::check(&part, tensors + lse + workspace, "free some memory, or use a larger machine"))
 }
 
 fn one(device: &Device, extra: &ExtraMsa, dtype: DType) -> Result<Case> {
@@ -61,10 +52,10 @@ fn one(device: &Device, extra: &ExtraMsa, dtype: DType) -> Result<Case> {
     let operands = operands(extra, dtype)?;
     let gradients = all_gradients(&operands.inputs()?);
     let mut launch = Launch::new(device, operands, &Options::default(), gradients)?;
-    let is_reset = reset_peak_rss();
+    let peak = PeakMemory::start();
     let forward = launch.timed(Pass::Forward)?.as_secs_f64();
     let backward = launch.timed(Pass::Backward)?.as_secs_f64();
-    let peak_bytes = peak_rss_bytes().filter(|_| is_reset);
+    let peak_bytes = peak.bytes();
     let findings = check::check(launch.problem(), &checked(&launch)?)?;
     let case = Case::new("extra MSA row (paper)", launch.plan(), dtype, [forward, backward], findings);
     Ok(Case { before_bytes, peak_bytes, ..case })

@@ -25,9 +25,9 @@ fn demo_computes_and_checks_the_four_variants() {
         let checked: Vec<_> =
             case["checks"].as_array().unwrap().iter().map(|check| check["tensor"].as_str().unwrap()).collect();
         let expected: &[&str] = if case["variant"] == "msa_column" {
-            &["out", "dq", "dk", "dv", "dgate"]
+            &["out", "dq", "dgate", "dk", "dv"]
         } else {
-            &["out", "dq", "dk", "dv", "dgate", "dbias"]
+            &["out", "dq", "dgate", "dk", "dv", "dbias"]
         };
         assert_eq!(checked, expected);
         // Rounding explains the errors, and is seen: the oracle is another computation.
@@ -62,12 +62,45 @@ fn malformed_alignments_are_refused_with_file_line_and_reason() {
         (b"".to_vec(), "is empty"),
         (b"ACDEF\n".to_vec(), "line 1: no header"),
         (vec![0x1f, 0x8b, 0xff, 0x00], "not UTF-8"),
+        (b">a\n---\n>b\n---\n".to_vec(), "only gaps"),
     ] {
         fs::write(&file, bytes).unwrap();
         let message = failure(1, &["demo", path, "--no-paper-size", "--out", folder.path().to_str().unwrap()]);
         assert!(message.contains(path) && message.contains(part), "{part}: {message}");
+        assert!(!folder.path().join("tilefold-demo.svg").exists());
     }
     let absent = failure(1, &["demo", "absent.sto", "--out", folder.path().to_str().unwrap()]);
     assert!(absent.contains("absent.sto"), "{absent}");
-    assert!(failure(1, &["demo", path, "--out", "no/such/folder"]).contains("no such folder"));
+    assert!(failure(1, &["demo", path, "--out", "no/such/folder"]).contains("--out: cannot write no/such/folder"));
+}
+
+#[test]
+fn an_alignment_too_large_for_the_machine_is_refused_at_once() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("long.fa");
+    fs::write(&file, format!(">long\n{}\n", "A".repeat(60_000))).unwrap();
+    let args = ["demo", file.to_str().unwrap(), "--no-paper-size", "--out", folder.path().to_str().unwrap()];
+    let output = crate::tilefold(&args);
+    assert_eq!(output.status.code(), Some(1));
+    let message = crate::text(&output.stderr);
+    for part in ["for 1 x 60000 residues needs", "TB of memory, and", "are available"] {
+        assert!(message.contains(part), "{part}: {message}");
+    }
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn memory_that_the_system_refuses_is_an_error_and_no_abort() {
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("wide.fa");
+    let row = "ACDEFGHIKLMNPQRSTVWY".repeat(30);
+    fs::write(&file, (0..400).map(|row_of| format!(">{row_of}\n{row}\n")).collect::<String>()).unwrap();
+    let output = std::process::Command::new("sh")
+        .args(["-c", "ulimit -v 400000; exec \"$@\"", "sh", env!("CARGO_BIN_EXE_tilefold"), "--threads", "2", "demo"])
+        .args([file.as_path(), "--no-paper-size".as_ref(), "--out".as_ref(), folder.path()])
+        .output()
+        .unwrap();
+    let message = crate::text(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{message}");
+    assert!(message.starts_with("error: ") && message.contains("no memory for"), "{message}");
 }

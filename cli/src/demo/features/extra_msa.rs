@@ -10,7 +10,7 @@ use std::collections::HashMap;
 use super::super::alignment::Alignment;
 use super::linear::{Linear, fill_normal, layer_norm};
 use super::representation::{EvoformerInputs, ResidueEmbedding};
-use super::{FeatureError, FeatureOptions, MsaFeatures, nonzero, stream, values};
+use super::{FeatureError, FeatureOptions, MsaFeatures, nonzero, reserved, stream, values};
 
 /// Sizes of the extra MSA and the seed of its weights.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -70,7 +70,8 @@ impl ExtraMsa {
     ///
     /// # Errors
     ///
-    /// [`FeatureError::Zero`] for a size of 0, [`FeatureError::TooLarge`] if a tensor would be too large.
+    /// [`FeatureError::Zero`] for a size of 0, [`FeatureError::TooLarge`] if a tensor would be too large,
+    /// [`FeatureError::NoMemory`].
     pub(crate) fn new(alignment: &Alignment, options: ExtraMsaOptions) -> Result<Self, FeatureError> {
         let ExtraMsaOptions { n_seq, n_res, channels, heads, head_dim, seed } = options;
         nonzero(&[("number of channels", channels), ("number of heads", heads), ("head_dim", head_dim)])?;
@@ -78,10 +79,11 @@ impl ExtraMsa {
         values("attention weights", &[channels, heads, head_dim])?;
         values("pair bias", &[heads, n_res, n_res])?;
         let features = MsaFeatures::tiled(alignment, n_seq, n_res)?;
-        let (kinds, mut embedded) = embed_kinds(&features, channels, seed);
+        let (kinds, mut embedded) = embed_kinds(&features, channels, seed)?;
         layer_norm(&mut embedded, channels);
-        let tables = [stream::Q, stream::K, stream::V]
-            .map(|role| Linear::dense(channels, heads * head_dim, seed, stream::EXTRA_MSA + role).apply(&embedded));
+        let table =
+            |role| Linear::dense(channels, heads * head_dim, seed, stream::EXTRA_MSA + role).apply("table", &embedded);
+        let tables = [table(stream::Q)?, table(stream::K)?, table(stream::V)?];
         let bias = pair_bias(alignment, &options)?;
         Ok(Self { options, mask: features.mask(), bias, kinds, tables })
     }
@@ -142,12 +144,13 @@ impl ExtraMsa {
 
 /// Numbers the pairs of class and deletion count by first appearance, and embeds each: (`[n_seq, n_res]`, `[kinds,
 /// channels]`).
-fn embed_kinds(features: &MsaFeatures, channels: usize, seed: u64) -> (Vec<usize>, Vec<f32>) {
+fn embed_kinds(features: &MsaFeatures, channels: usize, seed: u64) -> Result<(Vec<usize>, Vec<f32>), FeatureError> {
     let embedding = ResidueEmbedding::new(channels, seed);
     let mut number_of = HashMap::new();
     let mut embedded = Vec::new();
     let places = features.classes().iter().zip(features.deletions());
-    let kinds = places.map(|(&class, &deletions)| {
+    let mut kinds = reserved("kinds of places", features.classes().len())?;
+    kinds.extend(places.map(|(&class, &deletions)| {
         let next = number_of.len();
         *number_of.entry((class, deletions)).or_insert_with(|| {
             let start = embedded.len();
@@ -155,13 +158,13 @@ fn embed_kinds(features: &MsaFeatures, channels: usize, seed: u64) -> (Vec<usize
             embedding.add(class, deletions, &mut embedded[start..]);
             next
         })
-    });
-    (kinds.collect(), embedded)
+    }));
+    Ok((kinds, embedded))
 }
 
 /// The pair bias of the alignment's own rows, tiled to `n_res` residues.
 fn pair_bias(alignment: &Alignment, options: &ExtraMsaOptions) -> Result<Vec<f32>, FeatureError> {
     let distinct = MsaFeatures::tiled(alignment, options.n_seq.min(alignment.n_seq()), options.n_res)?;
     let inputs = EvoformerInputs::new(distinct, FeatureOptions { seed: options.seed, ..FeatureOptions::default() })?;
-    Ok(inputs.pair_bias(options.heads, stream::EXTRA_MSA + stream::BIAS))
+    inputs.pair_bias(options.heads, stream::EXTRA_MSA + stream::BIAS)
 }

@@ -5,6 +5,8 @@ use rand_chacha::ChaCha8Rng;
 use rand_distr::{Distribution, StandardNormal};
 use rayon::prelude::*;
 
+use super::{FeatureError, zeros};
+
 /// Rows that share one pass over the weights: their outputs stay in the first-level cache.
 const BLOCK_ROWS: usize = 8;
 
@@ -49,13 +51,17 @@ impl Linear {
         &self.weights[first * self.n_out..][..count * self.n_out]
     }
 
-    /// Maps each row of `x`, `[rows, n_in]`, to a row of `[rows, n_out]`.
-    pub(super) fn apply(&self, x: &[f32]) -> Vec<f32> {
-        let mut out = vec![0.0; x.len() / self.n_in * self.n_out];
+    /// Maps each row of `x`, `[rows, n_in]`, to a row of `tensor`, `[rows, n_out]`.
+    ///
+    /// # Errors
+    ///
+    /// [`FeatureError::TooLarge`] and [`FeatureError::NoMemory`].
+    pub(super) fn apply(&self, tensor: &'static str, x: &[f32]) -> Result<Vec<f32>, FeatureError> {
+        let mut out = zeros(tensor, &[x.len() / self.n_in, self.n_out])?;
         out.par_chunks_mut(self.n_out * BLOCK_ROWS)
             .zip(x.par_chunks(self.n_in * BLOCK_ROWS))
             .for_each(|(out, x)| accumulate(x, &self.weights, (self.n_in, self.n_out), out));
-        out
+        Ok(out)
     }
 }
 

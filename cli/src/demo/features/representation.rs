@@ -4,7 +4,7 @@ use rayon::prelude::*;
 
 use super::linear::{Linear, accumulate, add_scaled, layer_norm};
 use super::residue::{DELETION_FEATURES, GAP_CLASS, MsaFeatures, RESIDUE_CLASSES, deletion_features};
-use super::{FeatureError, FeatureOptions, nonzero, stream, values};
+use super::{FeatureError, FeatureOptions, nonzero, reserved, stream, values, zeros};
 
 /// Offsets between residues beyond this read as this (Alg. 4).
 const MAX_OFFSET: usize = 32;
@@ -29,7 +29,8 @@ impl EvoformerInputs {
     ///
     /// # Errors
     ///
-    /// [`FeatureError::Zero`] for a width of 0, [`FeatureError::TooLarge`] if a representation would be too large.
+    /// [`FeatureError::Zero`] for a width of 0, [`FeatureError::TooLarge`] if a representation would be too large,
+    /// [`FeatureError::NoMemory`].
     pub(crate) fn new(features: MsaFeatures, options: FeatureOptions) -> Result<Self, FeatureError> {
         let FeatureOptions { msa_channels, pair_channels, seed, .. } = options;
         nonzero(&[
@@ -44,7 +45,7 @@ impl EvoformerInputs {
         let mut msa = embed_msa(&features, msa_channels, seed)?;
         layer_norm(&mut msa, msa_channels);
         let mut pair = embed_pair(&features, pair_channels, seed)?;
-        add_outer_product_mean(&mut pair, &msa, &features, &options);
+        add_outer_product_mean(&mut pair, &msa, &features, &options)?;
         layer_norm(&mut pair, pair_channels);
         Ok(Self { features, options, msa, pair })
     }
@@ -71,9 +72,16 @@ impl EvoformerInputs {
 
     /// A bias of every head for every pair, `[heads, n_res, n_res]`: `bias[h, i, j] = pair[i, j] . w[h]` (Alg. 7,
     /// line 3).
-    pub(super) fn pair_bias(&self, heads: usize, stream: u64) -> Vec<f32> {
-        let projected = Linear::dense(self.options.pair_channels, heads, self.options.seed, stream).apply(&self.pair);
-        (0..heads).flat_map(|head| projected.iter().copied().skip(head).step_by(heads)).collect()
+    ///
+    /// # Errors
+    ///
+    /// [`FeatureError::TooLarge`] and [`FeatureError::NoMemory`].
+    pub(super) fn pair_bias(&self, heads: usize, stream: u64) -> Result<Vec<f32>, FeatureError> {
+        let weights = Linear::dense(self.options.pair_channels, heads, self.options.seed, stream);
+        let projected = weights.apply("pair bias", &self.pair)?;
+        let mut bias = reserved("pair bias", projected.len())?;
+        (0..heads).for_each(|head| bias.extend(projected.iter().skip(head).step_by(heads)));
+        Ok(bias)
     }
 }
 
@@ -82,7 +90,7 @@ impl EvoformerInputs {
 /// The one-hot features times a matrix are table look-ups.
 fn embed_msa(features: &MsaFeatures, channels: usize, seed: u64) -> Result<Vec<f32>, FeatureError> {
     let n_res = features.n_res();
-    let mut msa = vec![0.0; values("MSA representation", &[features.n_seq(), n_res, channels])?];
+    let mut msa = zeros("MSA representation", &[features.n_seq(), n_res, channels])?;
     let residue = ResidueEmbedding::new(channels, seed);
     let target = Linear::table(RESIDUE_CLASSES, channels, seed, stream::MSA_TARGET);
     msa.par_chunks_mut(channels).enumerate().for_each(|(place, out)| {
@@ -123,7 +131,7 @@ impl ResidueEmbedding {
 /// Alg. 4).
 fn embed_pair(features: &MsaFeatures, channels: usize, seed: u64) -> Result<Vec<f32>, FeatureError> {
     let n_res = features.n_res();
-    let mut pair = vec![0.0; values("pair representation", &[n_res, n_res, channels])?];
+    let mut pair = zeros("pair representation", &[n_res, n_res, channels])?;
     let left = Linear::table(RESIDUE_CLASSES, channels, seed, stream::PAIR_TARGET_LEFT);
     let right = Linear::table(RESIDUE_CLASSES, channels, seed, stream::PAIR_TARGET_RIGHT);
     let relative = Linear::table(2 * MAX_OFFSET + 1, channels, seed, stream::RELATIVE_POSITION);
@@ -152,18 +160,23 @@ pub(super) fn relative_position(i: usize, j: usize) -> usize {
 ///     for each sequence s with a residue at i:      outer[c, j, d] += left[s, i, c] * right[s, j, d]
 ///     pair[i, j] += (sum over c, d of outer[c, j, d] * w[c, d]) / (sequences with i and j)
 /// ```
-pub(super) fn add_outer_product_mean(pair: &mut [f32], msa: &[f32], features: &MsaFeatures, options: &FeatureOptions) {
+pub(super) fn add_outer_product_mean(
+    pair: &mut [f32],
+    msa: &[f32],
+    features: &MsaFeatures,
+    options: &FeatureOptions,
+) -> Result<(), FeatureError> {
     let (n_res, channels) = (features.n_res(), options.pair_channels);
     let sides = OuterSides {
-        left: masked_projection(msa, features, options, stream::OUTER_LEFT),
-        right: masked_projection(msa, features, options, stream::OUTER_RIGHT),
+        left: masked_projection(msa, features, options, stream::OUTER_LEFT)?,
+        right: masked_projection(msa, features, options, stream::OUTER_RIGHT)?,
         mask: features.classes().iter().map(|&class| if class == GAP_CLASS { 0.0 } else { 1.0 }).collect(),
         n_res,
     };
     let out_map = Linear::dense(OUTER_CHANNELS * OUTER_CHANNELS, channels, options.seed, stream::OUTER_OUT);
-    pair.par_chunks_mut(n_res * channels).enumerate().for_each(|(i, pair_row)| {
-        let mut sum = vec![0.0; n_res * channels];
-        for (c, outer) in sides.outer_products(i).chunks_exact(n_res * OUTER_CHANNELS).enumerate() {
+    pair.par_chunks_mut(n_res * channels).enumerate().try_for_each(|(i, pair_row)| {
+        let mut sum = zeros("outer product mean", &[n_res, channels])?;
+        for (c, outer) in sides.outer_products(i)?.chunks_exact(n_res * OUTER_CHANNELS).enumerate() {
             let weights = out_map.rows(c * OUTER_CHANNELS, OUTER_CHANNELS);
             accumulate(outer, weights, (OUTER_CHANNELS, channels), &mut sum);
         }
@@ -171,18 +184,25 @@ pub(super) fn add_outer_product_mean(pair: &mut [f32], msa: &[f32], features: &M
         for ((out, sum), count) in pair_row.chunks_exact_mut(channels).zip(sum.chunks_exact(channels)).zip(counts) {
             add_scaled(out, (OUTER_EPSILON + count).recip(), sum);
         }
-    });
+        Ok(())
+    })
 }
 
 /// `msa` times seeded weights, `[n_seq, n_res, OUTER_CHANNELS]`, zero at gaps.
-fn masked_projection(msa: &[f32], features: &MsaFeatures, options: &FeatureOptions, stream: u64) -> Vec<f32> {
-    let mut projected = Linear::dense(options.msa_channels, OUTER_CHANNELS, options.seed, stream).apply(msa);
+fn masked_projection(
+    msa: &[f32],
+    features: &MsaFeatures,
+    options: &FeatureOptions,
+    stream: u64,
+) -> Result<Vec<f32>, FeatureError> {
+    let weights = Linear::dense(options.msa_channels, OUTER_CHANNELS, options.seed, stream);
+    let mut projected = weights.apply("side of the outer product", msa)?;
     for (place, &class) in projected.chunks_exact_mut(OUTER_CHANNELS).zip(features.classes()) {
         if class == GAP_CLASS {
             place.fill(0.0);
         }
     }
-    projected
+    Ok(projected)
 }
 
 /// The two factors of the outer product mean, `[n_seq, n_res, OUTER_CHANNELS]`, and the mask `[n_seq, n_res]`.
@@ -195,16 +215,16 @@ struct OuterSides {
 
 impl OuterSides {
     /// Sum over sequences of the outer products of column `i` with every column, `[c, n_res, d]`.
-    fn outer_products(&self, i: usize) -> Vec<f32> {
+    fn outer_products(&self, i: usize) -> Result<Vec<f32>, FeatureError> {
         let row = self.n_res * OUTER_CHANNELS;
-        let mut outer = vec![0.0; OUTER_CHANNELS * row];
+        let mut outer = zeros("outer product", &[OUTER_CHANNELS, row])?;
         for (left, right) in self.left.chunks_exact(row).zip(self.right.chunks_exact(row)) {
             let left = &left[i * OUTER_CHANNELS..][..OUTER_CHANNELS];
             for (outer, &factor) in outer.chunks_exact_mut(row).zip(left) {
                 add_scaled(outer, factor, right);
             }
         }
-        outer
+        Ok(outer)
     }
 
     /// Number of sequences with a residue in column `i` and in each column, `[n_res]`.

@@ -1,7 +1,7 @@
 //! Residues as classes: what each place of an alignment holds, and how many residues were deleted before it.
 
 use super::super::alignment::{Alignment, GAP};
-use super::{FeatureError, nonzero, values};
+use super::{FeatureError, nonzero, reserved, values};
 
 /// Classes of a residue: 20 amino acids, unknown, gap, and the mask sign of training, which no input here uses.
 pub(super) const RESIDUE_CLASSES: usize = 23;
@@ -34,7 +34,7 @@ impl MsaFeatures {
     ///
     /// # Errors
     ///
-    /// [`FeatureError::TooLarge`] if it has more places than this program works on.
+    /// [`FeatureError::TooLarge`] if it has more places than this program works on, [`FeatureError::NoMemory`].
     pub(crate) fn new(alignment: &Alignment) -> Result<Self, FeatureError> {
         Self::tiled(alignment, alignment.n_seq(), alignment.n_columns())
     }
@@ -45,11 +45,12 @@ impl MsaFeatures {
     ///
     /// # Errors
     ///
-    /// [`FeatureError::Zero`] for a size of 0, [`FeatureError::TooLarge`] for one beyond what this program works on.
+    /// [`FeatureError::Zero`] for a size of 0, [`FeatureError::TooLarge`] for one beyond what this program works on,
+    /// [`FeatureError::NoMemory`].
     pub(crate) fn tiled(alignment: &Alignment, n_seq: usize, n_res: usize) -> Result<Self, FeatureError> {
         nonzero(&[("number of sequences", n_seq), ("number of residues", n_res)])?;
         let places = values("alignment", &[n_seq, n_res])?;
-        let (mut classes, mut deletions) = (Vec::with_capacity(places), Vec::with_capacity(places));
+        let (mut classes, mut deletions) = (reserved("residue classes", places)?, reserved("deletions", places)?);
         let rows = alignment.rows().iter().zip(alignment.deletions());
         for (row, row_deletions) in rows.cycle().take(n_seq) {
             classes.extend(row.iter().map(|&symbol| class(symbol)).cycle().take(n_res));

@@ -1,5 +1,7 @@
 //! The features against their definitions, written out in `f64` without the short cuts of the code under test.
 
+use tilefold::evoformer::Variant;
+
 use super::super::alignment::Alignment;
 use super::linear::{Linear, layer_norm};
 use super::representation::{OUTER_CHANNELS, ResidueEmbedding, add_outer_product_mean, relative_position};
@@ -110,7 +112,7 @@ fn a_linear_map_is_a_matrix_product_for_any_number_of_rows() {
     for rows in [1, 7, 8, 9, 33] {
         let mut x = vec![0.0; rows * 7];
         linear::fill_normal(&mut x, 3, 4);
-        assert_close(&map.apply(&x), &product(&wide(&x), &map, 7));
+        assert_close(&map.apply("x", &x).unwrap(), &product(&wide(&x), &map, 7));
     }
 }
 
@@ -172,7 +174,7 @@ fn the_outer_product_mean_is_its_definition() {
         expected.extend(product(&mean, &out_map, OUTER_CHANNELS * OUTER_CHANNELS));
     }
     let mut pair = vec![0.0; N_RES * N_RES * channels];
-    add_outer_product_mean(&mut pair, inputs.msa(), features, inputs.options());
+    add_outer_product_mean(&mut pair, inputs.msa(), features, inputs.options()).unwrap();
     assert_close(&pair, &expected);
 }
 
@@ -275,6 +277,14 @@ fn extra_msa_gradients_differ_by_row_and_repeat_for_a_seed() {
     };
     assert_eq!(row(0), row(0));
     assert_ne!(row(0), row(1));
+}
+
+#[test]
+fn memory_that_is_not_given_is_an_error() {
+    let error = reserved::<u64>("kinds", usize::MAX / 2).unwrap_err();
+    assert_eq!(error, FeatureError::NoMemory { tensor: "kinds", bytes: usize::MAX });
+    assert!(error.to_string().starts_with("kinds: no memory for"), "{error}");
+    assert_eq!(zeros("x", &[2, 3]), Ok(vec![0.0; 6]));
 }
 
 #[test]

@@ -1,33 +1,18 @@
 //! The four Evoformer attentions: projections of a block's inputs to q, k, v, gate and pair bias (Alg. 7, 8, 13, 14).
 
+use tilefold::evoformer::Variant;
+
 use super::linear::{Linear, fill_normal};
 use super::representation::EvoformerInputs;
-use super::{FeatureError, stream, values};
+use super::{FeatureError, stream, zeros};
 
-/// Which of a block's attentions.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Variant {
-    /// Along the residues of each sequence, with pair bias (Alg. 7).
-    MsaRow,
-    /// Along the sequences at each residue (Alg. 8).
-    MsaColumn,
-    /// Along `j` of the pair `[i, j]` (Alg. 13).
-    TriangleStarting,
-    /// Along `i` of the pair `[i, j]` (Alg. 14).
-    TriangleEnding,
-}
-
-impl Variant {
-    /// Every variant, in the order of an Evoformer block.
-    pub(crate) const ALL: [Self; 4] = [Self::MsaRow, Self::MsaColumn, Self::TriangleStarting, Self::TriangleEnding];
-
-    fn first_stream(self) -> u64 {
-        match self {
-            Self::MsaRow => stream::MSA_ROW,
-            Self::MsaColumn => stream::MSA_COLUMN,
-            Self::TriangleStarting => stream::TRIANGLE_STARTING,
-            Self::TriangleEnding => stream::TRIANGLE_ENDING,
-        }
+/// First of the streams that a variant's weights take.
+pub(super) fn first_stream(variant: Variant) -> u64 {
+    match variant {
+        Variant::MsaRow => stream::MSA_ROW,
+        Variant::MsaColumn => stream::MSA_COLUMN,
+        Variant::TriangleStarting => stream::TRIANGLE_STARTING,
+        Variant::TriangleEnding => stream::TRIANGLE_ENDING,
     }
 }
 
@@ -75,7 +60,7 @@ impl EvoformerInputs {
     ///
     /// # Errors
     ///
-    /// [`FeatureError::TooLarge`] if a tensor would be.
+    /// [`FeatureError::TooLarge`] if a tensor would be, [`FeatureError::NoMemory`].
     pub(crate) fn variant(&self, variant: Variant) -> Result<VariantInputs, FeatureError> {
         let (options, features) = (self.options(), self.features());
         let (n_seq, n_res) = (features.n_seq(), features.n_res());
@@ -86,21 +71,24 @@ impl EvoformerInputs {
             (self.pair(), options.pair_channels, n_res, options.pair_heads, features.pair_mask())
         };
         let shape = [1, outer, n_res, heads, options.head_dim];
-        let count = values("attention input", &shape)?;
-        values("pair bias", &[heads, n_res, n_res])?;
-        let first = variant.first_stream();
-        let project = |role| Linear::dense(channels, heads * options.head_dim, options.seed, first + role).apply(input);
-        let mut d_out = vec![0.0; count];
+        let first = first_stream(variant);
+        let project = |tensor, role| {
+            Linear::dense(channels, heads * options.head_dim, options.seed, first + role).apply(tensor, input)
+        };
+        let mut d_out = zeros("d_out", &shape)?;
         fill_normal(&mut d_out, options.seed, first + stream::D_OUT);
         Ok(VariantInputs {
             shape,
-            q: project(stream::Q),
-            k: project(stream::K),
-            v: project(stream::V),
-            gate: project(stream::GATE),
+            q: project("q", stream::Q)?,
+            k: project("k", stream::K)?,
+            v: project("v", stream::V)?,
+            gate: project("gate", stream::GATE)?,
             d_out,
             mask,
-            bias: (variant != Variant::MsaColumn).then(|| self.pair_bias(heads, first + stream::BIAS)),
+            bias: match variant {
+                Variant::MsaColumn => None,
+                _ => Some(self.pair_bias(heads, first + stream::BIAS)?),
+            },
         })
     }
 }
