@@ -144,6 +144,15 @@ fn sizes_that_overflow() {
         (s.batch, s.rows, s.seqlen_q) = (1 << 20, 1 << 20, 1 << 20);
     };
     refuses("product", edit, &q, &words);
+    // The biases alone are too large: of the operands, only they have seqlen_q · seqlen_k elements.
+    for (index, tensor) in ["bias0", "bias1"].into_iter().enumerate() {
+        let long = 1 << 31;
+        let edit = |s: &mut AttentionSpec| {
+            (s.seqlen_q, s.seqlen_k, s.biases) = (long, long, vec![BiasSpec { shape: [1; 5], dtype: DType::F32 }; 2]);
+            s.biases[index].shape = [1, 1, 1, long, long];
+        };
+        refuses(tensor, edit, &ProblemError::Overflow { tensor, quantity: "size in bytes" }, &[tensor, "overflow"]);
+    }
 }
 
 #[test]
@@ -218,18 +227,34 @@ fn layouts() {
     assert_error("span", Layout::new(&[3], &[i64::MAX], 0), &overflow, &["layout"]);
     assert_error("offset", Layout::new(&[2], &[1], i64::MAX), &overflow, &["layout"]);
     assert_error("below", Layout::new(&[3], &[i64::MIN / 2], -10), &overflow, &["layout"]);
-    let zero = ProblemError::ZeroSize { tensor: "layout", dimension: "a dimension" };
-    assert_error("zero", Layout::new(&[2, 0], &[1, 1], 0), &zero, &["0"]);
+    let zero = ProblemError::ZeroSize { tensor: "layout", dimension: "dimension 1" };
+    assert_error("zero", Layout::new(&[2, 0], &[1, 1], 0), &zero, &["dimension 1"]);
     let rank = ProblemError::Rank { tensor: "strides", expected: 2, got: 1 };
     assert_error("rank", Layout::new(&[2, 2], &[1], 0), &rank, &["strides", "2", "1"]);
+}
+
+#[test]
+fn views_of_a_layout() {
     let layout = Layout::contiguous(&[4, 6]).unwrap();
-    assert!(layout.permute(&[0, 0]).is_err() && layout.permute(&[0]).is_err() && layout.permute(&[0, 2]).is_err());
-    assert!(layout.slice(2, 0..1, 1).is_err() && layout.slice(0, 0..5, 1).is_err());
-    assert!(layout.slice(0, 2..2, 1).is_err() && layout.slice(0, 0..4, 0).is_err());
-    assert!(layout.slice(0, 0..4, i64::MIN).is_err() && layout.unsqueeze(3).is_err());
-    let expected = ProblemError::NotBroadcastable { tensor: "expand", dimension: "a dimension", expected: 8, got: 4 };
-    assert_error("expand", layout.expand(&[8, 6]), &expected, &["expand", "8", "4"]);
-    assert!(layout.expand(&[4]).is_err());
+    for order in [vec![0, 0], vec![0], vec![0, 2], vec![0, 1, 2]] {
+        let (expected, got) = ("a permutation of 0..2".into(), order.len());
+        let error = ProblemError::Length { list: "order", expected, got };
+        assert_error("permute", layout.permute(&order), &error, &["order", "0..2"]);
+    }
+    let limit = |what, limit, got| ProblemError::Limit { what, limit, got };
+    assert_error("dimension", layout.slice(2, 0..1, 1), &limit("slice dimension", 1, 2), &["slice dimension"]);
+    assert_error("end", layout.slice(0, 0..5, 1), &limit("slice end", 4, 5), &["slice end", "4", "5"]);
+    let empty = ProblemError::ZeroSize { tensor: "slice", dimension: "range or step" };
+    assert_error("empty range", layout.slice(0, 2..2, 1), &empty, &["slice", "range"]);
+    assert_error("step of 0", layout.slice(0, 0..4, 0), &empty, &["slice", "step"]);
+    let overflow = ProblemError::Overflow { tensor: "layout", quantity: "size or offset" };
+    assert_error("step", layout.slice(0, 0..4, i64::MIN), &overflow, &["overflow"]);
+    assert_error("unsqueeze", layout.unsqueeze(3), &limit("new dimension", 2, 3), &["new dimension", "2", "3"]);
+    let dimension = "dimension 0";
+    let error = ProblemError::NotBroadcastable { tensor: "expand", dimension, expected: 8, got: 4 };
+    assert_error("expand", layout.expand(&[8, 6]), &error, &["expand", "8", "4"]);
+    let rank = ProblemError::Rank { tensor: "expand", expected: 2, got: 1 };
+    assert_error("expand", layout.expand(&[4]), &rank, &["expand", "2", "1"]);
 }
 
 #[test]
@@ -262,10 +287,12 @@ fn strides_out_of_bounds() {
 
 #[test]
 fn allocations_beyond_memory_are_errors() {
-    for elements in [1_usize << 60, 1 << 61, (1 << 62) - 1] {
-        let result = Tensor::zeros(DType::F32, &[elements]);
-        assert!(result.is_err(), "{elements} elements: {result:?}");
+    for elements in [1_usize << 58, 1 << 60, 1 << 61] {
+        let expected = ProblemError::OutOfMemory { tensor: "tensor", bytes: elements * 4 };
+        assert_error("zeros", Tensor::zeros(DType::F32, &[elements]), &expected, &[&(elements * 4).to_string()]);
     }
+    let expected = ProblemError::Overflow { tensor: "tensor", quantity: "size in bytes" };
+    assert_error("overflow", Tensor::zeros(DType::F32, &[1 << 62]), &expected, &["size in bytes"]);
 }
 
 /// Host tensors of every operand of a plan, to be spoilt one at a time.
@@ -634,7 +661,7 @@ fn relayouts_that_do_not_fit() {
     refuses(&floats, zeros(DType::Bool, &[2, 3]), dtype("f32, f16 or bf16", DType::Bool));
     refuses(&ids, zeros(DType::F32, &[2, 3]), dtype("i32", DType::F32));
     refuses(&floats, zeros(DType::F32, &[6]), ProblemError::Rank { tensor, expected: 2, got: 1 });
-    let shape = ProblemError::Shape { tensor, dimension: "a dimension", expected: 3, got: 4 };
+    let shape = ProblemError::Shape { tensor, dimension: "dimension 1", expected: 3, got: 4 };
     refuses(&floats, zeros(DType::F32, &[2, 4]), shape);
 
     let turned = aliased(&floats, Layout::new(&[3, 2], &[1, 3], 0).unwrap());
