@@ -412,24 +412,31 @@ fn key_lengths(dtype: DType) -> Vec<Case> {
     cases
 }
 
-/// Every combination of causal, window, segments, ALiBi and offsets.
+/// Every combination of causal, window, segments and ALiBi, without offsets, with some, and with some that empty rows.
 fn structural(dtype: DType) -> Vec<Case> {
     let on = |bits: u32, bit: u32| bits >> bit & 1 == 1;
-    let case = |bits: u32| {
-        let flags = ["causal", "window", "segments", "alibi", "offsets"];
-        let names: Vec<&str> =
-            flags.into_iter().zip(0..).filter(|&(_, bit)| on(bits, bit)).map(|(name, _)| name).collect();
+    let case = |bits: u32, offsets: (i64, i64), empty_rows: EmptyRows| {
+        let flags = ["causal", "window", "segments", "alibi"];
+        let mut names: Vec<String> =
+            flags.into_iter().zip(0..).filter(|&(_, bit)| on(bits, bit)).map(|(name, _)| name.to_owned()).collect();
+        if offsets != (0, 0) {
+            names.push(format!("offsets{}/{empty_rows:?}", offsets.0).to_lowercase());
+        }
         let mut case = Case::new("structural", names.join("+"), spec(dtype, 1, (70, 75), 2, 8)).with_pair_bias();
+        case.spec.empty_rows = empty_rows;
         let mask = &mut case.spec.mask;
         mask.causal = on(bits, 0);
         mask.window = on(bits, 1).then_some(Window { left: Some(20), right: Some(6) });
         mask.alibi_slopes = on(bits, 3).then(|| vec![0.5, 0.0625]);
-        if on(bits, 4) {
-            (mask.q_offset, mask.k_offset) = (9, -4);
-        }
+        (mask.q_offset, mask.k_offset) = offsets;
         if on(bits, 2) { case.with_segments(SegmentPattern::Blocks(23)) } else { case }
     };
-    let mut cases: Vec<Case> = (1..32).map(case).collect();
+    let mut cases: Vec<Case> = (1..16).map(|bits| case(bits, (0, 0), EmptyRows::Zero)).collect();
+    cases.extend((0..16).map(|bits| case(bits, (9, -4), EmptyRows::Zero)));
+    // Queries before the first key: causal masks and windows leave the first rows empty.
+    for empty_rows in [EmptyRows::Zero, EmptyRows::Uniform] {
+        cases.extend((0..16).map(|bits| case(bits, (-6, 4), empty_rows)));
+    }
     // (name, seqlen_q, seqlen_k, q_offset, k_offset) of causal attention
     let causal = [
         ("square", 129, 129, 0, 0),
@@ -466,12 +473,17 @@ fn windows(dtype: DType) -> Vec<Case> {
     ];
     let mut cases = Vec::new();
     for (left, right) in list {
-        for (causal, q_offset) in [(false, 0), (true, 0), (false, 90)] {
+        // Queries behind the last key and before the first one: rows without keys, at the end and at the start.
+        let (zero, uniform) = (EmptyRows::Zero, EmptyRows::Uniform);
+        let offsets = [(0, zero), (90, zero), (90, uniform), (-30, zero), (-30, uniform)];
+        let plain = offsets.map(|(q_offset, empty_rows)| (false, q_offset, empty_rows));
+        for (causal, q_offset, empty_rows) in plain.into_iter().chain([(true, 0, zero)]) {
             let text = |limit: Option<u64>| limit.map_or("all".to_owned(), |limit| limit.to_string());
-            let name = format!("{}..{}{}/{q_offset}", text(left), text(right), if causal { "/causal" } else { "" });
-            cases.push(Case::new("window", name, spec(dtype, 1, (66, 140), 2, 8)).with(|c| {
+            let causal_text = if causal { "/causal" } else { "" };
+            let name = format!("{}..{}{causal_text}/{q_offset}/{empty_rows:?}", text(left), text(right));
+            cases.push(Case::new("window", name.to_lowercase(), spec(dtype, 1, (66, 140), 2, 8)).with(|c| {
                 c.spec.mask.window = Some(Window { left, right });
-                (c.spec.mask.causal, c.spec.mask.q_offset) = (causal, q_offset);
+                (c.spec.mask.causal, c.spec.mask.q_offset, c.spec.empty_rows) = (causal, q_offset, empty_rows);
             }));
         }
     }
@@ -707,6 +719,21 @@ mod tests {
                 assert!(problem.is_ok(), "{}: {problem:?}", case.title());
                 assert_eq!(case.fill.biases.len(), case.spec.biases.len(), "{}", case.title());
                 assert_eq!(case.places.biases.len(), case.spec.biases.len(), "{}", case.title());
+            }
+        }
+    }
+
+    #[test]
+    fn windows_and_structural_masks_empty_rows_under_both_rules() {
+        let sees_nothing = |s: &AttentionSpec, query| (0..s.seqlen_k).all(|key| !s.mask.keeps(query, key));
+        let empties = |case: &Case| (0..case.spec.seqlen_q).any(|query| sees_nothing(&case.spec, query));
+        for (group, cases) in [("window", windows(DType::F32)), ("structural", structural(DType::F32))] {
+            for empty_rows in [EmptyRows::Zero, EmptyRows::Uniform] {
+                let mut count = 0;
+                for case in cases.iter().filter(|case| case.spec.empty_rows == empty_rows) {
+                    count += usize::from(case.spec.mask.window.is_some() && empties(case));
+                }
+                assert!(count >= 5, "{group}, {empty_rows:?}: {count} cases with rows that a window empties");
             }
         }
     }
