@@ -269,7 +269,9 @@ impl<'a> Plain<'a> {
             }
             if !self.common_logits && row.kept[key] {
                 let products = PRODUCT_ERROR * norms + self.half * norms / root(s.head_dim);
-                row.error[key] = products + 2.0 * EPS * (magnitude + f64::from(logit.abs())) + 4.0 * EPS;
+                // A kernel may start the sum of products with the biases.
+                let biases = EPS * (2.0 + root(s.head_dim)) * magnitude;
+                row.error[key] = products + biases + 2.0 * EPS * f64::from(logit.abs()) + 4.0 * EPS;
             }
         }
         row
@@ -358,7 +360,9 @@ impl<'a> Plain<'a> {
             let dp_error = (PRODUCT_ERROR + gated) * norm(&d_o) * self.single.v_norms[k_row];
             ds.seen[key] = true;
             ds.values[key] = row.p[key] * (dp - delta);
-            ds.own_error[key] = row.p_error[key] * f64::from((dp - delta).abs()) + p * dp_error;
+            // Where a probability may be anything, delta and dp are multiplied by another one than the plain one.
+            let factor_error = f64::from((dp - delta).abs()) + dp_error + delta_error;
+            ds.own_error[key] = row.p_error[key] * factor_error + p * dp_error;
             ds.row_error[key] = p * delta_error + row.common * f64::from(ds.values[key].abs());
         }
         if !constant {
@@ -372,8 +376,9 @@ impl<'a> Plain<'a> {
         let (Some(gate), Some(d_gate)) = (&self.single.gate, &mut self.d_gate) else { return d_out.to_vec() };
         let gate = &gate[span(at.q_row, self.spec.head_dim_v)];
         // d_gate = d_out out (1 - σ(g)), and 1 - σ(g) = σ(-g)
-        let gradient: Vec<f32> = (0..gate.len()).map(|c| d_out[c] * out[c] * sigmoid(-gate[c])).collect();
-        let error = largest(d_out) * (out_error + 2.0 * self.unit * largest(out));
+        let factors: Vec<f32> = d_out.iter().zip(gate).map(|(d, &g)| d * sigmoid(-g)).collect();
+        let gradient: Vec<f32> = factors.iter().zip(out).map(|(factor, o)| factor * o).collect();
+        let error = largest(&factors) * out_error + 2.0 * self.unit * largest(&gradient);
         d_gate.add(at.q_row, 1.0, &gradient, error, 0.0);
         d_out.iter().zip(gate).map(|(&d, &g)| single(round_to(self.spec.dtype, f64::from(d * sigmoid(g))))).collect()
     }

@@ -13,7 +13,15 @@
 //!
 //! Beyond that: NaN exactly where the oracle has it; what nothing contributes to is exactly 0 (lse exactly -inf); where
 //! the tolerance is wide, the direction still has to be right (cosine, at least 0.99 wherever the plain computation has
-//! it).
+//! it), and so has the scale.
+//!
+//! The scale of a result is ⟨result, e⟩ / ⟨e, e⟩, where e is the oracle. In bf16 each element may be 2 % off, but
+//! rounding does so at random, and over a tensor it averages out; a wrong factor does not. What is allowed to the scale
+//! is again 3 times what the plain computation has and what chance gives. An error in a row e_r is in part common to its
+//! channels and proportional to them (the row's normalisation), in part independent in each (products, the rounding of
+//! the result); rows are independent of each other. With f_r the estimated error and a_r that and the rounding of the
+//! result, the scale has a standard deviation of √(Σ |e_r|² ((f_r |e_r| / max e_r)² + a_r²)) / |e|². Where numbers are
+//! equal their errors are, too, and fewer numbers share in the average.
 
 use tilefold_core::DType;
 
@@ -27,6 +35,9 @@ const COSINE_DEFECT: f64 = 0.01;
 
 /// Where the plain computation's own direction is this bad, the direction says nothing.
 const COSINE_NOISE: f64 = 0.2;
+
+/// Systematic errors of f32 arithmetic, such as those of an approximate exponential: they do not average out.
+const SCALE_DEFECT: f64 = 8.0 / 16_777_216.0;
 
 /// The type a result is stored in.
 #[derive(Clone, Copy, Debug)]
@@ -54,15 +65,20 @@ pub fn check(name: &str, got: &[f64], expected: &[f64], plain: &Estimate, stored
         return Err(format!("{name}: {} elements, expected {}", got.len(), expected.len()));
     }
     let mut worst = Worst { ratio: 0.0, index: 0, allowed: 0.0 };
-    let mut allowed_squares = 0.0;
+    let (mut allowed_squares, mut scale_squares) = (0.0, 0.0);
     for (row, start) in (0..expected.len()).step_by(plain.row).enumerate() {
         let range = start..start + plain.row;
         if plain.empty[row] {
             check_empty(name, got, expected, range)?;
             continue;
         }
-        let allowed = allowed(&expected[range.clone()], &plain.values[range.clone()], plain.floor[row], stored);
+        let own = &expected[range.clone()];
+        let (largest, squares, floor) = (largest(own), squares(own), plain.floor[row]);
+        let chance = floor + stored.unit * largest + smallest(stored.dtype);
+        let allowed = FACTOR * (plain_error(own, &plain.values[range.clone()]) + chance);
         allowed_squares += allowed * allowed * f64::from(u32::try_from(plain.row).unwrap_or(u32::MAX));
+        let common = if largest > 0.0 { floor * squares.sqrt() / largest } else { 0.0 };
+        scale_squares += squares * (common * common + chance * chance);
         for index in range {
             worst.see(index, error(got[index], expected[index], allowed, stored.dtype), allowed);
         }
@@ -77,16 +93,24 @@ pub fn check(name: &str, got: &[f64], expected: &[f64], plain: &Estimate, stored
     // A tensor of nothing but rounding errors has no direction.
     if allowed_squares < expected.iter().map(|e| e * e).sum() {
         check_direction(name, got, expected, &plain.values)?;
+        check_scale(name, got, expected, &plain.values, scale_squares.sqrt())?;
     }
     Ok(worst.ratio)
 }
 
-/// What one row may be off by.
-fn allowed(expected: &[f64], plain: &[f64], floor: f64, stored: Stored) -> f64 {
-    let plain_error =
-        expected.iter().zip(plain).map(|(e, p)| (e - p).abs()).filter(|e| e.is_finite()).fold(0.0, f64::max);
-    let largest = expected.iter().map(|e| e.abs()).filter(|e| e.is_finite()).fold(0.0, f64::max);
-    FACTOR * (plain_error + floor + stored.unit * largest + smallest(stored.dtype))
+/// The largest error of the plain computation in a row.
+fn plain_error(expected: &[f64], plain: &[f64]) -> f64 {
+    expected.iter().zip(plain).map(|(e, p)| (e - p).abs()).filter(|e| e.is_finite()).fold(0.0, f64::max)
+}
+
+/// The largest finite magnitude.
+fn largest(values: &[f64]) -> f64 {
+    values.iter().map(|x| x.abs()).filter(|x| x.is_finite()).fold(0.0, f64::max)
+}
+
+/// The sum of the squares of finite elements.
+fn squares(values: &[f64]) -> f64 {
+    values.iter().filter(|x| x.is_finite()).map(|x| x * x).sum()
 }
 
 /// Devices may flush or clamp what is below the smallest normal f32 inside a computation, and other factors, taken to
@@ -163,6 +187,32 @@ fn cosine_defect(a: &[f64], b: &[f64]) -> Option<f64> {
     defect.is_finite().then_some(defect)
 }
 
+/// `spread` is the standard deviation of ⟨got - expected, expected⟩.
+fn check_scale(name: &str, got: &[f64], expected: &[f64], plain: &[f64], spread: f64) -> Result<(), String> {
+    let finite = |index: &usize| [got, expected, plain].iter().all(|values| values[*index].is_finite());
+    let (mut squares, mut error, mut plain_error) = (0.0, 0.0, 0.0);
+    let mut distinct = Vec::new();
+    for index in (0..expected.len()).filter(finite).filter(|&index| expected[index] != 0.0) {
+        let e = expected[index];
+        squares += e * e;
+        error += (got[index] - e) * e;
+        plain_error += (plain[index] - e) * e;
+        #[allow(clippy::cast_possible_truncation, reason = "numbers that are equal in f32 count as equal")]
+        distinct.push((e.abs() as f32).to_bits());
+    }
+    let count = distinct.len();
+    distinct.sort_unstable();
+    distinct.dedup();
+    let number = |count: usize| f64::from(u32::try_from(count).unwrap_or(u32::MAX));
+    let spread = spread * (number(count) / number(distinct.len())).sqrt();
+    let allowed = FACTOR * ((plain_error.abs() + spread) / squares + SCALE_DEFECT);
+    let defect = error / squares;
+    if squares == 0.0 || defect.abs() <= allowed {
+        return Ok(());
+    }
+    Err(format!("{name}: {:.5} times the expected tensor, allowed 1 ± {allowed:.2e}", 1.0 + defect))
+}
+
 /// The element with the largest ratio; a NaN stays.
 struct Worst {
     ratio: f64,
@@ -205,6 +255,20 @@ mod tests {
         plain.empty[0] = true;
         assert!(check("x", &[1e-9, 1.0], &expected, &plain, DType::F32.into()).is_err());
         assert!(check("x", &[0.0], &expected, &plain, DType::F32.into()).is_err());
+    }
+
+    #[test]
+    fn a_common_factor_shows_where_single_elements_hide_it() {
+        let expected: Vec<f64> = (0..2000).map(|i| (f64::from(i) * 0.37).sin()).collect();
+        let plain = estimate(&expected, 8);
+        let times = |factor: f64| -> Vec<f64> { expected.iter().map(|e| e * factor).collect() };
+        let message = check("x", &times(1.01), &expected, &plain, DType::BF16.into()).unwrap_err();
+        assert!(message.starts_with("x: 1.01000 times the expected tensor"), "{message}");
+        assert!(check("x", &times(1.0005), &expected, &plain, DType::BF16.into()).is_ok());
+        // Equal elements have equal errors: half a unit in the last place is no wrong factor.
+        let equal = vec![0.3; 2000];
+        let got = vec![0.3 * (1.0 + 0.8 * DType::BF16.unit_roundoff()); 2000];
+        assert!(check("x", &got, &equal, &estimate(&equal, 8), DType::BF16.into()).is_ok());
     }
 
     #[test]
