@@ -1,5 +1,7 @@
 //! A backend that computes through the oracle, with a bug planted in it: the suite has to find every one.
 
+mod moves;
+
 use std::sync::Arc;
 
 use tilefold_core::attention::reference::{self, ReferenceInputs};
@@ -60,13 +62,27 @@ pub enum Bug {
     GateForgottenInBackward,
     /// Bits depend on the run.
     Nondeterministic,
-    /// Results are 2 % off.
+    /// Every result is 1 % too large.
     Inaccurate,
+    /// k is read as if it lay dense, although it is packed with q and v.
+    PackedReadDense,
+    /// Strides are taken to 32 bits: what lies farther is read where nothing was written.
+    ShortStrides,
+    /// A fill of a view with strides misses the last entry of its innermost axis.
+    FillMissesTail,
+    /// A copy goes along negative strides as if they were positive.
+    RelayoutForwards,
+    /// A cast to bf16 drops bits instead of rounding.
+    RelayoutTruncates,
+    /// A merge weighs the part without its low part of lse.
+    MergeLowIgnored,
+    /// In a merge an empty part is one with a very low lse.
+    MergeEmptyPartCounts,
 }
 
 impl Bug {
     /// Every bug.
-    pub const ALL: [Self; 25] = [
+    pub const ALL: [Self; 32] = [
         Self::CausalOffByOne,
         Self::WindowMirrored,
         Self::OffsetsIgnored,
@@ -92,6 +108,13 @@ impl Bug {
         Self::GateForgottenInBackward,
         Self::Nondeterministic,
         Self::Inaccurate,
+        Self::PackedReadDense,
+        Self::ShortStrides,
+        Self::FillMissesTail,
+        Self::RelayoutForwards,
+        Self::RelayoutTruncates,
+        Self::MergeLowIgnored,
+        Self::MergeEmptyPartCounts,
     ];
 
     fn spec(self, s: &mut AttentionSpec) {
@@ -114,8 +137,17 @@ impl Bug {
         }
     }
 
-    fn inputs(self, s: &AttentionSpec, inputs: &mut ReferenceInputs) {
+    /// `q_strides` are those of the q that was handed over.
+    fn inputs(self, s: &AttentionSpec, q_strides: &[i64], inputs: &mut ReferenceInputs) {
+        let width = s.heads * s.head_dim;
         match self {
+            Self::PackedReadDense if usize::try_from(q_strides[2]).is_ok_and(|stride| stride == 3 * width) => {
+                let positions = inputs.q.chunks(width).zip(inputs.k.chunks(width)).zip(inputs.v.chunks(width));
+                let packed: Vec<f64> = positions.flat_map(|((q, k), v)| [q, k, v].concat()).collect();
+                let count = inputs.k.len();
+                inputs.k.copy_from_slice(&packed[width..width + count]);
+            }
+            Self::ShortStrides if i32::try_from(q_strides[1]).is_err() => inputs.q[s.seqlen_q * width..].fill(0.0),
             Self::KeyMaskInverted => inputs.key_mask.iter_mut().flatten().for_each(|keeps| *keeps = !*keeps),
             Self::SegmentsIgnored => {
                 inputs.q_segments.iter_mut().chain(&mut inputs.k_segments).flatten().for_each(|id| *id = 0);
@@ -136,6 +168,9 @@ fn swap_heads(values: &mut [f64], heads: usize, channels: usize) {
         first.swap_with_slice(&mut rest[..channels]);
     }
 }
+
+/// The factor of results that are off.
+const OFF: f64 = 1.01;
 
 /// Attention through the oracle, everything else through another host backend.
 #[derive(Debug)]
@@ -179,7 +214,7 @@ impl Planted {
             lse.iter_mut().for_each(|lse| *lse /= std::f64::consts::LN_2);
         }
         if self.has(Bug::Inaccurate) {
-            out.iter_mut().for_each(|out| *out *= 1.02);
+            out.iter_mut().for_each(|out| *out *= OFF);
         }
         if self.has(Bug::EmptyRowsNan) {
             for (at, row) in out.chunks_mut(s.head_dim_v).enumerate() {
@@ -217,7 +252,9 @@ impl Planted {
             pairs.for_each(|(d_gate, &gate)| *d_gate /= 1.0 - sigmoid(gate) + 1e-9);
         }
         if self.has(Bug::Inaccurate) {
-            gradients.dq.iter_mut().for_each(|dq| *dq *= 1.02);
+            let named = [&mut gradients.dq, &mut gradients.dk, &mut gradients.dv];
+            let all = named.into_iter().chain(&mut gradients.d_gate).chain(&mut gradients.dbiases);
+            all.flatten().for_each(|gradient| *gradient *= OFF);
         }
     }
 }
@@ -291,11 +328,11 @@ impl Backend for Planted {
     }
 
     fn fill(&self, stream: &Stream, destination: TensorViewMut<'_>, value: f64) -> DeviceResult<()> {
-        self.inner.fill(stream, destination, value)
+        moves::fill(&*self.inner, self.bug, stream, destination, value)
     }
 
     fn relayout(&self, stream: &Stream, args: RelayoutArgs<'_>) -> DeviceResult<()> {
-        self.inner.relayout(stream, args)
+        moves::relayout(&*self.inner, self.bug, stream, args)
     }
 
     fn record(&self, stream: &Stream) -> DeviceResult<Event> {
@@ -330,7 +367,7 @@ impl Backend for Planted {
         );
         let mut inputs = inputs.map_err(failed)?;
         if let Some(bug) = self.bug {
-            bug.inputs(problem.spec(), &mut inputs);
+            bug.inputs(problem.spec(), o.q.layout().strides(), &mut inputs);
         }
         let mut results = reference::forward(&problem, &inputs);
         self.forward_bugs(problem.spec(), &mut results.out, &mut results.lse);
@@ -361,7 +398,7 @@ impl Backend for Planted {
         let mut d_out = o.d_out.to_f64().map_err(failed)?;
         let s = problem.spec();
         if let Some(bug) = self.bug {
-            bug.inputs(s, &mut inputs);
+            bug.inputs(s, o.q.layout().strides(), &mut inputs);
         }
         let row = s.seqlen_q * s.heads * s.head_dim_v;
         if self.has(Bug::BiasGradientMissesRow) && s.rows > 1 {
@@ -395,7 +432,7 @@ impl Backend for Planted {
     }
 
     fn merge(&self, stream: &Stream, args: MergeArgs<'_>) -> DeviceResult<()> {
-        self.inner.merge(stream, args)
+        moves::merge(&*self.inner, self.bug, stream, args)
     }
 }
 
