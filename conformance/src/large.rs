@@ -138,10 +138,10 @@ fn far_strides(device: &dyn Backend, dtype: DType) -> Result<Outcome, String> {
     let mut launch = launch(device)?;
     // q, k and v; bias; d_out; out; gradients; dbias; lse and lse_low.
     let bytes = u64::try_from(FAR[1]).unwrap_or(0) * u64::try_from(6 * dtype.size_bytes() + 2 * 4).unwrap_or(0);
-    let available = available_bytes(device)?;
+    let [_, available] = memory_bytes(device)?;
     if available < bytes && !launch.maps_lazily()? {
         let reason =
-            format!("needs {bytes} bytes of address space, {available} are free, and allocation touches memory");
+            format!("needs {bytes} bytes of address space, {available} are available, and allocation touches memory");
         return Ok(Outcome::Skipped { reason });
     }
     let mut result = check_far(&launch, &case);
@@ -152,14 +152,22 @@ fn far_strides(device: &dyn Backend, dtype: DType) -> Result<Outcome, String> {
     outcome(result)
 }
 
-/// Memory that is free now; all of it on devices that cannot tell.
-fn available_bytes(device: &dyn Backend) -> Result<u64, String> {
-    if !device.info().id.is_host() {
-        return Ok(device.info().memory_bytes);
+/// Memory in all, and what is free of it now: to this process, where a container allows it less. All of it on devices
+/// that cannot tell.
+fn memory_bytes(device: &dyn Backend) -> Result<[u64; 2], String> {
+    let info = device.info();
+    if !info.id.is_host() {
+        return Ok([info.memory_bytes; 2]);
     }
     let mut system = sysinfo::System::new().map_err(|e| e.to_string())?;
     system.refresh_memory();
-    Ok(system.available_memory())
+    let mut bytes = [system.total_memory(), system.available_memory()];
+    if let Some(limits) = system.cgroup_limits() {
+        // Pages of files that a container holds can be taken back.
+        let allowed = [limits.total_memory, limits.total_memory.saturating_sub(limits.rss)];
+        bytes = [bytes[0].min(allowed[0]), bytes[1].min(allowed[1])];
+    }
+    Ok(bytes)
 }
 
 /// Resident pages of this process; `None` where the system does not say.
@@ -198,11 +206,11 @@ fn check_far(launch: &Launch<'_>, case: &Case) -> Result<f64, Obstacle> {
 
 /// q and dq of more than 2^31 elements each. All rows but the last are alike; k, v and d_out are shared.
 fn many_elements(device: &dyn Backend, dtype: DType) -> Result<Outcome, String> {
-    let (info, available) = (device.info(), available_bytes(device)?);
+    let [total, available] = memory_bytes(device)?;
     if available < REAL_BYTES {
-        let reason = format!("needs {REAL_BYTES} bytes of memory, {available} are free");
+        let reason = format!("needs {REAL_BYTES} bytes of memory, {available} are available");
         let in_ci = std::env::var("CI").is_ok_and(|value| value == "true");
-        let must = in_ci && info.id.is_host() && info.memory_bytes >= CI_BYTES;
+        let must = in_ci && device.info().id.is_host() && total >= CI_BYTES;
         return if must { Err(reason) } else { Ok(Outcome::Skipped { reason }) };
     }
     let mut spec = AttentionSpec::new(dtype, 1, 2, 64, 8, 64);

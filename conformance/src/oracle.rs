@@ -142,9 +142,45 @@ fn all(checks: Vec<Result<f64, String>>) -> Result<f64, String> {
 /// Case, seed, tensor, index, expected and got; or what the device reports.
 pub fn check_case(device: &dyn Backend, case: &Case) -> Result<f64, String> {
     let check = || {
+        reserve(case)?;
         let inputs = Inputs::draw(case);
         let results = exchange::run(device, case, &inputs)?;
         Expected::of(case, &inputs)?.check(case, &results)
     };
     check().map_err(|message| format!("{}, seed {:#x}: {message}", case.title(), case.seed))
+}
+
+/// Numbers of 8 bytes that the suite holds for one element of an operand and of its gradient: values, bytes on both
+/// sides, oracle, plain computation, results.
+const NUMBERS_PER_ELEMENT: usize = 12;
+
+/// Tries whether the memory that inputs, oracle and results of a case take can be had, all at once: what fails here is
+/// this trial, while an allocation that fails in the middle of one ends the process and loses every other's result.
+fn reserve(case: &Case) -> Result<(), String> {
+    let s = &case.spec;
+    let width = s.head_dim + s.head_dim_v;
+    let product = |sizes: [usize; 5]| sizes.into_iter().try_fold(1, usize::checked_mul);
+    let operands = [[s.seqlen_q, s.heads], [s.seqlen_k, s.kv_heads]];
+    let operands = operands.map(|[seqlen, heads]| product([s.batch, s.rows, seqlen, heads, width])).into_iter();
+    let biases = s.biases.iter().map(|bias| product(bias.shape));
+    let elements = operands.chain(biases).try_fold(0_usize, |sum, size| sum.checked_add(size?));
+    let numbers = elements.and_then(|elements| elements.checked_mul(NUMBERS_PER_ELEMENT));
+    let numbers = numbers.ok_or("the sizes of inputs and results overflow")?;
+    let reserved = Vec::<f64>::new().try_reserve_exact(numbers);
+    reserved.map_err(|_| format!("no memory for {numbers} numbers of 8 bytes: inputs, oracle and results"))
+}
+
+#[cfg(test)]
+mod tests {
+    use tilefold::CpuBackend;
+    use tilefold_core::AttentionSpec;
+
+    use super::*;
+
+    #[test]
+    fn memory_that_cannot_be_had_fails_one_trial() {
+        let spec = AttentionSpec::new(DType::F32, 1 << 20, 1, 1 << 20, 1, 16).with_all_gradients();
+        let message = check_case(&CpuBackend::new().unwrap(), &Case::new("outer", "too_much", spec)).unwrap_err();
+        assert!(message.contains("no memory for") && message.contains("outer/too_much"), "{message}");
+    }
 }
