@@ -1,164 +1,130 @@
 //! Random valid problems against the oracle: what the table of cases did not think of.
 //!
 //! `TILEFOLD_SEED=7` chooses another sequence of problems; a failure prints the seed and the smallest problem found.
+//! Problems run on every instruction set of the CPU in turn, or on what `TILEFOLD_DEVICE` and `TILEFOLD_CPU_ARCH` name.
 
-#![allow(clippy::unwrap_used, reason = "a panic in a test is a failed test")]
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a panic in a test is a failed test")]
 
+mod draw;
+
+use std::cell::Cell;
 use std::time::{Duration, Instant};
 
 use proptest::prelude::*;
+use proptest::strategy::ValueTree;
 use proptest::test_runner::{Config, RngAlgorithm, TestError, TestRng, TestRunner};
-use tilefold::Device;
-use tilefold_conformance::case::{Case, DTYPES, MaskPattern, Place, Places, SegmentPattern, Values};
+use tilefold::{Arch, CpuBackend, Device};
+use tilefold_conformance::case::{Case, Place, Poison};
 use tilefold_conformance::oracle::check_case;
-use tilefold_core::{AttentionSpec, BiasSpec, DType, EmptyRows, Window};
+use tilefold_core::{AttentionProblem, EmptyRows};
 
-/// Time after which no further problem is drawn.
-const BUDGET: Duration = Duration::from_secs(20);
+/// Problems that are tried however long they take.
+const MINIMUM: u32 = 100;
 
-/// What a random problem is made of; everything shrinks towards small and plain.
-#[derive(Clone, Debug)]
-struct Draw {
-    dtype: usize,
-    outer: (usize, usize),
-    lengths: (usize, usize),
-    heads: (usize, usize),
-    dims: (usize, usize),
-    biases: Vec<(u32, bool, u8)>,
-    features: u32,
-    gradients: u32,
-    window: (Option<u64>, Option<u64>),
-    offsets: (i64, i64),
-    kv_lengths: Vec<usize>,
-    places: [usize; 6],
-    seed: u64,
+/// Problems that are tried where they take no longer than [`BUDGET`].
+const MAXIMUM: u32 = 4000;
+
+/// Time after which no further problem is tried, once there were enough.
+const BUDGET: Duration = Duration::from_secs(100);
+
+/// The environment variable that chooses the sequence of problems.
+const SEED_VARIABLE: &str = "TILEFOLD_SEED";
+
+/// 0 without the variable.
+fn seed(setting: Option<&str>) -> Result<u64, String> {
+    let parse = |text: &str| text.parse().map_err(|_| format!("{SEED_VARIABLE}: expected a number, got `{text}`"));
+    setting.map_or(Ok(0), parse)
 }
 
-fn draw() -> impl Strategy<Value = Draw> {
-    let sizes = (0..3_usize, (1..=2_usize, 1..=4_usize), (1..=90_usize, 1..=150_usize), (1..=3_usize, 1..=3_usize));
-    let dims = (1..=40_usize, 1..=40_usize);
-    let biases = prop::collection::vec((0..32_u32, any::<bool>(), 0..4_u8), 0..=4);
-    let window = (prop::option::of(0..60_u64), prop::option::of(0..60_u64));
-    let offsets = (-40..40_i64, -40..40_i64);
-    let lengths = prop::collection::vec(0..=150_usize, 8);
-    let rest = (any::<u32>(), any::<u32>(), window, offsets, lengths, prop::array::uniform6(0..6_usize), any::<u64>());
-    (sizes, dims, biases, rest).prop_map(|((dtype, outer, seqlens, heads), dims, biases, rest)| {
-        let (features, gradients, window, offsets, kv_lengths, places, seed) = rest;
-        Draw {
-            dtype,
-            outer,
-            lengths: seqlens,
-            heads,
-            dims,
-            biases,
-            features,
-            gradients,
-            window,
-            offsets,
-            kv_lengths,
-            places,
-            seed,
-        }
-    })
+fn runner(seed: u64) -> TestRunner {
+    let mut bytes = [0_u8; 32];
+    bytes[..8].copy_from_slice(&seed.to_le_bytes());
+    let config = Config { cases: MAXIMUM, max_shrink_time: 30_000, failure_persistence: None, ..Config::default() };
+    TestRunner::new_with_rng(config, TestRng::from_seed(RngAlgorithm::ChaCha, &bytes))
 }
 
-impl Draw {
-    fn has(&self, feature: u32) -> bool {
-        // One feature in three, so that plain problems occur too.
-        self.features >> (2 * feature) & 3 == 3
+/// The best device; the CPU once for each instruction set, the fastest first, unless one is asked for.
+fn devices() -> Vec<Device> {
+    let best = Device::best().unwrap();
+    if !matches!(best, Device::Cpu(_)) || std::env::var_os("TILEFOLD_CPU_ARCH").is_some() {
+        return vec![best];
     }
-
-    fn case(&self) -> Case {
-        let mut spec = AttentionSpec::new(DTYPES[self.dtype], self.outer.0, self.outer.1, 1, 1, self.dims.0);
-        (spec.seqlen_q, spec.seqlen_k) = self.lengths;
-        (spec.heads, spec.kv_heads) = (self.heads.0 * self.heads.1, self.heads.0);
-        spec.head_dim_v = if self.has(0) { self.dims.1 } else { self.dims.0 };
-        self.mask(&mut spec);
-        (spec.gate, spec.key_mask, spec.segments) = (self.has(1), self.has(2), self.has(3));
-        spec.empty_rows = if self.features >> 31 == 1 { EmptyRows::Uniform } else { EmptyRows::Zero };
-        let full = [spec.batch, spec.rows, spec.heads, spec.seqlen_q, spec.seqlen_k];
-        for &(axes, single, _) in &self.biases {
-            let shape = std::array::from_fn(|axis| if axes >> axis & 1 == 1 { full[axis] } else { 1 });
-            spec.biases.push(BiasSpec { shape, dtype: if single { DType::F32 } else { spec.dtype } });
-        }
-        let asked = |bit: u32| self.gradients >> bit & 1 == 1;
-        (spec.gradients.q, spec.gradients.k, spec.gradients.v) = (asked(0), asked(1), asked(2));
-        spec.gradients.gate = spec.gate && asked(3);
-        spec.gradients.biases = [0, 1, 2, 3].map(|i| i < spec.biases.len() && asked(4 + u32::try_from(i).unwrap()));
-        let mut case = Case::new("random", format!("{self:?}"), spec);
-        case.seed = self.seed;
-        self.fill(&mut case);
-        case
-    }
-
-    fn mask(&self, spec: &mut AttentionSpec) {
-        spec.mask.causal = self.has(4);
-        spec.mask.window = self.has(5).then_some(Window { left: self.window.0, right: self.window.1 });
-        spec.mask.alibi_slopes =
-            self.has(6).then(|| (0_u8..).take(spec.heads).map(|h| 0.5 / f32::from(h + 1)).collect());
-        if self.has(7) {
-            (spec.mask.q_offset, spec.mask.k_offset) = self.offsets;
-        }
-        let lengths = self.kv_lengths.iter().map(|&length| i64::try_from(length.min(spec.seqlen_k)).unwrap());
-        spec.kv_lengths = self.has(8).then(|| lengths.take(spec.batch * spec.rows).collect());
-    }
-
-    fn fill(&self, case: &mut Case) {
-        let inf = f64::NEG_INFINITY;
-        let fills = [
-            Values::Normal(1.0),
-            Values::Masking { value: inf, share: 0.3 },
-            Values::Masking { value: -1e4, share: 0.3 },
-            Values::Leading { value: inf, count: 40 },
-        ];
-        case.fill.biases = self.biases.iter().map(|&(_, _, fill)| fills[usize::from(fill)]).collect();
-        case.fill.key_mask = MaskPattern::Random(0.6);
-        case.fill.key_mask_axes = [true, self.features & 1 == 1, true];
-        case.fill.segments = SegmentPattern::Blocks(17);
-        let place = |i: usize| -> Place {
-            let ordered = |order: [usize; 5]| Place { order: order.to_vec(), ..Place::default() };
-            match self.places[i] {
-                1 => ordered([0, 1, 3, 2, 4]),
-                2 => ordered([0, 2, 1, 3, 4]),
-                3 => Place { gap: 3, skip: 1, ..Place::default() },
-                4 => Place { reversed: vec![2, 3], ..ordered([4, 1, 0, 3, 2]) },
-                5 => Place { gap: 1, reversed: vec![4], ..Place::default() },
-                _ => Place::default(),
-            }
-        };
-        case.places = Places {
-            q: place(0),
-            k: place(1),
-            v: place(1),
-            gate: place(2),
-            out: place(3),
-            d_out: place(4),
-            biases: vec![place(5); self.biases.len()],
-            gradients: place(2),
-            ..Places::default()
-        };
-    }
+    let with_arch = |arch| Device::Cpu(CpuBackend::with_arch(arch).unwrap());
+    Arch::available().into_iter().rev().map(with_arch).collect()
 }
 
 #[test]
 fn random_problems() {
-    let seed: u64 = std::env::var("TILEFOLD_SEED").ok().and_then(|seed| seed.parse().ok()).unwrap_or(0);
-    let mut bytes = [0_u8; 32];
-    bytes[..8].copy_from_slice(&seed.to_le_bytes());
-    let config = Config { cases: 10_000, max_shrink_time: 30_000, failure_persistence: None, ..Config::default() };
-    let mut runner = TestRunner::new_with_rng(config, TestRng::from_seed(RngAlgorithm::ChaCha, &bytes));
-    let device = Device::best().unwrap();
-    let (start, mut count) = (Instant::now(), std::cell::Cell::new(0_u32));
-    let result = runner.run(&draw(), |draw| {
-        if start.elapsed() > BUDGET {
+    let setting = std::env::var_os(SEED_VARIABLE).map(|value| value.to_string_lossy().into_owned());
+    let seed = seed(setting.as_deref()).unwrap();
+    let devices = devices();
+    let (start, count) = (Instant::now(), Cell::new(0_u32));
+    let result = runner(seed).run(&draw::draw(), |draw| {
+        if start.elapsed() > BUDGET && count.get() >= MINIMUM {
             return Ok(());
         }
         count.set(count.get() + 1);
-        check_case(&device, &draw.case()).map(drop).map_err(TestCaseError::fail)
+        let device = &devices[draw.device % devices.len()];
+        check_case(device, &draw.case()).map(drop).map_err(TestCaseError::fail)
     });
-    println!("{} problems, TILEFOLD_SEED={seed}", count.get_mut());
+    println!("{} problems in {:.1?}, {SEED_VARIABLE}={seed}", count.get(), start.elapsed());
     match result {
-        Err(TestError::Fail(why, draw)) => panic!("TILEFOLD_SEED={seed}: {why}\n{draw:#?}"),
+        Err(TestError::Fail(why, draw)) => panic!("{SEED_VARIABLE}={seed}: {why}\n{draw:#?}\n{:#?}", draw.case()),
         other => other.unwrap(),
     }
+    assert!(count.get() >= MINIMUM, "only {} problems were tried", count.get());
+}
+
+#[test]
+fn a_seed_is_a_number() {
+    assert_eq!((seed(None), seed(Some("7"))), (Ok(0), Ok(7)));
+    for bad in ["", "seven", "-1", "0x7", "99999999999999999999"] {
+        assert!(seed(Some(bad)).unwrap_err().contains(&format!("TILEFOLD_SEED: expected a number, got `{bad}`")));
+    }
+}
+
+/// What a problem has, by name.
+fn features(case: &Case) -> Vec<(&'static str, bool)> {
+    let (s, fill, places) = (&case.spec, &case.fill, &case.places);
+    let repeats = |repeated: &[usize]| !repeated.is_empty();
+    let lengths = s.kv_lengths.as_ref().map(Vec::len);
+    vec![
+        ("plain", s.biases.is_empty() && !s.gate && !s.key_mask && s.mask.window.is_none() && !s.mask.causal),
+        ("scale", s.softmax_scale.is_some()),
+        ("scale of 0", s.softmax_scale == Some(0.0)),
+        ("negative scale", s.softmax_scale.is_some_and(|scale| scale < 0.0)),
+        ("magnitude", [fill.q, fill.v, fill.d_out].iter().any(|&values| values != fill.gate)),
+        ("wide heads", s.head_dim > 200),
+        ("grouped queries", s.kv_heads > 1 && s.heads > s.kv_heads),
+        ("repeated q", repeats(&places.q.repeated)),
+        ("repeated d_out", repeats(&places.d_out.repeated)),
+        ("repeated mask", s.key_mask && repeats(&places.masks.repeated)),
+        ("strided lse", places.lse != Place::default()),
+        ("strided mask", s.key_mask && places.masks.skip > 0),
+        ("f32 gradient of a bias", places.f32_dbiases && !s.biases.is_empty()),
+        ("segments of size 1", s.segments && fill.segment_axes.contains(&false)),
+        ("NaN in keys", case.poison == Poison::ExcludedKeys),
+        ("NaN in a bias", case.poison == Poison::BiasOfExcludedKeys),
+        ("one length", lengths == Some(1) && s.batch * s.rows > 1),
+        ("lengths of batches", lengths == Some(s.batch) && s.rows > 1 && s.batch > 1),
+        ("lengths of rows", lengths == Some(s.batch * s.rows) && s.rows > 1),
+        ("mean of empty rows", s.empty_rows == EmptyRows::Uniform && s.mask.window.is_some()),
+    ]
+}
+
+/// The draw is only as wide as what it really gives.
+#[test]
+fn random_problems_are_valid_and_have_every_feature() {
+    let (mut runner, strategy) = (runner(0), draw::draw());
+    let mut counts: Vec<(&str, u32)> = Vec::new();
+    for _ in 0..300 {
+        let case = strategy.new_tree(&mut runner).unwrap().current().case();
+        let problem = AttentionProblem::new(case.spec.clone());
+        assert!(problem.is_ok(), "{problem:?}");
+        counts.resize(features(&case).len(), ("", 0));
+        for (count, (name, has)) in counts.iter_mut().zip(features(&case)) {
+            *count = (name, count.1 + u32::from(has));
+        }
+    }
+    assert!(counts.iter().all(|&(_, count)| count > 0), "{counts:?}");
 }
