@@ -22,10 +22,10 @@ use tilefold_core::{AttentionProblem, EmptyRows};
 const MINIMUM: u32 = 100;
 
 /// Problems that are tried where they take no longer than [`BUDGET`].
-const MAXIMUM: u32 = 4000;
+const MAXIMUM: u32 = 600;
 
 /// Time after which no further problem is tried, once there were enough.
-const BUDGET: Duration = Duration::from_secs(100);
+const BUDGET: Duration = Duration::from_secs(20);
 
 /// The environment variable that chooses the sequence of problems.
 const SEED_VARIABLE: &str = "TILEFOLD_SEED";
