@@ -36,24 +36,24 @@ impl Float for f32 {
     }
     #[inline(always)]
     fn widen(from: &[Self], to: &mut [f32]) {
-        copy_short(from, to);
+        convert_short(from, to, |value| value);
     }
     #[inline(always)]
     fn narrow(from: &[f32], to: &mut [Self]) {
-        copy_short(from, to);
+        convert_short(from, to, |value| value);
     }
 }
 
-/// Copies a row of a few vectors, for which a call of memcpy would cost more than the copy.
+/// Converts a row of a few vectors: a call of memcpy, or a loop made for many, would cost more than the work.
 #[inline(always)]
-fn copy_short(from: &[f32], to: &mut [f32]) {
+fn convert_short<A: Copy, B>(from: &[A], to: &mut [B], convert: impl Fn(A) -> B) {
     let (from_vectors, from_rest) = from.as_chunks::<8>();
     let (to_vectors, to_rest) = to.as_chunks_mut::<8>();
     for (to, from) in to_vectors.iter_mut().zip(from_vectors) {
-        *to = *from;
+        *to = from.map(&convert);
     }
     for (to, from) in to_rest.iter_mut().zip(from_rest) {
-        *to = *from;
+        *to = convert(*from);
     }
 }
 
@@ -74,11 +74,11 @@ impl Float for bf16 {
     }
     #[inline(always)]
     fn widen(from: &[Self], to: &mut [f32]) {
-        from.iter().zip(to).for_each(|(&from, to)| *to = Float::to_f32(from));
+        convert_short(from, to, Float::to_f32);
     }
     #[inline(always)]
     fn narrow(from: &[f32], to: &mut [Self]) {
-        from.iter().zip(to).for_each(|(&from, to)| *to = Float::from_f32(from));
+        convert_short(from, to, Float::from_f32);
     }
 }
 
