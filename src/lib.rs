@@ -9,7 +9,7 @@ pub mod ndarray;
 pub mod safetensors;
 
 pub use half;
-pub use tilefold_backend_cpu::{Arch, CpuBackend};
+pub use tilefold_backend_cpu::{Arch, CpuBackend, HostMemory, host_memory};
 pub use tilefold_core::attention::reference;
 pub use tilefold_core::{
     AttentionPlan, AttentionProblem, AttentionSpec, Backend, BackwardArgs, BackwardOperands, BiasSpec, DType,

@@ -43,7 +43,7 @@ impl CpuBackend {
             name,
             vendor,
             arch: arch.name().to_owned(),
-            memory_bytes: memory::total_bytes(),
+            memory_bytes: memory::host_memory().total_bytes,
             parallelism: rayon::current_num_threads(),
             lanes: arch.lanes(),
             dtypes: vec![DType::F32, DType::F16, DType::BF16],

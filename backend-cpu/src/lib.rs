@@ -17,3 +17,4 @@ mod relayout;
 
 pub use arch::Arch;
 pub use device::CpuBackend;
+pub use memory::{HostMemory, host_memory};

@@ -96,18 +96,31 @@ pub(crate) fn storage(bytes: usize) -> DeviceResult<Storage> {
 }
 
 fn out_of_memory(bytes: usize) -> DeviceError {
-    let free = with_system(|system| {
-        system.refresh_memory();
-        system.available_memory()
-    });
+    let free = host_memory().available_bytes;
     DeviceError::OutOfMemory { asked: u64::try_from(bytes).unwrap_or(u64::MAX), free }
 }
 
-/// Bytes of memory of the machine, 0 when it cannot be told.
-pub(crate) fn total_bytes() -> u64 {
+/// Memory that this process may use.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct HostMemory {
+    /// Of the machine, or as much as its container allows; 0 when the system does not tell.
+    pub total_bytes: u64,
+    /// Of that, what can still be had without swapping; 0 when the system does not tell.
+    pub available_bytes: u64,
+}
+
+/// Asks the system for the host's memory, now.
+#[must_use]
+pub fn host_memory() -> HostMemory {
     with_system(|system| {
         system.refresh_memory();
-        system.total_memory()
+        let (total, available) = (system.total_memory(), system.available_memory());
+        let Some(container) = system.cgroup_limits() else {
+            return HostMemory { total_bytes: total, available_bytes: available };
+        };
+        // Pages of files that a container holds can be taken back.
+        let free = container.total_memory.saturating_sub(container.rss);
+        HostMemory { total_bytes: total.min(container.total_memory), available_bytes: available.min(free) }
     })
 }
 
@@ -135,6 +148,13 @@ mod tests {
             let error = Block::zeroed(bytes).unwrap_err();
             assert!(matches!(error, DeviceError::OutOfMemory { asked, .. } if asked > 1 << 40), "{error}");
         }
+    }
+
+    #[test]
+    fn available_memory_is_a_part_of_the_whole() {
+        let memory = host_memory();
+        assert!(memory.available_bytes <= memory.total_bytes, "{memory:?}");
+        assert!(memory.available_bytes > 0 || cfg!(not(target_os = "linux")), "{memory:?}");
     }
 
     #[test]

@@ -138,7 +138,7 @@ fn far_strides(device: &dyn Backend, dtype: DType) -> Result<Outcome, String> {
     let mut launch = launch(device)?;
     // q, k and v; bias; d_out; out; gradients; dbias; lse and lse_low.
     let bytes = u64::try_from(FAR[1]).unwrap_or(0) * u64::try_from(6 * dtype.size_bytes() + 2 * 4).unwrap_or(0);
-    let [_, available] = memory_bytes(device)?;
+    let [_, available] = memory_bytes(device);
     if available < bytes && !launch.maps_lazily()? {
         let reason =
             format!("needs {bytes} bytes of address space, {available} are available, and allocation touches memory");
@@ -154,20 +154,13 @@ fn far_strides(device: &dyn Backend, dtype: DType) -> Result<Outcome, String> {
 
 /// Memory in all, and what is free of it now: to this process, where a container allows it less. All of it on devices
 /// that cannot tell.
-fn memory_bytes(device: &dyn Backend) -> Result<[u64; 2], String> {
+fn memory_bytes(device: &dyn Backend) -> [u64; 2] {
     let info = device.info();
     if !info.id.is_host() {
-        return Ok([info.memory_bytes; 2]);
+        return [info.memory_bytes; 2];
     }
-    let mut system = sysinfo::System::new().map_err(|e| e.to_string())?;
-    system.refresh_memory();
-    let mut bytes = [system.total_memory(), system.available_memory()];
-    if let Some(limits) = system.cgroup_limits() {
-        // Pages of files that a container holds can be taken back.
-        let allowed = [limits.total_memory, limits.total_memory.saturating_sub(limits.rss)];
-        bytes = [bytes[0].min(allowed[0]), bytes[1].min(allowed[1])];
-    }
-    Ok(bytes)
+    let memory = tilefold::host_memory();
+    [memory.total_bytes, memory.available_bytes]
 }
 
 /// Resident pages of this process; `None` where the system does not say.
@@ -206,7 +199,7 @@ fn check_far(launch: &Launch<'_>, case: &Case) -> Result<f64, Obstacle> {
 
 /// q and dq of more than 2^31 elements each. All rows but the last are alike; k, v and d_out are shared.
 fn many_elements(device: &dyn Backend, dtype: DType) -> Result<Outcome, String> {
-    let [total, available] = memory_bytes(device)?;
+    let [total, available] = memory_bytes(device);
     if available < REAL_BYTES {
         let reason = format!("needs {REAL_BYTES} bytes of memory, {available} are available");
         let in_ci = std::env::var("CI").is_ok_and(|value| value == "true");
