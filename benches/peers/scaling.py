@@ -75,16 +75,16 @@ def main() -> int:
     rows = []
     print(f"{'':<15}{'exponent':>9}{'workspace, 2048 over 1024':>27}{'2 threads':>11}{'the machine':>13}")
     for key in together:
-        times = [(math.log(length), math.log(by_length[length][key]["min_ms"])) for length in LENGTHS]
+        times = [(math.log(length), math.log(by_length[length][key]["median_ms"])) for length in LENGTHS]
         workspaces = {length: by_length[length][key]["workspace_bytes"] for length in LENGTHS}
-        single = alone[key]["min_ms"]
+        single = alone[key]["median_ms"]
         row = {
             "dtype": key[0], "pass": key[1], "rows": ROWS, "heads": HEADS, "head_dim": HEAD_DIM,
-            "min_ms": {length: by_length[length][key]["min_ms"] for length in LENGTHS},
+            "median_ms": {length: by_length[length][key]["median_ms"] for length in LENGTHS},
             "exponent": slope(times), "workspace_bytes": workspaces,
             "peak_bytes": {length: by_length[length][key]["peak_bytes"] for length in LENGTHS},
-            "two_threads_over_one": single / together[key]["min_ms"],
-            "two_processes_over_one": sum(single / entries[key]["min_ms"] for entries in beside_entries),
+            "two_threads_over_one": single / together[key]["median_ms"],
+            "two_processes_over_one": sum(single / entries[key]["median_ms"] for entries in beside_entries),
         }
         rows.append(row)
         growth = workspaces[2048] / workspaces[1024]
