@@ -14,7 +14,6 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Result;
 use indicatif::ProgressBar;
-use std::time::Duration;
 use tilefold::Backend;
 
 use crate::global::Global;
@@ -62,8 +61,8 @@ pub(crate) fn run(args: &Args, global: &Global) -> Result<Outcome> {
     if !args.json {
         say(&report.head())?;
     }
+    // Without a thread that keeps it turning: starting one panics where the system refuses it.
     let progress = ProgressBar::new_spinner();
-    progress.enable_steady_tick(Duration::from_millis(100));
     report.cases = block::run(&device, &alignment, &progress)?;
     if !args.no_paper_size {
         paper::run(&device, &alignment, &progress, &mut report)?;

@@ -79,8 +79,14 @@ fn threads_that_are_no_number_or_cannot_start_are_an_error() {
     assert_eq!(output.status.code(), Some(1));
     assert!(text(&output.stderr).contains("RAYON_NUM_THREADS=abc: expected a number"), "{}", text(&output.stderr));
     if cfg!(target_os = "linux") {
-        let limited = format!("ulimit -v 200000; exec {program} bench small");
-        let output = Command::new("sh").args(["-c", &limited]).env("RAYON_NUM_THREADS", "200").output().unwrap();
+        // A stack of 64 GiB cannot be mapped in 4 GiB, so the first thread fails and all else has room: many small stacks
+        // would leave none for whichever allocation comes next, which ends the program.
+        let output = Command::new("sh")
+            .args(["-c", &format!("ulimit -v 4000000; exec {program} bench small")])
+            .env("RAYON_NUM_THREADS", "200")
+            .env("RUST_MIN_STACK", (1_u64 << 36).to_string())
+            .output()
+            .unwrap();
         let message = text(&output.stderr);
         assert_eq!(output.status.code(), Some(1), "{message}");
         assert!(message.starts_with("error: cannot start the worker threads (200)"), "{message}");
