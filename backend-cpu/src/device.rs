@@ -19,7 +19,7 @@ pub struct CpuBackend {
     info: DeviceInfo,
     arch: Arch,
     pool: Option<Arc<rayon::ThreadPool>>,
-    cache: Arc<attention::BlockCache>,
+    caches: Arc<attention::Caches>,
 }
 
 impl CpuBackend {
@@ -48,7 +48,7 @@ impl CpuBackend {
             lanes: arch.lanes(),
             dtypes: vec![DType::F32, DType::F16, DType::BF16],
         };
-        Ok(Self { info, arch, pool: None, cache: Arc::default() })
+        Ok(Self { info, arch, pool: None, caches: Arc::default() })
     }
 
     /// The same device with `threads` workers of its own.
@@ -133,12 +133,12 @@ impl Backend for CpuBackend {
 
     fn attention_forward(&self, stream: &Stream, args: ForwardArgs<'_>) -> DeviceResult<()> {
         ours(stream, "plan", args.plan().device)?;
-        self.install(|| attention::forward(self.arch, self.info.parallelism, &self.cache, args))
+        self.install(|| attention::forward(self.arch, self.info.parallelism, &self.caches, args))
     }
 
     fn attention_backward(&self, stream: &Stream, args: BackwardArgs<'_>) -> DeviceResult<()> {
         ours(stream, "plan", args.plan().device)?;
-        self.install(|| attention::backward(self.arch, self.info.parallelism, &self.cache, args))
+        self.install(|| attention::backward(self.arch, self.info.parallelism, &self.caches, args))
     }
 
     fn merge(&self, stream: &Stream, args: MergeArgs<'_>) -> DeviceResult<()> {
@@ -235,7 +235,11 @@ mod tests {
         let args = ForwardArgs::new(&plan, operands).unwrap();
         let stream = device.stream().unwrap();
         pool(4).install(|| device.attention_forward(&stream, args)).unwrap();
-        assert!(device.cache.bytes() <= plan.forward_workspace_bytes, "{} bytes", device.cache.bytes());
-        assert!(device.cache.bytes() > 0);
+        assert!(
+            device.caches.scratch.bytes() <= plan.forward_workspace_bytes,
+            "{} bytes",
+            device.caches.scratch.bytes()
+        );
+        assert!(device.caches.scratch.bytes() > 0);
     }
 }

@@ -190,10 +190,9 @@ impl Backward<'_> {
         Scratch::carve::<S>(carver, self.inputs.problem, self.shape, wants)
     }
 
-    /// Rows of one item for a part of the queries; the bias sum starts at 0.
+    /// Rows of one item for a part of the queries, whose slab is there; the bias sum starts at 0.
     pub(crate) fn run<S: Simd>(&self, s: S, item: &Item, part: &Part, scratch: &Scratch, wants: Wants) {
         self.clear_bias_sum(item, part, scratch);
-        self.build_slab(s, item, part, scratch);
         for row in item.rows.clone() {
             for kv_head in item.kv_heads.clone() {
                 self.run_row(s, item, part, (row, kv_head), scratch, wants);
@@ -240,7 +239,8 @@ impl Backward<'_> {
         Matrix { data: slab.at(index * self.padded_keys() + key, 0), ..slab }
     }
 
-    fn build_slab<S: Simd>(&self, s: S, item: &Item, part: &Part, scratch: &Scratch) {
+    /// What rows share, for a part of the queries.
+    pub(crate) fn build_slab<S: Simd>(&self, s: S, item: &Item, part: &Part, scratch: &Scratch) {
         let Some(slab) = scratch.slab else { return };
         let tiles = self.tiles(part);
         for index in 0..item.kv_heads.len() * part.heads.len() * tiles {
@@ -550,7 +550,6 @@ impl Backward<'_> {
                         let chunk = part.chunk * spec.batch + batch;
                         let to = partial.at([chunk, row, k.start + j, kv_head, 0]).cast::<f32>();
                         let to = std::slice::from_raw_parts_mut(to, channels);
-                        // Never read first: fresh memory would cost two page faults instead of one.
                         if part.first || self.shape.whole_keys {
                             to.copy_from_slice(values);
                         } else {

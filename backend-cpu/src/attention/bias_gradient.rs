@@ -164,8 +164,8 @@ pub(crate) fn owner_pass<S: Simd>(
         let [b, n, h] = owner;
         let start = index % parts * backward.shape.item_q;
         let queries = start..(start + backward.shape.item_q).min(spec.seqlen_q);
-        lease.with(bytes, |block| {
-            let scratch = backward.scratch::<S>(&mut Carver::over(block), OWNER_WANTS);
+        lease.with(bytes, |leased| {
+            let scratch = backward.scratch::<S>(&mut Carver::over(&mut leased.block), OWNER_WANTS);
             let mut part = Part { heads: 0..1, queries, chunk: 0, first: true, last: true };
 
             let rows = sharing(bias.shape[1], spec.rows, n);

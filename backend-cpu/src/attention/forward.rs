@@ -21,7 +21,7 @@ use super::operands::{Ahead, Inputs, Operand};
 use super::pack::{Row, pack_rows, pack_slots, pair_rows, scale, transpose};
 use super::product::{Accumulate, Matrix, Scores, product, slots};
 use super::tile::{Position, TileScratch};
-use super::workspace::Carver;
+use super::workspace::{Carver, Leased};
 use crate::arch::Simd;
 
 /// What the forward pass reads and writes.
@@ -68,6 +68,11 @@ impl Item {
         } else {
             (row + 1 < self.rows.end).then_some((row + 1, self.kv_heads.start))
         }
+    }
+
+    /// Whether items differ in nothing that their slabs hold: in their rows alone.
+    pub(crate) fn shares_slab(&self, other: &Self) -> bool {
+        (self.batch, &self.kv_heads, &self.queries) == (other.batch, &other.kv_heads, &other.queries)
     }
 }
 
@@ -153,9 +158,10 @@ pub(crate) fn scratch_bytes<S: Simd>(problem: &AttentionProblem, shape: ItemShap
 
 impl Forward<'_> {
     /// Computes one item in a block of [`scratch_bytes`].
-    pub(crate) fn run<S: Simd>(&self, s: S, item: &Item, carver: &mut Carver) {
-        let scratch = Scratch::carve::<S>(carver, self.inputs.problem, self.shape);
-        if scratch.slab.is_some() {
+    pub(crate) fn run<S: Simd>(&self, s: S, item: &Item, leased: &mut Leased) {
+        let needs_slab = leased.needs_slab(item);
+        let scratch = Scratch::carve::<S>(&mut Carver::over(&mut leased.block), self.inputs.problem, self.shape);
+        if needs_slab {
             self.build_slab(s, item, &scratch);
         }
         for row in item.rows.clone() {

@@ -19,7 +19,6 @@ use tilefold_core::{
 use crate::arch::{Arch, Portable, Simd};
 #[cfg(target_arch = "x86_64")]
 use crate::arch::{Avx2, Avx512};
-use crate::memory::Block;
 use backward::{Backward, KeyPartials, Part, Wants};
 use bias_gradient::{Reduction, owner_pass, reduce_sums, write_tile};
 use forward::{Forward, Item, ItemShape};
@@ -28,7 +27,7 @@ use operands::{Inputs, Views};
 pub(crate) use pack::Row;
 use product::Matrix;
 use schedule::{BackwardSchedule, ForwardSchedule, cuts};
-pub(crate) use workspace::BlockCache;
+pub(crate) use workspace::Caches;
 use workspace::{Carver, Lease};
 
 /// Calls a function generic over the instruction set with the token of a run-time choice. Products of pairs are for
@@ -63,7 +62,7 @@ fn plan_for<S: Simd>(_: S, problem: &AttentionProblem, arch: Arch, threads: usiz
     let forward = ForwardSchedule::new(problem, S::LANES, threads);
     let backward = BackwardPlan::new::<S>(problem, threads);
     let forward_bytes = forward::scratch_bytes::<S>(problem, forward.shape).saturating_mul(threads);
-    let backward_bytes = backward.item_bytes.saturating_mul(threads).saturating_add(backward.shared_bytes());
+    let backward_bytes = backward.item_bytes.saturating_mul(threads).saturating_add(backward.sums_bytes());
     for (pass, bytes) in [("forward", forward_bytes), ("backward", backward_bytes)] {
         if isize::try_from(bytes).is_err() {
             let limit =
@@ -84,17 +83,17 @@ fn plan_for<S: Simd>(_: S, problem: &AttentionProblem, arch: Arch, threads: usiz
 }
 
 /// Runs a forward launch on at most `threads`, for which its plan was made.
-pub(crate) fn forward(arch: Arch, threads: usize, cache: &BlockCache, args: ForwardArgs<'_>) -> DeviceResult<()> {
+pub(crate) fn forward(arch: Arch, threads: usize, caches: &Caches, args: ForwardArgs<'_>) -> DeviceResult<()> {
     let problem = &args.plan().problem;
     let operands = args.into_operands();
-    dispatch!(arch, problem, run_forward(problem, operands, threads, cache))
+    dispatch!(arch, problem, run_forward(problem, operands, threads, caches))
 }
 
 /// Runs a backward launch on at most `threads`, for which its plan was made.
-pub(crate) fn backward(arch: Arch, threads: usize, cache: &BlockCache, args: BackwardArgs<'_>) -> DeviceResult<()> {
+pub(crate) fn backward(arch: Arch, threads: usize, caches: &Caches, args: BackwardArgs<'_>) -> DeviceResult<()> {
     let problem = &args.plan().problem;
     let operands = args.into_operands();
-    dispatch!(arch, problem, run_backward(problem, operands, threads, cache))
+    dispatch!(arch, problem, run_backward(problem, operands, threads, caches))
 }
 
 fn run_forward<S: Simd>(
@@ -102,7 +101,7 @@ fn run_forward<S: Simd>(
     problem: &AttentionProblem,
     operands: ForwardOperands<'_>,
     threads: usize,
-    cache: &BlockCache,
+    caches: &Caches,
 ) -> DeviceResult<()> {
     let schedule = ForwardSchedule::new(problem, S::LANES, threads);
     let views = Views {
@@ -125,9 +124,9 @@ fn run_forward<S: Simd>(
     let bytes = forward::scratch_bytes::<S>(problem, schedule.shape);
     let items = schedule.items(problem.spec());
     let workers = share::workers(problem, threads).min(items.len());
-    let lease = cache.lease(workers, bytes)?;
+    let lease = caches.scratch.lease(workers, bytes)?;
     share::for_each(workers, items.len(), |index| {
-        lease.with(bytes, |block| forward.run(s, &items.item(index), &mut Carver::over(block)))
+        lease.with(bytes, |leased| forward.run(s, &items.item(index), leased))
     })
 }
 
@@ -201,33 +200,36 @@ impl<'p> BackwardPlan<'p> {
         (self.wants.bias_sum && chunks > 1).then_some([chunks, spec.batch * spec.heads, slab])
     }
 
-    fn shared_bytes(&self) -> usize {
-        let spec = self.problem.spec();
-        let wanted = spec.gradients;
-        let sums = [Reduction::Queries, Reduction::Keys].into_iter().filter_map(|reduction| self.sums(reduction));
-        let partials = [(wanted.k, spec.head_dim), (wanted.v, spec.head_dim_v)];
-        let partials = partials.into_iter().filter_map(|(wanted, channels)| self.partials(channels).filter(|_| wanted));
-        let sizes = sums.map(|shape| f32_bytes(&shape)).chain(partials.map(|shape| f32_bytes(&shape)));
-        sizes.chain(self.row_sums().map(|shape| f32_bytes(&shape))).fold(0, usize::saturating_add)
+    fn sums_bytes(&self) -> usize {
+        let mut carver = Carver::counting();
+        Sums::carve(&mut carver, self);
+        carver.bytes()
     }
 }
 
-/// Bytes of f32 memory of one shape; saturates.
-fn f32_bytes(shape: &[usize]) -> usize {
-    shape.iter().copied().fold(size_of::<f32>(), usize::saturating_mul)
+/// Sums in f32 that items leave for a later step.
+#[derive(Clone, Copy, Debug)]
+struct Sums {
+    /// Of dS over the queries, and over the keys.
+    key: Option<Operand<4>>,
+    query: Option<Operand<4>>,
+    /// Of dS over chunks of rows.
+    rows: Option<Operand<3>>,
+    /// dK and dV of chunks of queries.
+    partials: KeyPartials,
 }
 
-/// Zeroed f32 memory of one shape.
-struct Shared<const R: usize> {
-    _block: Block,
-    operand: Operand<R>,
-}
-
-impl<const R: usize> Shared<R> {
-    fn new(shape: [usize; R]) -> DeviceResult<Self> {
-        let mut block = Block::zeroed(f32_bytes(&shape))?;
-        let operand = Operand::dense_f32(block.address(), shape);
-        Ok(Self { _block: block, operand })
+impl Sums {
+    fn carve(carver: &mut Carver, plan: &BackwardPlan<'_>) -> Self {
+        let (spec, wanted) = (plan.problem.spec(), plan.problem.spec().gradients);
+        let mut of = |reduction| plan.sums(reduction).map(|shape| carver.operand(shape));
+        let (key, query) = (of(Reduction::Queries), of(Reduction::Keys));
+        let mut partial = |wanted: bool, channels: usize| {
+            plan.partials(channels).filter(|_| wanted).map(|shape| carver.operand(shape))
+        };
+        let (dk, dv) = (partial(wanted.k, spec.head_dim), partial(wanted.v, spec.head_dim_v));
+        let rows = plan.row_sums().map(|shape| carver.operand(shape));
+        Self { key, query, rows, partials: KeyPartials { dk, dv } }
     }
 }
 
@@ -236,10 +238,27 @@ fn run_backward<S: Simd>(
     problem: &AttentionProblem,
     operands: BackwardOperands<'_>,
     threads: usize,
-    cache: &BlockCache,
+    caches: &Caches,
 ) -> DeviceResult<()> {
     let plan = BackwardPlan::new::<S>(problem, threads);
-    let (spec, workers) = (problem.spec(), share::workers(problem, threads));
+    let workers = share::workers(problem, threads);
+    let lease = caches.scratch.lease(workers, plan.item_bytes)?;
+    let bytes = plan.sums_bytes();
+    caches.sums.lease(1, bytes)?.with(bytes, |leased| {
+        let sums = Sums::carve(&mut Carver::over(&mut leased.block), &plan);
+        run_planned_backward(s, &plan, operands, workers, &lease, &sums)
+    })?
+}
+
+fn run_planned_backward<S: Simd>(
+    s: S,
+    plan: &BackwardPlan<'_>,
+    operands: BackwardOperands<'_>,
+    workers: usize,
+    lease: &Lease<'_>,
+    sums: &Sums,
+) -> DeviceResult<()> {
+    let (problem, spec) = (plan.problem, plan.problem.spec());
     let views = Views {
         q: &operands.q,
         k: &operands.k,
@@ -250,12 +269,6 @@ fn run_backward<S: Simd>(
         k_segments: operands.k_segments.as_ref(),
         gate: operands.gate.as_ref(),
     };
-    let key_sums = plan.sums(Reduction::Queries).map(Shared::new).transpose()?;
-    let query_sums = plan.sums(Reduction::Keys).map(Shared::new).transpose()?;
-    let partial = |wanted: bool, channels| plan.partials(channels).filter(|_| wanted).map(Shared::new).transpose();
-    let (dk_partial, dv_partial) =
-        (partial(spec.gradients.k, spec.head_dim)?, partial(spec.gradients.v, spec.head_dim_v)?);
-    let row_sums = plan.row_sums().map(Shared::new).transpose()?;
     let mut backward = Backward {
         inputs: Inputs::new(problem, &views, plan.schedule.shape.slab),
         out: Operand::read(&operands.out),
@@ -266,12 +279,9 @@ fn run_backward<S: Simd>(
         dk: operands.dk.map(Operand::write),
         dv: operands.dv.map(Operand::write),
         d_gate: operands.d_gate.map(Operand::write),
-        key_sums: key_sums.as_ref().map(|sums| sums.operand),
-        query_sums: query_sums.as_ref().map(|sums| sums.operand),
-        key_partials: KeyPartials {
-            dk: dk_partial.as_ref().map(|p| p.operand),
-            dv: dv_partial.as_ref().map(|p| p.operand),
-        },
+        key_sums: sums.key,
+        query_sums: sums.query,
+        key_partials: sums.partials,
         shape: plan.schedule.shape,
         workers,
     };
@@ -280,15 +290,19 @@ fn run_backward<S: Simd>(
         let wanted = plan.reductions.iter().zip(&spec.biases).zip(&dbiases);
         wanted.filter_map(move |((made, bias), to)| (*made == Some(reduction)).then_some((bias, (*to)?)))
     };
-    let lease = cache.lease(workers, plan.item_bytes)?;
+    if let (Some(key_sums), Some(shape)) = (sums.key, plan.sums(Reduction::Queries)) {
+        // The main pass adds to them, the others it writes.
+        // SAFETY: memory of this size, which nobody else uses.
+        unsafe { key_sums.at([0; 4]).cast::<f32>().write_bytes(0, shape.iter().product()) };
+    }
     if plan.has_main_pass() {
         let row_gradients: Vec<_> = gradients(Reduction::Rows).map(|(_, to)| to).collect();
-        let rows = RowGradients { to: row_gradients, partial: row_sums.as_ref().map(|sums| sums.operand) };
-        main_pass(s, &backward, &plan, &rows, &lease)?;
-        rows.finish(s, &backward, &plan, &lease)?;
-        finish_partials(&backward, plan.schedule.chunks(spec))?;
+        let rows = RowGradients { to: row_gradients, partial: sums.rows };
+        main_pass(s, &backward, plan, &rows, lease)?;
+        rows.finish(s, &backward, plan, lease)?;
+        finish_partials(s, &backward, plan.schedule.chunks(spec))?;
     }
-    for (reduction, sums) in [(Reduction::Queries, &backward.key_sums), (Reduction::Keys, &backward.query_sums)] {
+    for (reduction, sums) in [(Reduction::Queries, &sums.key), (Reduction::Keys, &sums.query)] {
         let Some(sums) = sums else { continue };
         let (chunks, length) = match reduction {
             Reduction::Queries => (plan.schedule.chunks(spec), spec.seqlen_k),
@@ -302,7 +316,7 @@ fn run_backward<S: Simd>(
         backward.inputs = Inputs::new(problem, &views, false);
         backward.shape = plan.owner;
         for (bias, to) in gradients(Reduction::Owner) {
-            owner_pass(s, &backward, bias, &to, &lease, plan.item_bytes)?;
+            owner_pass(s, &backward, bias, &to, lease, plan.item_bytes)?;
         }
     }
     Ok(())
@@ -320,8 +334,8 @@ fn main_pass<S: Simd>(
     let items = plan.schedule.items(plan.problem.spec());
     share::for_each(backward.workers, items.len(), |index| {
         let item = &items.item(index);
-        lease.with(plan.item_bytes, |block| {
-            let scratch = backward.scratch::<S>(&mut Carver::over(block), plan.wants);
+        lease.with(plan.item_bytes, |leased| {
+            let scratch = backward.scratch::<S>(&mut Carver::over(&mut leased.block), plan.wants);
             let chunk = item.queries.start / plan.schedule.chunk;
             let parts = cuts(item.queries.clone(), plan.schedule.shape.item_q).map(|queries| {
                 let (first, last) = (queries.start == item.queries.start, queries.end == item.queries.end);
@@ -333,6 +347,9 @@ fn main_pass<S: Simd>(
                 return;
             }
             for part in parts {
+                if leased.needs_slab(&Item { queries: part.queries.clone(), ..item.clone() }) {
+                    backward.build_slab(s, item, &part, &scratch);
+                }
                 backward.run(s, item, &part, &scratch, plan.wants);
                 if let Some(sum) = scratch.bias_sum {
                     rows.take(s, backward, plan, item, &part, sum, scratch.turned);
@@ -395,8 +412,8 @@ impl RowGradients {
         let (spec, shape) = (plan.problem.spec(), plan.schedule.shape);
         let (tiles, size) = (spec.seqlen_q.div_ceil(shape.tile_q), backward.padded_keys() * shape.tile_q);
         share::for_each(backward.workers, spec.batch * spec.heads * tiles, |index| {
-            lease.with(plan.item_bytes, |block| {
-                let scratch = backward.scratch::<S>(&mut Carver::over(block), plan.wants);
+            lease.with(plan.item_bytes, |leased| {
+                let scratch = backward.scratch::<S>(&mut Carver::over(&mut leased.block), plan.wants);
                 let (owner, tile) = (index / tiles, index % tiles);
                 let chunk = |chunk: usize| partial.at([chunk, owner, tile * size]).cast::<f32>();
                 // SAFETY: every chunk has the tile, and only this worker reads or writes it now.
@@ -422,10 +439,12 @@ impl RowGradients {
     }
 }
 
+/// Keys that a worker takes at once in [`finish_partials`]: their sums stay in the L1 cache.
+const PARTIAL_KEYS: usize = 32;
+
 /// Adds dK and dV of the chunks of queries in order and writes them.
-fn finish_partials(backward: &Backward<'_>, chunks: usize) -> DeviceResult<()> {
-    let problem = backward.inputs.problem;
-    let spec = problem.spec();
+fn finish_partials<S: Simd>(s: S, backward: &Backward<'_>, chunks: usize) -> DeviceResult<()> {
+    let spec = backward.inputs.problem.spec();
     let scale = backward::scale_f32(&backward.inputs);
     let pairs = [
         (backward.dk, backward.key_partials.dk, spec.head_dim, scale),
@@ -433,23 +452,33 @@ fn finish_partials(backward: &Backward<'_>, chunks: usize) -> DeviceResult<()> {
     ];
     for (to, partial, channels, factor) in pairs {
         let Some((to, partial)) = to.zip(partial) else { continue };
-        share::for_each(backward.workers, spec.batch * spec.rows * spec.kv_heads, |index| {
-            let (batch, row) = (index / spec.kv_heads / spec.rows, index / spec.kv_heads % spec.rows);
-            let head = index % spec.kv_heads;
-            let mut sum = vec![0_f32; channels];
-            for key in 0..spec.seqlen_k {
-                sum.fill(0.0);
-                for chunk in 0..chunks {
-                    let from = partial.at([chunk * spec.batch + batch, row, key, head, 0]).cast::<f32>();
-                    // SAFETY: the partial sum has a row of channels for every key, complete by now.
-                    let from = unsafe { std::slice::from_raw_parts(from, channels) };
-                    sum.iter_mut().zip(from).for_each(|(sum, from)| *sum += from);
-                }
-                sum.iter_mut().for_each(|sum| *sum *= factor);
-                let data = to.at([batch, row, key, head, 0]);
-                // SAFETY: the row belongs to this worker.
-                unsafe { Row { data, dtype: to.dtype, stride: to.strides[4] }.write(channels, sum.as_ptr()) };
-            }
+        let parts = spec.seqlen_k.div_ceil(PARTIAL_KEYS);
+        share::for_each(backward.workers, spec.batch * spec.rows * parts, |index| {
+            let (batch, row) = (index / parts / spec.rows, index / parts % spec.rows);
+            let start = index % parts * PARTIAL_KEYS;
+            let keys = start..(start + PARTIAL_KEYS).min(spec.seqlen_k);
+            let count = keys.len() * spec.kv_heads * channels;
+            let chunk = |chunk: usize| partial.at([chunk * spec.batch + batch, row, start, 0, 0]).cast::<f32>();
+            s.vectorize(
+                #[inline(always)]
+                || {
+                    // SAFETY: the partial sums are dense and complete by now, and these keys of theirs and of the
+                    // gradient belong to this worker.
+                    unsafe {
+                        let sum = std::slice::from_raw_parts_mut(chunk(0), count);
+                        for next in 1..chunks {
+                            let next = std::slice::from_raw_parts(chunk(next), count);
+                            sum.iter_mut().zip(next).for_each(|(sum, next)| *sum += next);
+                        }
+                        sum.iter_mut().for_each(|sum| *sum *= factor);
+                        for (i, sum) in sum.chunks_exact(channels).enumerate() {
+                            let (key, head) = (start + i / spec.kv_heads, i % spec.kv_heads);
+                            let data = to.at([batch, row, key, head, 0]);
+                            Row { data, dtype: to.dtype, stride: to.strides[4] }.write(channels, sum.as_ptr());
+                        }
+                    }
+                },
+            );
             Ok(())
         })?;
     }

@@ -29,13 +29,13 @@ impl<const R: usize> Operand<R> {
         Self::new(view.origin(), view.as_view())
     }
 
-    /// A dense f32 operand over scratch memory.
+    /// A dense f32 operand over scratch memory; strides saturate where memory is only counted.
     pub(crate) fn dense_f32(origin: *mut u8, shape: [usize; R]) -> Self {
         let mut strides = [0; R];
         let mut next = 1_isize;
         for dim in (0..R).rev() {
             strides[dim] = next;
-            next *= shape[dim].cast_signed();
+            next = next.saturating_mul(shape[dim].cast_signed());
         }
         Self { origin, dtype: DType::F32, strides }
     }

@@ -50,7 +50,12 @@ fn item_heads(problem: &AttentionProblem, tile_k: usize, bias_sum: bool) -> usiz
         let slab = slab_bytes(problem, spec.seqlen_q, tile_k);
         most = most.min((SLAB_L2_BYTES / slab).max(1));
     }
-    spec.kv_heads.div_ceil(spec.kv_heads.div_ceil(most))
+    even_part(spec.kv_heads, most)
+}
+
+/// Size of equal parts of at most `most`.
+fn even_part(all: usize, most: usize) -> usize {
+    all.div_ceil(all.div_ceil(most))
 }
 
 /// Bytes of a slab for so many queries (or heads) of each head of a group; saturates.
@@ -135,7 +140,14 @@ impl BackwardSchedule {
     pub(crate) fn new(problem: &AttentionProblem, lanes: usize, workers: usize, bias_sum: bool) -> Self {
         let (spec, tile_q) = (problem.spec(), tile_queries(lanes));
         let tile_k = tile_keys(spec, 48);
-        let heads = item_heads(problem, tile_k, bias_sum);
+        let most_row_chunks = match (bias_sum, spec.rows) {
+            (true, ..8) => 1,
+            (true, rows) => rows.div_ceil(4),
+            (false, rows) => rows,
+        };
+        // Fewer heads of an item before chunks of queries, which cost another pass over dK and dV.
+        let most_heads = (spec.batch * spec.kv_heads * most_row_chunks / SPLIT_ITEMS).max(1);
+        let heads = even_part(spec.kv_heads, item_heads(problem, tile_k, bias_sum).min(most_heads));
         let outer = spec.batch * spec.kv_heads.div_ceil(heads);
         let item_queries = |queries: usize| {
             let slab = slab_queries(problem, (tile_q, tile_k), heads, queries, BACKWARD_SLAB_BYTES);
@@ -154,9 +166,8 @@ impl BackwardSchedule {
         let parts =
             spec.seqlen_q.div_ceil(item_queries(spec.seqlen_q).0).min(most_chunks).min(SPLIT_ITEMS.div_ceil(outer));
         let parts = if bias_sum { parts } else { 1 };
-        let split_rows = if bias_sum && spec.rows >= 8 { SPLIT_ITEMS.div_ceil(outer * parts) } else { 1 };
-        let row_chunks = split_rows.min(spec.rows.div_ceil(4));
-        let items = outer * parts * if bias_sum { row_chunks } else { spec.rows };
+        let row_chunks = if bias_sum { SPLIT_ITEMS.div_ceil(outer * parts) } else { spec.rows }.min(most_row_chunks);
+        let items = outer * parts * row_chunks;
         let query_chunks = (parts * SPLIT_ITEMS.div_ceil(items)).min(most_chunks);
         let chunk = even_cut(spec.seqlen_q, spec.seqlen_q.div_ceil(query_chunks).next_multiple_of(tile_q), tile_q);
         let (item_q, slab) = item_queries(chunk);

@@ -4,6 +4,8 @@ use std::sync::{Mutex, PoisonError};
 
 use tilefold_core::DeviceResult;
 
+use super::forward::Item;
+use super::operands::Operand;
 use super::product::Matrix;
 use crate::memory::Block;
 
@@ -40,6 +42,11 @@ impl Carver {
         Matrix { data: self.floats(rows.saturating_mul(stride)), stride }
     }
 
+    /// A dense operand in the next memory.
+    pub(crate) fn operand<const R: usize>(&mut self, shape: [usize; R]) -> Operand<R> {
+        Operand::dense_f32(self.floats(shape.into_iter().fold(1, usize::saturating_mul)).cast(), shape)
+    }
+
     /// The next `count` equal pieces; only one is made where all are only counted, however many.
     pub(crate) fn pieces<T>(&mut self, count: usize, mut piece: impl FnMut(&mut Self) -> T) -> Vec<T> {
         if !self.base.is_null() {
@@ -55,6 +62,15 @@ impl Carver {
     pub(crate) fn bytes(&self) -> usize {
         self.used.saturating_mul(size_of::<f32>())
     }
+}
+
+/// Memory that launches share, one after the other.
+#[derive(Debug, Default)]
+pub(crate) struct Caches {
+    /// Scratch of work items.
+    pub(crate) scratch: BlockCache,
+    /// Sums that items leave for a later step.
+    pub(crate) sums: BlockCache,
 }
 
 /// Blocks kept from earlier launches, so that small problems do not pay for fresh pages.
@@ -76,6 +92,7 @@ impl BlockCache {
         while blocks.len() < workers {
             blocks.push(Block::zeroed(bytes)?);
         }
+        let blocks = blocks.into_iter().map(Leased::from).collect();
         Ok(Lease { cache: self, blocks: Mutex::new(blocks) })
     }
 
@@ -86,11 +103,33 @@ impl BlockCache {
     }
 }
 
+/// A block of one launch.
+#[derive(Debug)]
+pub(crate) struct Leased {
+    pub(crate) block: Block,
+    /// The item whose slab the block holds.
+    pub(crate) slab: Option<Item>,
+}
+
+impl From<Block> for Leased {
+    fn from(block: Block) -> Self {
+        Self { block, slab: None }
+    }
+}
+
+impl Leased {
+    /// Whether the slab must be built for an item; afterwards the block counts as holding it.
+    pub(crate) fn needs_slab(&mut self, item: &Item) -> bool {
+        let held = self.slab.replace(item.clone());
+        !held.is_some_and(|held| held.shares_slab(item))
+    }
+}
+
 /// Blocks of one launch.
 #[derive(Debug)]
 pub(crate) struct Lease<'c> {
     cache: &'c BlockCache,
-    blocks: Mutex<Vec<Block>>,
+    blocks: Mutex<Vec<Leased>>,
 }
 
 impl Lease<'_> {
@@ -98,11 +137,11 @@ impl Lease<'_> {
     ///
     /// # Errors
     /// [`tilefold_core::DeviceError::OutOfMemory`] when more run at once than were leased and memory is gone.
-    pub(crate) fn with<T>(&self, bytes: usize, work: impl FnOnce(&mut Block) -> T) -> DeviceResult<T> {
-        let block = self.blocks.lock().unwrap_or_else(PoisonError::into_inner).pop();
-        let mut block = block.map_or_else(|| Block::zeroed(bytes), Ok)?;
-        let result = work(&mut block);
-        self.blocks.lock().unwrap_or_else(PoisonError::into_inner).push(block);
+    pub(crate) fn with<T>(&self, bytes: usize, work: impl FnOnce(&mut Leased) -> T) -> DeviceResult<T> {
+        let leased = self.blocks.lock().unwrap_or_else(PoisonError::into_inner).pop();
+        let mut leased = leased.map_or_else(|| Block::zeroed(bytes).map(Leased::from), Ok)?;
+        let result = work(&mut leased);
+        self.blocks.lock().unwrap_or_else(PoisonError::into_inner).push(leased);
         Ok(result)
     }
 }
@@ -110,7 +149,7 @@ impl Lease<'_> {
 impl Drop for Lease<'_> {
     fn drop(&mut self) {
         let blocks = std::mem::take(&mut *self.blocks.lock().unwrap_or_else(PoisonError::into_inner));
-        let kept = blocks.into_iter().filter(|block| block.bytes() <= KEPT_BYTES);
+        let kept = blocks.into_iter().map(|leased| leased.block).filter(|block| block.bytes() <= KEPT_BYTES);
         self.cache.0.lock().unwrap_or_else(PoisonError::into_inner).extend(kept);
     }
 }
@@ -149,9 +188,27 @@ mod tests {
     }
 
     #[test]
+    fn a_slab_is_built_once_for_items_that_differ_in_rows() {
+        let mut leased = Leased::from(Block::zeroed(64).unwrap());
+        let first = Item { batch: 0, kv_heads: 0..2, rows: 0..4, queries: 0..96 };
+        let needed = [
+            (first.clone(), true),
+            (Item { rows: 4..8, ..first.clone() }, false),
+            (Item { batch: 1, ..first.clone() }, true),
+            (Item { kv_heads: 2..4, ..first.clone() }, true),
+            (Item { queries: 96..100, ..first.clone() }, true),
+            (first.clone(), true),
+            (first, false),
+        ];
+        for (item, needed) in needed {
+            assert_eq!(leased.needs_slab(&item), needed, "{item:?}");
+        }
+    }
+
+    #[test]
     fn blocks_are_kept_between_launches_unless_large() {
         let cache = BlockCache::default();
-        let address = |lease: &Lease<'_>, bytes| lease.with(bytes, |block| block.address().addr()).unwrap();
+        let address = |lease: &Lease<'_>, bytes| lease.with(bytes, |leased| leased.block.address().addr()).unwrap();
         let first = address(&cache.lease(1, 4096).unwrap(), 4096);
         assert_eq!(address(&cache.lease(1, 64).unwrap(), 64), first);
         drop(cache.lease(2, KEPT_BYTES + 1).unwrap());
