@@ -10,6 +10,7 @@ import datetime
 import json
 import math
 import os
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -55,7 +56,8 @@ def slope(points: list[tuple[float, float]]) -> float:
 def main() -> int:
     """Measures, prints, records; the exit status is 1 when something failed, never for a slow machine."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=9, help="timed runs of each")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each")
+    parser.add_argument("--repeats", type=int, default=9, help="timed runs in a turn")
     parser.add_argument("--cpus", help="two processors, as 0,1; default the first two")
     parser.add_argument("--out", type=Path, help="the record's file")
     options = parser.parse_args()
@@ -64,40 +66,48 @@ def main() -> int:
         sys.exit(f"two processors are needed, got {cpus}")
     subprocess.run(["cargo", "build", "--release", "--quiet", "-p", "tilefold-cli"], cwd=REPOSITORY, check=True)
 
-    by_length = {length: finish(start(cpus, length, 2, options.repeats)) for length in LENGTHS}
-    # The second thread: alone on one processor, two on two, and two processes of one thread side by side, which is
-    # what the machine itself can do.
-    alone = finish(start(cpus[:1], THREADED_LENGTH, 1, options.repeats))
-    beside = [start([cpu], THREADED_LENGTH, 1, options.repeats) for cpu in cpus]
-    beside_entries = [finish(process) for process in beside]
-    together = finish(start(cpus, THREADED_LENGTH, 2, options.repeats))
+    # All in turns, so that a slow minute of the machine falls on each: medians over rounds of medians, and of ratios
+    # within a round. The second thread: alone on one processor, two on two, and two processes of one thread side by
+    # side, which is what the machine itself can do.
+    by_length, speed_ups = [], []
+    for turn in range(options.rounds):
+        by_length.append({length: finish(start(cpus, length, 2, options.repeats)) for length in LENGTHS})
+        alone = finish(start([cpus[turn % 2]], THREADED_LENGTH, 1, options.repeats))
+        together = finish(start(cpus, THREADED_LENGTH, 2, options.repeats))
+        beside = [finish(process) for process in [start([cpu], THREADED_LENGTH, 1, options.repeats) for cpu in cpus]]
+        speed_ups.append({
+            key: (alone[key]["median_ms"] / together[key]["median_ms"],
+                  sum(alone[key]["median_ms"] / entries[key]["median_ms"] for entries in beside))
+            for key in alone
+        })
 
     rows = []
     print(f"{'':<15}{'exponent':>9}{'workspace, 2048 over 1024':>27}{'2 threads':>11}{'the machine':>13}")
-    for key in together:
-        times = [(math.log(length), math.log(by_length[length][key]["median_ms"])) for length in LENGTHS]
-        workspaces = {length: by_length[length][key]["workspace_bytes"] for length in LENGTHS}
-        single = alone[key]["median_ms"]
+    for key in speed_ups[0]:
+        times = {length: statistics.median(entries[length][key]["median_ms"] for entries in by_length)
+                 for length in LENGTHS}
+        workspaces = {length: by_length[0][length][key]["workspace_bytes"] for length in LENGTHS}
+        threads, processes = (statistics.median(ratios) for ratios in zip(*(turn[key] for turn in speed_ups)))
         row = {
             "dtype": key[0], "pass": key[1], "rows": ROWS, "heads": HEADS, "head_dim": HEAD_DIM,
-            "median_ms": {length: by_length[length][key]["median_ms"] for length in LENGTHS},
-            "exponent": slope(times), "workspace_bytes": workspaces,
-            "peak_bytes": {length: by_length[length][key]["peak_bytes"] for length in LENGTHS},
-            "two_threads_over_one": single / together[key]["median_ms"],
-            "two_processes_over_one": sum(single / entries[key]["median_ms"] for entries in beside_entries),
+            "median_ms": times,
+            "exponent": slope([(math.log(length), math.log(time)) for length, time in times.items()]),
+            "workspace_bytes": workspaces,
+            "peak_bytes": {length: by_length[0][length][key]["peak_bytes"] for length in LENGTHS},
+            "two_threads_over_one": threads, "two_processes_over_one": processes,
         }
         rows.append(row)
         growth = workspaces[2048] / workspaces[1024]
         notes = [] if abs(row["exponent"] - EXPONENT) <= EXPONENT_WITHIN else ["exponent off"]
-        if row["two_threads_over_one"] < SPEED_UP <= row["two_processes_over_one"]:
+        if threads < SPEED_UP <= processes:
             notes.append("threads below 1.8")
-        print(f"{' '.join(key):<15}{row['exponent']:>9.3f}{growth:>27.2f}{row['two_threads_over_one']:>11.2f}"
-              f"{row['two_processes_over_one']:>13.2f}  {', '.join(notes)}")
+        print(f"{' '.join(key):<15}{row['exponent']:>9.3f}{growth:>27.2f}{threads:>11.2f}{processes:>13.2f}  "
+              f"{', '.join(notes)}")
     today = datetime.datetime.now(datetime.UTC)
     folder = REPOSITORY / "benches" / "record" / machine.slug(2)
     out = options.out or folder / f"{today.date().isoformat()}-scaling.json"
     record = {"machine": machine.describe(2), "tilefold": machine.commit(REPOSITORY),
-              "time": today.isoformat(timespec="seconds"), "repeats": options.repeats, "rows": rows}
+              "time": today.isoformat(timespec="seconds"), "rounds": options.rounds, "repeats": options.repeats, "rows": rows}
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(record, indent=1) + "\n")
     print(f"record: {out}")

@@ -23,6 +23,8 @@ const BACKWARD_SLAB_BYTES: usize = 4 << 20;
 const LARGEST_SLAB_BYTES: usize = 16 << 20;
 /// Queries an item holds packed in backward when there is no slab.
 const BACKWARD_QUERIES: usize = 4096;
+/// Items of a worker where cutting rows costs nothing, since a worker keeps its slab: the last one is short.
+const WORKER_ITEMS: usize = 32;
 /// Items the backward pass aims at when sums must be split for it: enough for 16 workers.
 const SPLIT_ITEMS: usize = 16;
 /// Most chunks of queries: each holds dK and dV of its own.
@@ -115,7 +117,7 @@ impl ForwardSchedule {
         let few = (spec.seqlen_q / (wanted / (outer * spec.rows)).max(1)).clamp(4 * tile_q, 16 * tile_q);
         let item_q = slab.unwrap_or_else(|| even_cut(spec.seqlen_q, few, tile_q));
         let parts = outer * spec.seqlen_q.div_ceil(item_q);
-        let rows = (spec.rows * parts).div_ceil(wanted).clamp(1, spec.rows);
+        let rows = (spec.rows * parts).div_ceil(workers * WORKER_ITEMS).clamp(1, spec.rows);
         Self { shape: ItemShape { tile_q, tile_k, item_q, heads, slab: slab.is_some(), whole_keys: false }, rows }
     }
 
@@ -174,7 +176,7 @@ impl BackwardSchedule {
         let rows = if bias_sum {
             spec.rows.div_ceil(row_chunks)
         } else {
-            (spec.rows * outer * spec.seqlen_q.div_ceil(chunk)).div_ceil(workers * 8).clamp(1, spec.rows)
+            (spec.rows * outer * spec.seqlen_q.div_ceil(chunk)).div_ceil(workers * WORKER_ITEMS).clamp(1, spec.rows)
         };
         let whole_keys = !slab && !bias_sum && item_q < chunk;
         Self { shape: ItemShape { tile_q, tile_k, item_q, heads, slab, whole_keys }, rows, chunk }
