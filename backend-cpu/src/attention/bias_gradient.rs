@@ -14,6 +14,7 @@ use super::forward::{Item, key_tiles};
 use super::operands::Operand;
 use super::pack::{Row, transpose};
 use super::product::Matrix;
+use super::schedule::part;
 use super::share;
 use super::workspace::{Carver, Lease};
 use crate::arch::Simd;
@@ -162,8 +163,7 @@ pub(crate) fn owner_pass<S: Simd>(
     share::for_each(backward.workers, owners(bias) * parts, |index| {
         let owner = owner(bias, index / parts);
         let [b, n, h] = owner;
-        let start = index % parts * backward.shape.item_q;
-        let queries = start..(start + backward.shape.item_q).min(spec.seqlen_q);
+        let queries = part(index % parts, backward.shape.item_q, spec.seqlen_q);
         lease.with(bytes, |leased| {
             let scratch = backward.scratch::<S>(&mut Carver::over(&mut leased.block), OWNER_WANTS);
             let mut part = Part { heads: 0..1, queries, chunk: 0, first: true, last: true };

@@ -26,7 +26,7 @@ pub(crate) use operands::Operand;
 use operands::{Inputs, Views};
 pub(crate) use pack::Row;
 use product::Matrix;
-use schedule::{BackwardSchedule, ForwardSchedule, cuts};
+use schedule::{BackwardSchedule, ForwardSchedule, cuts, part};
 pub(crate) use workspace::Caches;
 use workspace::{Carver, Lease};
 
@@ -426,8 +426,7 @@ impl RowGradients {
                             || sum.iter_mut().zip(next).for_each(|(sum, next)| *sum += next),
                         );
                     }
-                    let start = tile * shape.tile_q;
-                    let q = start..(start + shape.tile_q).min(spec.seqlen_q);
+                    let q = part(tile, shape.tile_q, spec.seqlen_q);
                     let from = Matrix { data: sum.as_mut_ptr(), stride: shape.tile_q };
                     let at = [owner / spec.heads, 0, owner % spec.heads];
                     for to in &self.to {
@@ -455,10 +454,9 @@ fn finish_partials<S: Simd>(s: S, backward: &Backward<'_>, chunks: usize) -> Dev
         let parts = spec.seqlen_k.div_ceil(PARTIAL_KEYS);
         share::for_each(backward.workers, spec.batch * spec.rows * parts, |index| {
             let (batch, row) = (index / parts / spec.rows, index / parts % spec.rows);
-            let start = index % parts * PARTIAL_KEYS;
-            let keys = start..(start + PARTIAL_KEYS).min(spec.seqlen_k);
+            let keys = part(index % parts, PARTIAL_KEYS, spec.seqlen_k);
             let count = keys.len() * spec.kv_heads * channels;
-            let chunk = |chunk: usize| partial.at([chunk * spec.batch + batch, row, start, 0, 0]).cast::<f32>();
+            let chunk = |chunk: usize| partial.at([chunk * spec.batch + batch, row, keys.start, 0, 0]).cast::<f32>();
             s.vectorize(
                 #[inline(always)]
                 || {
@@ -472,7 +470,7 @@ fn finish_partials<S: Simd>(s: S, backward: &Backward<'_>, chunks: usize) -> Dev
                         }
                         sum.iter_mut().for_each(|sum| *sum *= factor);
                         for (i, sum) in sum.chunks_exact(channels).enumerate() {
-                            let (key, head) = (start + i / spec.kv_heads, i % spec.kv_heads);
+                            let (key, head) = (keys.start + i / spec.kv_heads, i % spec.kv_heads);
                             let data = to.at([batch, row, key, head, 0]);
                             Row { data, dtype: to.dtype, stride: to.strides[4] }.write(channels, sum.as_ptr());
                         }

@@ -223,7 +223,6 @@ impl Items<'_> {
     /// Item `index`; neighbours differ in their rows and share a slab.
     pub(crate) fn item(&self, index: usize) -> Item {
         let [heads, queries, rows] = self.parts();
-        let part = |index: usize, length: usize, size: usize| index * length..((index + 1) * length).min(size);
         Item {
             batch: index / rows / queries / heads,
             kv_heads: part(index / rows / queries % heads, self.heads, self.spec.kv_heads),
@@ -236,6 +235,11 @@ impl Items<'_> {
         let spec = self.spec;
         [spec.kv_heads.div_ceil(self.heads), spec.seqlen_q.div_ceil(self.queries), spec.rows.div_ceil(self.rows)]
     }
+}
+
+/// Part `index` of `0..size` in parts of `length`, the last one shorter.
+pub(crate) fn part(index: usize, length: usize, size: usize) -> Range<usize> {
+    index * length..((index + 1) * length).min(size)
 }
 
 /// Consecutive parts of a range.
