@@ -108,7 +108,7 @@ impl BlockCache {
 pub(crate) struct Leased {
     pub(crate) block: Block,
     /// The item whose slab the block holds.
-    pub(crate) slab: Option<Item>,
+    slab: Option<Item>,
 }
 
 impl From<Block> for Leased {
