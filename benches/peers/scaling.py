@@ -66,8 +66,8 @@ def main() -> int:
         sys.exit(f"two processors are needed, got {cpus}")
     subprocess.run(["cargo", "build", "--release", "--quiet", "-p", "tilefold-cli"], cwd=REPOSITORY, check=True)
 
-    # All in turns, so that a slow minute of the machine falls on each: medians over rounds of medians, and of ratios
-    # within a round. The second thread: alone on one processor, two on two, and two processes of one thread side by
+    # All in turns, so that a slow minute of the machine falls on each: medians over turns of medians, and of ratios
+    # within a turn. The second thread: alone on one processor, two on two, and two processes of one thread side by
     # side, which is what the machine itself can do.
     by_length, speed_ups = [], []
     for turn in range(options.rounds):
@@ -107,7 +107,8 @@ def main() -> int:
     folder = REPOSITORY / "benches" / "record" / machine.slug(2)
     out = options.out or folder / f"{today.date().isoformat()}-scaling.json"
     record = {"machine": machine.describe(2), "tilefold": machine.commit(REPOSITORY),
-              "time": today.isoformat(timespec="seconds"), "rounds": options.rounds, "repeats": options.repeats, "rows": rows}
+              "time": today.isoformat(timespec="seconds"), "rounds": options.rounds, "repeats": options.repeats,
+              "rows": rows}
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(record, indent=1) + "\n")
     print(f"record: {out}")

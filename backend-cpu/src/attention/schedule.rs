@@ -43,21 +43,16 @@ const MAX_HEADS: usize = 4;
 /// Slab of an item's heads that leaves the L2 cache some room.
 const SLAB_L2_BYTES: usize = 5 << 18;
 
-/// Key heads of an item: several for long runs of memory, as far as what rows share stays in the L2 cache.
-fn item_heads(problem: &AttentionProblem, tile_k: usize, bias_sum: bool) -> usize {
+/// Key heads of an item: several, at most `most`, for long runs of memory, as far as what rows share stays in the L2 cache.
+fn item_heads(problem: &AttentionProblem, tile_k: usize, bias_sum: bool, most: usize) -> usize {
     let spec = problem.spec();
     let bytes = spec.head_dim.min(spec.head_dim_v) * spec.dtype.size_bytes();
-    let mut most = (RUN_BYTES / bytes).clamp(1, MAX_HEADS.min(spec.kv_heads));
+    let mut most = (RUN_BYTES / bytes).min(most).clamp(1, MAX_HEADS.min(spec.kv_heads));
     if bias_sum || (spec.rows > 1 && shares_bias(spec)) {
         let slab = slab_bytes(problem, spec.seqlen_q, tile_k);
         most = most.min((SLAB_L2_BYTES / slab).max(1));
     }
-    even_part(spec.kv_heads, most)
-}
-
-/// Size of equal parts of at most `most`.
-fn even_part(all: usize, most: usize) -> usize {
-    all.div_ceil(all.div_ceil(most))
+    spec.kv_heads.div_ceil(spec.kv_heads.div_ceil(most))
 }
 
 /// Bytes of a slab for so many queries (or heads) of each head of a group; saturates.
@@ -109,7 +104,7 @@ impl ForwardSchedule {
     pub(crate) fn new(problem: &AttentionProblem, lanes: usize, workers: usize) -> Self {
         let (spec, tile_q) = (problem.spec(), tile_queries(lanes));
         let tile_k = tile_keys(spec, 96);
-        let heads = item_heads(problem, tile_k, false);
+        let heads = item_heads(problem, tile_k, false, MAX_HEADS);
         let slab = slab_queries(problem, (tile_q, tile_k), heads, spec.seqlen_q, FORWARD_SLAB_BYTES);
         let outer = spec.batch * spec.kv_heads.div_ceil(heads);
         let wanted = workers * 8;
@@ -148,8 +143,7 @@ impl BackwardSchedule {
             (false, rows) => rows,
         };
         // Fewer heads of an item before chunks of queries, which cost another pass over dK and dV.
-        let most_heads = (spec.batch * spec.kv_heads * most_row_chunks / SPLIT_ITEMS).max(1);
-        let heads = even_part(spec.kv_heads, item_heads(problem, tile_k, bias_sum).min(most_heads));
+        let heads = item_heads(problem, tile_k, bias_sum, spec.batch * spec.kv_heads * most_row_chunks / SPLIT_ITEMS);
         let outer = spec.batch * spec.kv_heads.div_ceil(heads);
         let item_queries = |queries: usize| {
             let slab = slab_queries(problem, (tile_q, tile_k), heads, queries, BACKWARD_SLAB_BYTES);
@@ -168,7 +162,7 @@ impl BackwardSchedule {
         let parts =
             spec.seqlen_q.div_ceil(item_queries(spec.seqlen_q).0).min(most_chunks).min(SPLIT_ITEMS.div_ceil(outer));
         let parts = if bias_sum { parts } else { 1 };
-        let row_chunks = if bias_sum { SPLIT_ITEMS.div_ceil(outer * parts) } else { spec.rows }.min(most_row_chunks);
+        let row_chunks = if bias_sum { SPLIT_ITEMS.div_ceil(outer * parts).min(most_row_chunks) } else { spec.rows };
         let items = outer * parts * row_chunks;
         let query_chunks = (parts * SPLIT_ITEMS.div_ceil(items)).min(most_chunks);
         let chunk = even_cut(spec.seqlen_q, spec.seqlen_q.div_ceil(query_chunks).next_multiple_of(tile_q), tile_q);
