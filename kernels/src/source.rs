@@ -6,6 +6,11 @@ use sha2::{Digest, Sha256};
 const FILES: &[(&str, &str)] = &[
     ("include/gpu.h", include_str!("../include/gpu.h")),
     ("include/params.h", include_str!("../include/params.h")),
+    ("include/mma.cuh", include_str!("../include/mma.cuh")),
+    ("include/tile.cuh", include_str!("../include/tile.cuh")),
+    ("include/attention.cuh", include_str!("../include/attention.cuh")),
+    ("include/walk.cuh", include_str!("../include/walk.cuh")),
+    ("attention/forward.cu", include_str!("../attention/forward.cu")),
     ("fill.cu", include_str!("../fill.cu")),
 ];
 
