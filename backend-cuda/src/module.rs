@@ -120,8 +120,7 @@ fn load_image(driver: &Driver, mut image: Vec<u8>, kernel: &Kernel) -> Result<CU
     // PTX is a text that ends in 0, and machine code does not mind one.
     image.push(0);
     let mut log = vec![0_u8; LOG_BYTES];
-    let mut options =
-        [CUjit_option::CU_JIT_ERROR_LOG_BUFFER, CUjit_option::CU_JIT_ERROR_LOG_BUFFER_SIZE_BYTES];
+    let mut options = [CUjit_option::CU_JIT_ERROR_LOG_BUFFER, CUjit_option::CU_JIT_ERROR_LOG_BUFFER_SIZE_BYTES];
     // A number is passed as the value of a pointer.
     let mut values = [log.as_mut_ptr().cast::<c_void>(), without_provenance_mut(LOG_BYTES)];
     let mut module = null_mut();
@@ -174,13 +173,7 @@ fn find(driver: &Driver, module: CUmodule, kernel: &Kernel) -> DeviceResult<Func
 ///
 /// # Errors
 /// What compiler and driver report.
-fn launch(
-    stream: &CudaStream,
-    arch: c_int,
-    kernel: &Kernel,
-    grid_blocks: u32,
-    parameters: &[u8],
-) -> DeviceResult<()> {
+fn launch(stream: &CudaStream, arch: c_int, kernel: &Kernel, grid_blocks: u32, parameters: &[u8]) -> DeviceResult<()> {
     let context = &*stream.context;
     let _entered = context.enter()?;
     let function = context.modules.function(context, arch, kernel)?;
@@ -206,9 +199,14 @@ pub(crate) fn launch_all<P: Params>(
     limits: Limits,
     planned: Result<Launch<P>, KernelError>,
 ) -> DeviceResult<()> {
-    let planned = planned.map_err(|error| DeviceError::Unsupported { limit: error.to_string() })?;
+    let planned = planned.map_err(unsupported)?;
     for (blocks, params) in planned.parts() {
         launch(stream, limits.arch, &planned.kernel, blocks, bytemuck::bytes_of(&params))?;
     }
     Ok(())
+}
+
+/// A limit that the kernels, or numbers, have.
+pub(crate) fn unsupported(limit: impl ToString) -> DeviceError {
+    DeviceError::Unsupported { limit: limit.to_string() }
 }

@@ -194,10 +194,11 @@ fn c_string(text: &str) -> DeviceResult<CString> {
 
 /// The library the setting names, or the first of its usual names.
 fn open(setting: Option<&OsStr>, driver_version: c_int) -> Result<(Library, String), OpenError> {
-    // SAFETY (both): loads the compiler's library, whose initialisers do nothing but set it up.
     if let Some(path) = setting {
         let shown = PathBuf::from(path).display().to_string();
-        return unsafe { Library::new(path) }.map(|library| (library, shown.clone())).map_err(|error| {
+        // SAFETY: loads the compiler's library, whose initialisers do nothing but set it up.
+        let library = unsafe { Library::new(path) };
+        return library.map(|library| (library, shown.clone())).map_err(|error| {
             let expected = format!("the path of NVRTC's library ({error})");
             OpenError::BadSetting { variable: NVRTC_VARIABLE, value: shown, expected }
         });
@@ -208,10 +209,9 @@ fn open(setting: Option<&OsStr>, driver_version: c_int) -> Result<(Library, Stri
     }
     // SAFETY: as above.
     let found = names.into_iter().find_map(|name| unsafe { Library::new(name) }.ok().map(|library| (library, name)));
-    found.map(|(library, name)| (library, name.to_owned())).ok_or_else(|| OpenError::NoDriver {
-        library: format!("NVRTC ({})", names.join(", ")),
-        hint: HINT.to_owned(),
-    })
+    found
+        .map(|(library, name)| (library, name.to_owned()))
+        .ok_or_else(|| OpenError::NoDriver { library: format!("NVRTC ({})", names.join(", ")), hint: HINT.to_owned() })
 }
 
 /// `NVRTC 12.0`.

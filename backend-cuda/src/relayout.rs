@@ -4,7 +4,7 @@ use tilefold_core::{DType, DeviceError, DeviceResult, Element, RelayoutArgs, Ten
 
 use crate::device::Limits;
 use crate::memory::address_of;
-use crate::module::launch_all;
+use crate::module::{launch_all, unsupported};
 use crate::stream::CudaStream;
 
 /// Copies source to destination element by element, rounding where the dtypes differ.
@@ -31,16 +31,16 @@ pub(crate) fn fill(
         return Err(DeviceError::Unsupported { limit });
     }
     let dtype = view.dtype();
-    let (element_bytes, count) = (dtype.size_bytes(), view.layout().len());
-    let data = address_of(destination.origin());
-    let fill = tilefold_kernels::fill(data, element_bytes as u32, bits(dtype, value), count as u64);
+    let element_bytes = u32::try_from(dtype.size_bytes()).map_err(unsupported)?;
+    let count = u64::try_from(view.layout().len()).map_err(unsupported)?;
+    let fill = tilefold_kernels::fill(address_of(destination.origin()), element_bytes, bits(dtype, value), count);
     launch_all(stream, limits, fill)
 }
 
 /// The bits of a value rounded to a dtype.
 fn bits(dtype: DType, value: f64) -> u64 {
     match dtype {
-        DType::F16 => half::f16::from_f64(value).to_bits().into(),
+        DType::F16 => <half::f16 as Element>::from_f64(value).to_bits().into(),
         DType::BF16 => <half::bf16 as Element>::from_f64(value).to_bits().into(),
         DType::I32 => i32::from_f64(value).cast_unsigned().into(),
         DType::Bool => u64::from(value != 0.0),

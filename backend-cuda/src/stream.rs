@@ -151,7 +151,8 @@ impl CudaStream {
         // SAFETY: the caller's.
         unsafe { context.driver.cuStreamGetCtx(stream, &raw mut owner)? };
         if owner != context.raw {
-            let limit = format!("this stream belongs to another context than {}; open that context instead", context.id);
+            let limit =
+                format!("this stream belongs to another context than {}; open that context instead", context.id);
             return Err(DeviceError::Unsupported { limit });
         }
         context.streams.lists().external.push(RawStream(stream));
