@@ -8,4 +8,5 @@ mod integers;
 mod launches;
 mod matrices;
 mod memories;
+mod refusals;
 mod warps;
