@@ -1,5 +1,14 @@
 //! A whole kernel as NVRTC writes it, right against f64; then the same with one bug planted, which has to be found.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::panic,
+    clippy::cast_possible_truncation,
+    clippy::cast_sign_loss,
+    reason = "a test that stops has failed; its numbers are small"
+)]
+
 use half::bf16;
 use tilefold_emulator_ptx::{Fault, FaultKind, Launch, Memory, Module, Statistics, run};
 
