@@ -3,10 +3,9 @@
 //! Products are exact. A sum is formed over eight of them (four for tf32) and the accumulator, and cut to f32 towards
 //! zero, as measurements of the A100 found: results carry the drift that long sums have on hardware.
 
-use super::float::narrow;
 use super::{Env, Executed, lanes};
 use crate::fault::Stop;
-use crate::instruction::{Address, Index, MatrixType, Mma, Rounding};
+use crate::instruction::{Address, Index, MatrixType, Mma};
 use crate::registers::LANES;
 use crate::warp::Warp;
 
@@ -15,6 +14,10 @@ const COLUMNS: usize = 8;
 const DEPTH: usize = 16;
 /// Bytes of one row of an 8x8 matrix of 16-bit elements.
 const ROW_BYTES: u32 = 16;
+
+type Left = [[f64; DEPTH]; ROWS];
+type Right = [[f64; COLUMNS]; DEPTH];
+type Sums = [[f64; COLUMNS]; ROWS];
 
 impl Warp {
     /// Lane `8 m + r` gives the address of row `r` of matrix `m`; lane `l` receives elements `2 (l % 4)` and the next of
@@ -63,21 +66,8 @@ impl Warp {
                 sums[row][column] = f64::from(values[lane]);
             }
         }
-        let depth = mma.depth as usize;
         let step = if mma.input == MatrixType::Tf32 { 4 } else { 8 };
-        for start in (0..depth).step_by(step) {
-            for (sums, left) in sums.iter_mut().zip(&a) {
-                for k in start..start + step {
-                    let left = f64::from(left[k]);
-                    for (sum, &right) in sums.iter_mut().zip(&b[k]) {
-                        *sum += left * f64::from(right);
-                    }
-                }
-                for sum in sums {
-                    *sum = f64::from(cut(*sum));
-                }
-            }
-        }
+        accumulate(&a, &b, &mut sums, mma.depth as usize, step);
         for (element, &index) in mma.d.iter().enumerate() {
             let values = &mut self.registers.words[index as usize];
             for (lane, value) in values.iter_mut().enumerate() {
@@ -89,7 +79,7 @@ impl Warp {
     }
 
     /// The 16 x depth matrix, from its fragments.
-    fn left(&self, mma: &Mma) -> [[f32; DEPTH]; ROWS] {
+    fn left(&self, mma: &Mma) -> Left {
         let mut matrix = [[0.0; DEPTH]; ROWS];
         let count = mma.depth as usize * if mma.input == MatrixType::Tf32 { 2 } else { 1 } / 4;
         for (register, &index) in mma.a[..count].iter().enumerate() {
@@ -109,7 +99,7 @@ impl Warp {
     }
 
     /// The depth x 8 matrix, from its fragments.
-    fn right(&self, mma: &Mma) -> [[f32; COLUMNS]; DEPTH] {
+    fn right(&self, mma: &Mma) -> Right {
         let mut matrix = [[0.0; COLUMNS]; DEPTH];
         let count = mma.depth as usize * if mma.input == MatrixType::Tf32 { 2 } else { 1 } / 8;
         for (register, &index) in mma.b[..count].iter().enumerate() {
@@ -133,20 +123,76 @@ fn accumulator(lane: usize, element: usize) -> (usize, usize) {
     (lane / 4 + 8 * (element / 2), 2 * (lane % 4) + element % 2)
 }
 
-fn halves(input: MatrixType, bits: u32) -> [f32; 2] {
-    if input == MatrixType::Bf16 {
-        [f32::from_bits(bits << 16), f32::from_bits(bits & 0xFFFF_0000)]
-    } else {
-        [half::f16::from_bits(bits as u16).to_f32(), half::f16::from_bits((bits >> 16) as u16).to_f32()]
+/// Adds `depth` products to every sum, `step` of them before each cut.
+fn accumulate(a: &Left, b: &Right, sums: &mut Sums, depth: usize, step: usize) {
+    #[cfg(target_arch = "x86_64")]
+    if std::arch::is_x86_feature_detected!("avx2") {
+        // SAFETY: the processor has AVX2, as the line above asked.
+        unsafe { accumulate_avx2(a, b, sums, depth, step) };
+        return;
+    }
+    accumulate_portable(a, b, sums, depth, step);
+}
+
+/// The same code, compiled for longer vectors; products are exact in f64, so that the results are the same, too.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2")]
+fn accumulate_avx2(a: &Left, b: &Right, sums: &mut Sums, depth: usize, step: usize) {
+    accumulate_portable(a, b, sums, depth, step);
+}
+
+#[inline(always)]
+fn accumulate_portable(a: &Left, b: &Right, sums: &mut Sums, depth: usize, step: usize) {
+    for start in (0..depth).step_by(step) {
+        for (sums, left) in sums.iter_mut().zip(a) {
+            let mut row = *sums;
+            for (&left, right) in left[start..start + step].iter().zip(&b[start..start + step]) {
+                for (sum, &right) in row.iter_mut().zip(right) {
+                    *sum += left * right;
+                }
+            }
+            *sums = row.map(cut);
+        }
     }
 }
 
-/// The hardware reads no more than the 10 upper bits of the fraction.
-fn tf32(bits: u32) -> f32 {
-    f32::from_bits(bits & 0xFFFF_E000)
+fn halves(input: MatrixType, bits: u32) -> [f64; 2] {
+    if input == MatrixType::Bf16 {
+        [f64::from(f32::from_bits(bits << 16)), f64::from(f32::from_bits(bits & 0xFFFF_0000))]
+    } else {
+        [f64::from(half_value(bits & 0xFFFF)), f64::from(half_value(bits >> 16))]
+    }
 }
 
-/// Towards zero; what is beyond f32 becomes infinite.
-fn cut(sum: f64) -> f32 {
-    if (sum as f32).is_infinite() { sum as f32 } else { narrow(sum, Rounding::Zero) }
+/// The value of an f16: its exponent and fraction moved into those of an f32, and the biases' difference made good.
+fn half_value(bits: u32) -> f32 {
+    let magnitude = (bits & 0x7FFF) << 13;
+    let scaled = (f32::from_bits(magnitude) * f32::from_bits(0x7780_0000)).to_bits();
+    let special = if bits & 0x7C00 == 0x7C00 { 0x7F80_0000 } else { 0 };
+    f32::from_bits(scaled | special | (bits & 0x8000) << 16)
+}
+
+/// The hardware reads no more than the 10 upper bits of the fraction.
+fn tf32(bits: u32) -> f64 {
+    f64::from(f32::from_bits(bits & 0xFFFF_E000))
+}
+
+/// Towards zero to the fraction of an f32 (of an f32's normal numbers).
+#[inline(always)]
+fn cut(sum: f64) -> f64 {
+    f64::from_bits(sum.to_bits() & !0x1FFF_FFFF)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::half_value;
+
+    #[test]
+    fn every_half_has_its_value() {
+        for bits in 0..=u16::MAX {
+            let (found, due) = (half_value(bits.into()), half::f16::from_bits(bits).to_f32());
+            assert!(found == due || (found.is_nan() && due.is_nan()), "{bits:#x}: {found} {due}");
+            assert_eq!(found.is_sign_negative(), due.is_sign_negative());
+        }
+    }
 }
