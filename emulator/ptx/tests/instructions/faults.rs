@@ -166,8 +166,11 @@ fn races_between_warps() {
     );
     block(S, &format!("{MINE} {neighbour} st.shared.u32 [%r12], %thread; bar.sync 0; ld.shared.u32 %r20, [%r13]; bar.sync 0; st.shared.u32 [%r12], %r20;"), 64).unwrap();
     // A barrier that joins other warps than those two orders nothing.
-    let named = "setp.ge.u32 %p1, %thread, 32; @%p1 bra JOIN; st.shared.u32 [%r10], %r20; bra END; JOIN: bar.sync 1, 64; st.shared.u32 [%r10], %r20; END:";
+    let named = "setp.ge.u32 %p1, %thread, 32; @%p1 bra JOIN; st.shared.u32 [%r10], %r20; bra END; JOIN: bar.sync 1, 64; setp.eq.u32 %p2, %thread, 40; @%p2 st.shared.u32 [%r10], %r20; END:";
     let found = fault(S, &format!("{MINE} {named}"), 96);
+    assert!(matches!(found.kind, FaultKind::SharedRace { .. }), "{found}");
+    // Nor does the synchronisation of one warp order it after another.
+    let found = fault(S, &format!("{MINE} bar.warp.sync -1; st.shared.u32 [%r10], %r20; bar.warp.sync -1;"), 64);
     assert!(matches!(found.kind, FaultKind::SharedRace { .. }), "{found}");
 }
 

@@ -178,9 +178,9 @@ fn short_sources_are_filled_with_zeros() {
 
 #[test]
 fn barriers_with_votes_and_numbers() {
-    let body = "setp.lt.u32 %p1, %thread, 40; bar.red.popc.u32 %r20, 0, %p1; bar.red.and.pred %p2, 1, %p1; bar.red.or.pred %p3, 0, !%p1; selp.u32 %r21, 1, 0, %p2; selp.u32 %r22, 1, 0, %p3;";
+    let body = "setp.lt.u32 %p1, %thread, 40; bar.red.popc.u32 %r20, 0, %p1; bar.red.and.pred %p2, 1, %p1; setp.lt.u32 %p4, %thread, 96; bar.red.or.pred %p3, 0, !%p4; selp.u32 %r21, 1, 0, %p2; selp.u32 %r22, 1, 0, %p3;";
     let found = run_text(&kernel("", body, 0, 3, 96), &[], 3, 96).unwrap();
-    assert_eq!((found[0], found[95], found[96 + 3], found[2 * 96 + 50]), (40, 40, 0, 1));
+    assert_eq!((found[0], found[95], found[96 + 3], found[2 * 96 + 50]), (40, 40, 0, 0));
     // Warps 0 and 1 meet at barrier 2; warp 2 only announces itself at barrier 3, where warp 0 waits for it.
     let body = "mov.u32 %r20, 1; mov.u32 %r10, s; setp.ge.u32 %p1, %thread, 64; @%p1 bra THIRD;
         shl.b32 %r11, %thread, 2; add.u32 %r12, %r10, %r11; st.shared.u32 [%r12], %thread; barrier.sync 2, 64;

@@ -144,6 +144,9 @@ fn votes() {
     assert_eq!(first, [0xFFFF_FFF8, 0, 1, 0, 7]);
     let found = warp(body, &[[3; 32]], 5);
     assert_eq!(found.iter().map(|lanes| lanes[0]).collect::<Vec<_>>(), [u32::MAX, 1, 1, 1, 0]);
+    // Uniform is also that nobody votes for it.
+    let found = warp(body, &[[1; 32]], 5);
+    assert_eq!(found.iter().map(|lanes| lanes[0]).collect::<Vec<_>>(), [0, 0, 0, 1, u32::MAX]);
 }
 
 #[test]
