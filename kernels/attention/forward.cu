@@ -177,13 +177,12 @@ template <class T> DEVICE void add_values(Output& out, const Scores& p, const Pi
                     const float* c = p[m][2 * k + i / 2];
                     a[m][k].high[i] = pack<T>(c[2 * (i % 2)], c[2 * (i % 2) + 1]);
                 }
-        const int matrix = lane_index() / 8;
 #pragma unroll
         for (int k = 0; k < STEPS; k++)
 #pragma unroll
             for (int c = 0; c + 1 < OUT_COLUMNS; c += 2) {
                 u32 b[4];
-                load_right_transposed<ValueTile, LANE_KEYS>(b, values, 2 * k + matrix % 2, c + matrix / 2);
+                load_right_transposed<ValueTile, LANE_KEYS>(b, values, 2 * k, c);
 #pragma unroll
                 for (int i = 0; i < 2; i++)
 #pragma unroll
@@ -195,7 +194,7 @@ template <class T> DEVICE void add_values(Output& out, const Scores& p, const Pi
 #pragma unroll
             for (int k = 0; k < STEPS; k += 2) {
                 u32 b[4];
-                load_right_transposed<ValueTile, LANE_KEYS>(b, values, 2 * k + matrix, c);
+                load_right_transposed_column<ValueTile, LANE_KEYS>(b, values, 2 * k, c);
 #pragma unroll
                 for (int i = 0; i < 2; i++)
 #pragma unroll
@@ -217,21 +216,34 @@ template <int index> struct BiasPieces {
     static constexpr int count = LANE_KEYS / PIECE_ELEMENTS<B>;
     Piece pieces[present ? (by_query ? QUERY_TILES : 1) : 1][present && by_query ? 2 : 1][present ? count : 1];
 
-    DEVICE void load(const AttentionInputs& inputs, const Work& work, const Lane& lane, i64 key) {
+    const B* lane_data;                       // the lane's keys of tile 0, at the block's first query
+    u32 offsets[present && by_query ? QUERY_TILES : 1][2];  // of the lane's rows, in bytes; the plan keeps them below 2^31
+
+    DEVICE void start(const AttentionInputs& inputs, const Work& work, const Lane& lane) {
         if constexpr (present) {
-            const Operand& bias = inputs.biases[index];
-            const B* data = bias_data<index>(inputs, work.at) + key + lane.quad * LANE_KEYS;
+            const i64 stride = inputs.biases[index].strides[3];
+            lane_data = bias_data<index>(inputs, work.at) + (by_query ? work.query * stride : 0) + lane.quad * LANE_KEYS;
 #pragma unroll
             for (int m = 0; m < (by_query ? QUERY_TILES : 1); m++)
 #pragma unroll
-                for (int half = 0; half < (by_query ? 2 : 1); half++) {
+                for (int half = 0; half < 2; half++) {
                     // Queries that do not exist read the last one that does.
-                    const int row = lane.row(m, half);
-                    const i64 query = work.query + (row < work.queries ? row : work.queries - 1);
-                    const B* from = data + (by_query ? query * bias.strides[3] : 0);
-#pragma unroll
-                    for (int i = 0; i < count; i++) pieces[m][half][i] = load_piece(from + i * PIECE_ELEMENTS<B>);
+                    const int row = lane.row(m, half), last = work.queries - 1;
+                    offsets[m][half] = by_query ? (u32)((row < last ? row : last) * stride * (i64)sizeof(B)) : 0;
                 }
+        }
+    }
+
+    DEVICE void load(i64 key) {
+        if constexpr (present) {
+            const char* from = (const char*)(lane_data + key);
+#pragma unroll
+            for (int m = 0; m < (by_query ? QUERY_TILES : 1); m++)
+#pragma unroll
+                for (int half = 0; half < (by_query ? 2 : 1); half++)
+#pragma unroll
+                    for (int i = 0; i < count; i++)
+                        pieces[m][half][i] = load_piece(from + (i32)offsets[m][half] + 16 * i);
         }
     }
 
@@ -260,14 +272,20 @@ struct BiasTiles {
     BiasPieces<1> bias1;
     BiasPieces<2> bias2;
     BiasPieces<3> bias3;
-    DEVICE void load_ahead(const AttentionInputs& inputs, const Work& work, const Lane& lane, i64 key) {
-        bias0.load(inputs, work, lane, key);
-        if constexpr (!BiasPieces<0>::by_query) bias1.load(inputs, work, lane, key);
+    DEVICE void start(const AttentionInputs& inputs, const Work& work, const Lane& lane) {
+        bias0.start(inputs, work, lane);
+        bias1.start(inputs, work, lane);
+        bias2.start(inputs, work, lane);
+        bias3.start(inputs, work, lane);
     }
-    DEVICE void load_now(const AttentionInputs& inputs, const Work& work, const Lane& lane, i64 key) {
-        if constexpr (BiasPieces<0>::by_query) bias1.load(inputs, work, lane, key);
-        bias2.load(inputs, work, lane, key);
-        bias3.load(inputs, work, lane, key);
+    DEVICE void load_ahead(i64 key) {
+        bias0.load(key);
+        if constexpr (!BiasPieces<0>::by_query) bias1.load(key);
+    }
+    DEVICE void load_now(i64 key) {
+        if constexpr (BiasPieces<0>::by_query) bias1.load(key);
+        bias2.load(key);
+        bias3.load(key);
     }
     template <bool queries> DEVICE float add(float sum, float inverse_scale, int m, int half, int key) const {
         sum = bias0.add<queries>(sum, inverse_scale, m, half, key);
@@ -535,21 +553,24 @@ KERNEL(THREADS) attention_forward(const ForwardParams params) {
     };
     const i64 kv_head = work.at.head / inputs.group;
     const Rows<T> k = rows_of(inputs.k, kv_head), v = rows_of(inputs.v, kv_head);
+    const TileLoader<QueryTile, Q_PIECES, THREADS> load_queries(rows_of(inputs.q, work.at.head));
+    const TileLoader<KeyTileShape, K_PIECES, THREADS> key_loader(k);
+    const TileLoader<ValueTile, V_PIECES, THREADS> value_loader(v);
     const auto load_keys = [&](int stage, const KeyTile& tile) {
         const auto keeps = [&](int row) { return (tile.keeps >> row & 1) != 0; };
-        load_tile<KeyTileShape, K_PIECES, THREADS>(shared_keys + stage * KeyTileShape::size, k.from(tile.key), keeps);
-        load_tile<ValueTile, V_PIECES, THREADS>(shared_values + stage * ValueTile::size, v.from(tile.key), keeps);
+        key_loader.load(shared_keys + stage * KeyTileShape::size, tile.key, keeps);
+        value_loader.load(shared_values + stage * ValueTile::size, tile.key, keeps);
         copy_async_commit();
     };
 
     // The next tile of keys, on its way.
     KeyWalk<TILE_K> walk(inputs, work.at, work.query, work.queries);
     BiasTiles biases;
-    load_tile<QueryTile, Q_PIECES, THREADS>(shared_queries, rows_of(inputs.q, work.at.head).from(work.query),
-                                            [&](int row) { return row < work.queries; });
+    biases.start(inputs, work, lane);
+    load_queries.load(shared_queries, work.query, [&](int row) { return row < work.queries; });
     if (!walk.done()) {
         load_keys(0, walk.tile);
-        biases.load_ahead(inputs, work, lane, walk.tile.key);
+        biases.load_ahead(walk.tile.key);
         walk.read_ahead();
     }
     copy_async_commit();
@@ -577,11 +598,11 @@ KERNEL(THREADS) attention_forward(const ForwardParams params) {
         float scale = inputs.scale_base2;
         bool plain = PRELOAD && tile.cover == FULL && tile.key + TILE_K <= inputs.seqlen_k;
         if (plain) {
-            biases.load_now(inputs, work, lane, tile.key);
+            biases.load_now(tile.key);
             start_with_biases(s, biases, inverse_scale, tile.keeps, lane);
         }
         if (!walk.done()) {
-            biases.load_ahead(inputs, work, lane, walk.tile.key);
+            biases.load_ahead(walk.tile.key);
             walk.read_ahead();
         }
         if (plain) {
