@@ -68,6 +68,13 @@ using Output = float[QUERY_TILES][OUT_COLUMNS][4];
 // One number for each of a lane's rows.
 using RowValues = float[QUERY_TILES][2];
 
+template <class Action> DEVICE void for_rows(Action action) {
+#pragma unroll
+    for (int m = 0; m < QUERY_TILES; m++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) action(m, half);
+}
+
 // A of q, in registers or loaded for every tile of keys.
 struct Queries {
     u32 words[QUERIES_IN_REGISTERS ? QUERY_TILES : 1][QUERIES_IN_REGISTERS ? QUERY_STEPS : 1][4];
@@ -328,21 +335,23 @@ DEVICE void start_with_biases(Scores& s, const BiasTiles& biases, float inverse_
 
 // S from products to logits in base 2, with whatever the problem adds and excludes: equations (1), (2).
 DEVICE void finish_logits(Scores& s, const AttentionInputs& inputs, const Work& work, const KeyTile& tile, const Lane& lane) {
+    const i64 first_query = opaque(work.query);
+    const int last = opaque(work.queries) - 1, quad = opaque(lane.quad);
     const float slope = ALIBI ? ((const float*)inputs.alibi_slopes)[work.at.head] : 0.0f;
-    const u32 kept = (u32)(tile.keeps >> (lane.quad * LANE_KEYS));
+    const u32 kept = (u32)(tile.keeps >> (quad * LANE_KEYS));
 #pragma unroll
     for (int m = 0; m < QUERY_TILES; m++)
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             const int row = lane.row(m, half);
-            const i64 query = work.query + (row < work.queries ? row : work.queries - 1);
+            const i64 query = first_query + (row < last ? row : last);
             const i32 id = SEGMENTS ? segment(inputs.q_segments, work.at, query) : 0;
 #pragma unroll
             for (int n = 0; n < KEY_COLUMNS; n++)
 #pragma unroll
                 for (int column = 0; column < 2; column++) {
                     float& logit = s[m][n][2 * half + column];
-                    const i64 key = tile.key + lane.key(n, column);
+                    const i64 key = tile.key + quad * LANE_KEYS + 2 * n + column;
                     bool keep = kept >> (2 * n + column) & 1;
                     if (keep) {
                         if constexpr (POSITIONS) keep = keep && position_keeps(inputs, query, key);
@@ -364,30 +373,31 @@ DEVICE void row_maxima(RowValues& to, const RowValues& before, const Scores& s, 
     for (int m = 0; m < QUERY_TILES; m++)
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            float top = -INFINITE;
+            float top = maximum(s[m][0][2 * half], s[m][0][2 * half + 1]);
 #pragma unroll
-            for (int n = 0; n < KEY_COLUMNS; n++) top = maximum(top, maximum(s[m][n][2 * half], s[m][n][2 * half + 1]));
+            for (int n = 1; n < KEY_COLUMNS; n++) top = maximum(top, maximum(s[m][n][2 * half], s[m][n][2 * half + 1]));
             to[m][half] = maximum(before[m][half], quad_maximum(top) * scale);
         }
 }
 
 // Whether the plain path's arithmetic holds for every row of the warp.
 DEVICE bool in_plain_range(const RowValues& maxima) {
-    bool holds = true;
+    float farthest = 0.0f;
 #pragma unroll
     for (int m = 0; m < QUERY_TILES; m++)
 #pragma unroll
-        for (int half = 0; half < 2; half++) holds = holds && maxima[m][half] <= PLAIN_LIMIT && maxima[m][half] >= -PLAIN_LIMIT;
-    return warp_all(holds);
+        for (int half = 0; half < 2; half++) farthest = maximum(farthest, magnitude(maxima[m][half]));
+    return warp_all(farthest <= PLAIN_LIMIT);
 }
 
-// P = 2^(S scale - maximum), row sums, and O and row sums brought to the new maximum: equations (3a)-(3c).
-DEVICE void exponentials(Scores& s, float scale, RowValues& maxima, const RowValues& new_maxima, RowValues& sums, Output& out) {
+// P = 2^(S scale - reference), row sums, and O and row sums brought from the old maximum to the new reference, which is the
+// new maximum or, where that is -inf, 0: equations (3a)-(3c).
+DEVICE void exponentials(Scores& s, float scale, const RowValues& maxima, const RowValues& references, RowValues& sums, Output& out) {
 #pragma unroll
     for (int m = 0; m < QUERY_TILES; m++)
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            const float reference = new_maxima[m][half] == -INFINITE ? 0.0f : new_maxima[m][half];
+            const float reference = references[m][half];
             const float factor = exp2(maxima[m][half] - reference);
             float sum = 0.0f;
 #pragma unroll
@@ -396,10 +406,9 @@ DEVICE void exponentials(Scores& s, float scale, RowValues& maxima, const RowVal
                 for (int column = 0; column < 2; column++) {
                     float& score = s[m][n][2 * half + column];
                     score = exp2(fused_multiply_add(score, scale, -reference));
-                    sum += score;
+                    sum = n + column == 0 ? score : sum + score;
                 }
             sums[m][half] = fused_multiply_add(sums[m][half], factor, sum);
-            maxima[m][half] = new_maxima[m][half];
 #pragma unroll
             for (int c = 0; c < OUT_COLUMNS; c++) {
                 out[m][c][2 * half] *= factor;
@@ -590,39 +599,48 @@ KERNEL(THREADS) attention_forward(const ForwardParams params) {
         copy_async_wait<0>();
         block_barrier();
         walk.advance();
-        if (STAGES == 2 && !walk.done()) load_keys(1 - stage, walk.tile);
+        const bool more = !walk.done();
+        if (STAGES == 2 && more) load_keys(1 - stage, walk.tile);
         const Piece* const keys = shared_keys + stage * KeyTileShape::size;
 
         Scores s;
-        RowValues new_maxima;
+        RowValues new_maxima, references;
         float scale = inputs.scale_base2;
         bool plain = PRELOAD && tile.cover == FULL && tile.key + TILE_K <= inputs.seqlen_k;
         if (plain) {
             biases.load_now(tile.key);
             start_with_biases(s, biases, inverse_scale, tile.keeps, lane);
         }
-        if (!walk.done()) {
+        if (more) {
             biases.load_ahead(walk.tile.key);
             walk.read_ahead();
         }
         if (plain) {
             add_logits(s, queries, keys);
             row_maxima(new_maxima, maxima, s, scale);
+            for_rows([&](int m, int half) { references[m][half] = new_maxima[m][half]; });
             plain = in_plain_range(new_maxima);
         }
         if (!plain) {
             start_with_zeros(s);
             add_logits(s, queries, keys);
             finish_logits(s, inputs, work, tile, lane);
+            // Read again, so that finish_logits may use the registers.
+            if (more) biases.load_ahead(walk.tile.key);
+            queries.load(shared_queries, lane.query);
             scale = 1.0f;
             row_maxima(new_maxima, maxima, s, scale);
+            for_rows([&](int m, int half) {
+                references[m][half] = new_maxima[m][half] == -INFINITE ? 0.0f : new_maxima[m][half];
+            });
         }
-        exponentials(s, scale, maxima, new_maxima, sums, out);
+        exponentials(s, scale, maxima, references, sums, out);
+        for_rows([&](int m, int half) { maxima[m][half] = new_maxima[m][half]; });
         add_values<T>(out, s, shared_values + stage * ValueTile::size);
 
         if (STAGES == 2) {
             stage = 1 - stage;
-        } else if (!walk.done()) {
+        } else if (more) {
             block_barrier();
             load_keys(0, walk.tile);
         }
