@@ -224,7 +224,7 @@ template <int index> struct BiasPieces {
     Piece pieces[present ? (by_query ? QUERY_TILES : 1) : 1][present && by_query ? 2 : 1][present ? count : 1];
 
     const B* lane_data;                       // the lane's keys of tile 0, at the block's first query
-    u32 offsets[present && by_query ? QUERY_TILES : 1][2];  // of the lane's rows, in bytes; the plan keeps them below 2^31
+    i32 offsets[present && by_query ? QUERY_TILES : 1][2];  // of the lane's rows, in bytes; the plan keeps them below 2^31
 
     DEVICE void start(const AttentionInputs& inputs, const Work& work, const Lane& lane) {
         if constexpr (present) {
@@ -236,7 +236,7 @@ template <int index> struct BiasPieces {
                 for (int half = 0; half < 2; half++) {
                     // Queries that do not exist read the last one that does.
                     const int row = lane.row(m, half), last = work.queries - 1;
-                    offsets[m][half] = by_query ? (u32)((row < last ? row : last) * stride * (i64)sizeof(B)) : 0;
+                    offsets[m][half] = opaque(by_query ? (i32)((row < last ? row : last) * stride * (i64)sizeof(B)) : 0);
                 }
         }
     }
@@ -250,7 +250,7 @@ template <int index> struct BiasPieces {
                 for (int half = 0; half < (by_query ? 2 : 1); half++)
 #pragma unroll
                     for (int i = 0; i < count; i++)
-                        pieces[m][half][i] = load_piece(from + (i32)offsets[m][half] + 16 * i);
+                        pieces[m][half][i] = load_piece(from + offsets[m][half] + 16 * i);
         }
     }
 

@@ -69,34 +69,35 @@ template <class T> struct Rows {
 // `copy_async_wait` and a barrier.
 template <class Tile, bool in_pieces, int threads> struct TileLoader {
     using T = typename Tile::T;
-    // With whole rows per round a thread keeps its piece, and its row grows by the same number from round to round.
-    static constexpr bool even = threads % Tile::pieces == 0;
-    static constexpr int round_rows = threads / Tile::pieces;
+    // A thread keeps its piece, and its row grows by the same number from round to round; where a row has 3, 6, ... pieces,
+    // some threads have none.
+    static constexpr int row_threads = Tile::pieces <= 2 ? Tile::pieces : Tile::pieces <= 4 ? 4 : Tile::pieces <= 8 ? 8 : Tile::pieces <= 16 ? 16 : Tile::pieces <= 32 ? 32 : 64;
+    static constexpr int round_rows = threads / row_threads;
+    static_assert(round_rows > 0, "a row is loaded at once");
 
     Rows<T> from;
-    const T* mine;  // the thread's first piece in the first tile
+    const char* mine;  // the thread's first piece in the first tile
 
     DEVICE TileLoader(const Rows<T>& rows)
-        : from(rows), mine(rows.data + thread_index() / Tile::pieces * rows.row_stride + thread_index() % Tile::pieces * PIECE_ELEMENTS<T>) {}
+        : from(rows),
+          mine((const char*)opaque((i64)(rows.data + row() * rows.row_stride + piece() * PIECE_ELEMENTS<T>))) {}
+
+    static DEVICE int row() { return thread_index() / row_threads; }
+    static DEVICE int piece() { return thread_index() % row_threads; }
 
     // The tile whose first row is `first`.
     template <class Keeps> DEVICE void load(Piece* tile, i64 first, Keeps keeps) const {
-        if constexpr (in_pieces && even) {
-            const T* piece = mine + first * from.row_stride;
-            const int row = thread_index() / Tile::pieces;
+        if constexpr (in_pieces) {
+            static_assert(Tile::channels % 8 == 0, "pieces of a row");
+            if (row_threads != Tile::pieces && piece() >= Tile::pieces) return;
+            const i64 row_bytes = from.row_stride * (i64)sizeof(T);
+            const char* data = mine + first * row_bytes;
             const u32 to = shared_address(tile);
 #pragma unroll
             for (int start = 0; start < Tile::rows; start += round_rows) {
-                if (Tile::rows % round_rows == 0 || row + start < Tile::rows)
-                    copy_async(to + 16 * Tile::slot(row + start, thread_index() % Tile::pieces), piece, keeps(row + start) ? 16 : 0);
-                piece += round_rows * from.row_stride;
-            }
-        } else if constexpr (in_pieces) {
-            static_assert(Tile::channels % 8 == 0, "pieces of a row");
-            for (int index = thread_index(); index < Tile::rows * Tile::pieces; index += threads) {
-                const int row = index / Tile::pieces, piece = index % Tile::pieces;
-                const T* data = from.data + (first + row) * from.row_stride + piece * PIECE_ELEMENTS<T>;
-                copy_async(shared_address(tile + Tile::slot(row, piece)), data, keeps(row) ? 16 : 0);
+                if (Tile::rows % round_rows == 0 || row() + start < Tile::rows)
+                    copy_async(to + 16 * Tile::slot(row() + start, piece()), data, keeps(row() + start) ? 16 : 0);
+                data += round_rows * row_bytes;
             }
         } else {
             constexpr int padded = Tile::pieces * PIECE_ELEMENTS<T>;

@@ -7,7 +7,7 @@
 struct KeyTile {
     i64 key;     // its first key; the end of all keys behind the last tile
     u64 keeps;   // bit i: key + i exists, is counted by lengths and kept by the key mask
-    int cover;   // of causality, window and segments: PARTIAL or FULL
+    int cover;   // of causality, window and segments: PARTIAL or FULL; PARTIAL where the sequence ends
 };
 
 // Visits the tiles of `tile_keys` keys that queries `query .. query + queries` may see, in ascending order; others are
@@ -68,6 +68,7 @@ template <int tile_keys> struct KeyWalk {
             if (tile.key >= end) return;
             const i64 there = end - tile.key;
             const int keys = there < tile_keys ? (int)there : tile_keys;
+            if (tile.key + tile_keys > inputs.seqlen_k) tile.cover = PARTIAL;
             if constexpr (POSITIONS) {
                 tile.cover = position_cover(inputs, query, queries, tile.key, keys);
                 if (tile.cover == EMPTY) {
