@@ -606,7 +606,7 @@ KERNEL(THREADS) attention_forward(const ForwardParams params) {
         Scores s;
         RowValues new_maxima, references;
         float scale = inputs.scale_base2;
-        bool plain = PRELOAD && tile.cover == FULL && tile.key + TILE_K <= inputs.seqlen_k;
+        bool plain = PRELOAD && tile.cover == FULL;
         if (plain) {
             biases.load_now(tile.key);
             start_with_biases(s, biases, inverse_scale, tile.keeps, lane);

@@ -64,14 +64,14 @@ template <int tile_keys> struct KeyWalk {
     // Goes to the tile that was read ahead, or the first one after it that shows something.
     DEVICE void advance() {
         for (;; read_ahead(ahead_key + tile_keys)) {
-            tile = {ahead_key, 0, FULL};
+            tile = {ahead_key, 0, ahead_key + tile_keys <= inputs.seqlen_k ? FULL : PARTIAL};
             if (tile.key >= end) return;
             const i64 there = end - tile.key;
             const int keys = there < tile_keys ? (int)there : tile_keys;
-            if (tile.key + tile_keys > inputs.seqlen_k) tile.cover = PARTIAL;
             if constexpr (POSITIONS) {
-                tile.cover = position_cover(inputs, query, queries, tile.key, keys);
-                if (tile.cover == EMPTY) {
+                const int cover = position_cover(inputs, query, queries, tile.key, keys);
+                tile.cover = cover < tile.cover ? cover : tile.cover;
+                if (cover == EMPTY) {
                     if (distance(inputs, query + queries - 1, tile.key) > inputs.highest_distance) ahead_key = end;
                     continue;
                 }
