@@ -1,5 +1,7 @@
 //! Parses PTX files and says what is in them, or why not.
 
+#![allow(clippy::print_stdout, reason = "a program for the terminal")]
+
 use std::process::ExitCode;
 
 use tilefold_emulator_ptx::Module;

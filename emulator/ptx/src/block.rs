@@ -167,11 +167,11 @@ impl<'l> Block<'l> {
         let linear = warp.index * 32 + stop.lane;
         let (line, instruction) = warp.statement(self.prepared);
         Box::new(Fault {
-            kernel: self.prepared.kernel.name.clone(),
+            kernel: self.prepared.kernel.name.as_str().into(),
             block,
             thread: [linear % x, linear / x % y, linear / x / y],
             line,
-            instruction,
+            instruction: instruction.into(),
             kind: stop.kind,
         })
     }

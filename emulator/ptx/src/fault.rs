@@ -6,7 +6,7 @@ use std::fmt;
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Fault {
     /// Name of the kernel.
-    pub kernel: String,
+    pub kernel: Box<str>,
     /// Index of the block in the grid.
     pub block: [u32; 3],
     /// Index of the thread in the block; the first of several.
@@ -14,7 +14,7 @@ pub struct Fault {
     /// Line of the PTX text, from 1.
     pub line: u32,
     /// Text of the instruction.
-    pub instruction: String,
+    pub instruction: Box<str>,
     /// What happened.
     pub kind: FaultKind,
 }

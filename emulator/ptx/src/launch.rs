@@ -155,7 +155,14 @@ impl Totals {
 fn launch_fault(kernel: &Kernel, what: String) -> Fault {
     let (line, instruction) = kernel.code.statements.first().cloned().unwrap_or_default();
     let kind = FaultKind::Launch { what };
-    Fault { kernel: kernel.name.clone(), block: [0; 3], thread: [0; 3], line, instruction, kind }
+    Fault {
+        kernel: kernel.name.as_str().into(),
+        block: [0; 3],
+        thread: [0; 3],
+        line,
+        instruction: instruction.into(),
+        kind,
+    }
 }
 
 /// Blocks of the grid and threads of a block, or what is wrong with the launch.

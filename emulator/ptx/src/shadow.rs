@@ -184,12 +184,11 @@ impl LaunchShadow {
     fn write_byte(&self, at: usize, mark: u32) -> Result<(), (Access, u32)> {
         let writer = &self.writers[at];
         let old = writer.load(Ordering::Relaxed);
-        if old != mark {
-            if let Err(other) = writer.compare_exchange(0, mark, Ordering::SeqCst, Ordering::SeqCst)
-                && other != mark
-            {
-                return Err((Access::Write, other));
-            }
+        if old != mark
+            && let Err(other) = writer.compare_exchange(0, mark, Ordering::SeqCst, Ordering::SeqCst)
+            && other != mark
+        {
+            return Err((Access::Write, other));
         }
         let reader = self.readers[at].load(Ordering::SeqCst);
         if reader == 0 || reader == mark { Ok(()) } else { Err((Access::Read, reader)) }

@@ -161,7 +161,7 @@ impl Decoder<'_> {
         Ok(Op::ConvertTf32 { rounding, a, d: self.result(parts, Class::Word, d)? })
     }
 
-    pub(super) fn to_space(&mut self, parts: &mut Parts<'_>, operands: &[Operand]) -> Result<Op, ParseError> {
+    pub(super) fn between_spaces(&mut self, parts: &mut Parts<'_>, operands: &[Operand]) -> Result<Op, ParseError> {
         let to = parts.take("to");
         let space =
             match parts.take_any(&["global", "shared", "shared::cta", "local", "const", "param", "param::entry"]) {

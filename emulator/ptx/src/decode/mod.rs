@@ -151,7 +151,7 @@ impl Decoder<'_> {
         match parts.name() {
             "mov" => self.mov(parts, operands),
             "cvt" => self.convert(parts, operands),
-            "cvta" => self.to_space(parts, operands),
+            "cvta" => self.between_spaces(parts, operands),
             "selp" => self.select(parts, operands),
             "slct" => self.select_sign(parts, operands),
             "setp" => self.set_predicate(parts, operands),

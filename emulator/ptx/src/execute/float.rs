@@ -36,7 +36,8 @@ pub(super) fn saturated(value: f32) -> f32 {
 #[inline(always)]
 fn odd(value: f64, remainder: f64) -> f64 {
     let bits = value.to_bits();
-    let inexact = remainder > 0.0 || remainder < 0.0;
+    // Not so for NaN.
+    let inexact = remainder.abs() > 0.0;
     let away = (remainder > 0.0) == (value > 0.0);
     let moved = if away { bits.wrapping_add(1) } else { bits.wrapping_sub(1) };
     f64::from_bits(if inexact && bits & 1 == 0 { moved } else { bits })
@@ -210,15 +211,8 @@ impl Warp {
             if mode.saturate { if value > 0.0 { value.min(1.0) } else { 0.0 } } else { value }
         };
         let picked = |less: bool, a: f64, b: f64| {
-            if a.is_nan() {
-                b
-            } else if b.is_nan() || (less == (a < b) && a != b) {
-                a
-            } else if a == b && less == a.is_sign_negative() {
-                a
-            } else {
-                b
-            }
+            let first = if a == b { less == a.is_sign_negative() } else { less == (a < b) };
+            if b.is_nan() || (first && !a.is_nan()) { a } else { b }
         };
         match op {
             FloatOp::Add => r.map2(d, two, mask, |a: f64, b: f64| end(a + b)),

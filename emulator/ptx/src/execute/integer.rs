@@ -53,7 +53,7 @@ impl Warp {
     fn typed<T: Integer>(&mut self, op: IntegerOp, d: Index, s: [Index; 4], mask: u32) -> Executed<()> {
         let r = &mut self.registers;
         let (one, two, three) = (s[0], [s[0], s[1]], [s[0], s[1], s[2]]);
-        let high = |a: T, b: T| T::from_wide(AsPrimitive::<i128>::as_(a) * AsPrimitive::<i128>::as_(b) >> T::BITS);
+        let high = |a: T, b: T| T::from_wide((AsPrimitive::<i128>::as_(a) * AsPrimitive::<i128>::as_(b)) >> T::BITS);
         match op {
             IntegerOp::Add => r.map2(d, two, mask, |a: T, b: T| a.wrapping_add(&b)),
             IntegerOp::Sub => r.map2(d, two, mask, |a: T, b: T| a.wrapping_sub(&b)),
@@ -236,7 +236,7 @@ impl Warp {
         let r = &self.registers;
         match compare {
             Compare::Equal => r.test2(a, b, |a: T, b: T| a == b),
-            Compare::NotEqual => r.test2(a, b, |a: T, b: T| a < b || a > b),
+            Compare::NotEqual => r.test2(a, b, |a: T, b: T| holds(Compare::NotEqual, a, b)),
             Compare::Less => r.test2(a, b, |a: T, b: T| a < b),
             Compare::LessEqual => r.test2(a, b, |a: T, b: T| a <= b),
             Compare::Greater => r.test2(a, b, |a: T, b: T| a > b),

@@ -28,7 +28,7 @@ impl Warp {
         d: [Index; 4],
         mask: u32,
     ) -> Executed<()> {
-        for matrix in 0..count {
+        for (matrix, &into) in d[..count].iter().enumerate() {
             let mut rows = [[0u16; 8]; 8];
             for (row, elements) in rows.iter_mut().enumerate() {
                 let lane = 8 * matrix + row;
@@ -42,7 +42,7 @@ impl Warp {
                 } else {
                     (rows[line][first], rows[line][first + 1])
                 };
-                self.registers.words[d[matrix] as usize][lane] = u32::from(high) << 16 | u32::from(low);
+                self.registers.words[into as usize][lane] = u32::from(high) << 16 | u32::from(low);
             }
         }
         Ok(())

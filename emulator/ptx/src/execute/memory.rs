@@ -276,7 +276,7 @@ fn copied(env: &Env<'_, '_>, from: u64, bytes: u32, source: u32) -> Result<u128,
 /// State space and address there of a generic address.
 fn resolve(address: u64) -> (Space, u64) {
     match address {
-        _ if address >= WINDOWS_END || address < SHARED_WINDOW => (Space::Global, address),
+        _ if !(SHARED_WINDOW..WINDOWS_END).contains(&address) => (Space::Global, address),
         _ if address >= PARAMETER_WINDOW => (Space::Parameter, address - PARAMETER_WINDOW),
         _ if address >= CONSTANT_WINDOW => (Space::Constant, address - CONSTANT_WINDOW),
         _ if address >= LOCAL_WINDOW => (Space::Local, address - LOCAL_WINDOW),

@@ -84,7 +84,7 @@ impl Warp {
                 self.convert_pair(bf16, rounding, relu, d, [a, b], mask)
             }
             Op::ConvertTf32 { rounding, d, a } => self.convert_tf32(rounding, d, a, mask),
-            Op::ToSpace { space, to, d, a } => self.to_space(space, to, d, a, mask),
+            Op::ToSpace { space, to, d, a } => self.between_spaces(space, to, d, a, mask),
             Op::Load { address, signed, strong, elements } => {
                 return self.load(env, address, (signed, strong), &elements, mask);
             }
@@ -215,7 +215,7 @@ impl Warp {
         self.put_bits(d, double, &picked, mask);
     }
 
-    fn to_space(&mut self, space: Space, to: bool, d: Index, a: Index, mask: u32) {
+    fn between_spaces(&mut self, space: Space, to: bool, d: Index, a: Index, mask: u32) {
         let window = match space {
             Space::Shared => SHARED_WINDOW,
             Space::Local => LOCAL_WINDOW,
