@@ -210,5 +210,9 @@ fn registers(kernel: &Kernel, variables: &HashMap<usize, u64>) -> Registers {
         doubles[index as usize] = [address.wrapping_add_signed(offset); 32];
     }
     let defined = vec![0; (code.predicates + code.words + code.doubles) as usize];
-    Registers { predicates: vec![0; code.predicates as usize], words, doubles, defined }
+    let mut predicates = vec![0; code.predicates as usize];
+    for &(index, value) in &code.predicate_constants {
+        predicates[index as usize] = if value { u32::MAX } else { 0 };
+    }
+    Registers { predicates, words, doubles, defined }
 }

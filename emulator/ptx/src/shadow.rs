@@ -151,11 +151,13 @@ pub(crate) struct LaunchShadow {
     readers: Box<[AtomicU32]>,
 }
 
-/// Marks of a byte: 0 nobody, else block + 1.
-const SEVERAL: u32 = u32::MAX;
-const BY_ATOMICS: u32 = u32::MAX - 1;
-/// Blocks that a launch may have so that their marks stay apart from the two above.
-pub(crate) const MOST_BLOCKS: u64 = (u32::MAX - 3) as u64;
+/// Marks of a byte: 0 nobody, else block + 1; with this bit set, so far by atomic operations alone.
+const ATOMICALLY: u32 = 1 << 31;
+const SEVERAL: u32 = u32::MAX >> 1;
+/// Atomic operations of several blocks.
+const SEVERAL_ATOMICALLY: u32 = ATOMICALLY | SEVERAL;
+/// Blocks that a launch may have so that their marks stay apart from `SEVERAL`.
+pub(crate) const MOST_BLOCKS: u64 = (SEVERAL - 2) as u64;
 
 impl LaunchShadow {
     pub(crate) fn new(bytes: u64) -> Option<Self> {
@@ -177,18 +179,21 @@ impl LaunchShadow {
             }
         }
         let writer = self.writers[at].load(Ordering::SeqCst);
-        if writer == 0 || writer == mark { Ok(()) } else { Err(writer) }
+        if writer == 0 || writer & !ATOMICALLY == mark { Ok(()) } else { Err(writer) }
     }
 
     #[inline]
     fn write_byte(&self, at: usize, mark: u32) -> Result<(), (Access, u32)> {
         let writer = &self.writers[at];
         let old = writer.load(Ordering::Relaxed);
-        if old != mark
-            && let Err(other) = writer.compare_exchange(0, mark, Ordering::SeqCst, Ordering::SeqCst)
-            && other != mark
-        {
-            return Err((Access::Write, other));
+        if old != mark {
+            let mine = old == 0 || old == mark | ATOMICALLY;
+            if !mine {
+                return Err((Access::Write, old));
+            }
+            writer
+                .compare_exchange(old, mark, Ordering::SeqCst, Ordering::SeqCst)
+                .map_err(|now| (Access::Write, now))?;
         }
         let reader = self.readers[at].load(Ordering::SeqCst);
         if reader == 0 || reader == mark { Ok(()) } else { Err((Access::Read, reader)) }
@@ -220,15 +225,15 @@ impl LaunchShadow {
     pub(crate) fn atomic(&self, offset: u64, bytes: u32, block: u32) -> Result<(), (u32, FaultKind)> {
         for byte in 0..bytes {
             let at = offset as usize + byte as usize;
-            let writer = &self.writers[at];
-            let old = writer.load(Ordering::Relaxed);
-            // A block may use plain accesses before its own atomic ones.
-            let taken = old == BY_ATOMICS
-                || ((old == 0 || old == block + 1)
-                    && writer
-                        .compare_exchange(old, BY_ATOMICS, Ordering::SeqCst, Ordering::SeqCst)
-                        .map_or_else(|now| now == BY_ATOMICS, |_| true));
-            if !taken {
+            let mark = block + 1;
+            // A block's own plain writes stay the stronger mark.
+            let update = |old: u32| match old {
+                0 => Some(mark | ATOMICALLY),
+                old if old & !ATOMICALLY == mark => Some(old),
+                old if old & ATOMICALLY != 0 => Some(SEVERAL_ATOMICALLY),
+                _ => None,
+            };
+            if let Err(old) = self.writers[at].fetch_update(Ordering::SeqCst, Ordering::SeqCst, update) {
                 return Err((byte, race(Access::Atomic, Access::Write, old)));
             }
             let reader = self.readers[at].load(Ordering::SeqCst);
@@ -241,10 +246,10 @@ impl LaunchShadow {
 }
 
 fn race(access: Access, earlier: Access, mark: u32) -> FaultKind {
-    let (earlier, other) = match mark {
-        BY_ATOMICS => (Access::Atomic, OtherBlock::Several),
-        SEVERAL => (earlier, OtherBlock::Several),
-        block => (earlier, OtherBlock::Block(block - 1)),
+    let earlier = if mark & ATOMICALLY == 0 { earlier } else { Access::Atomic };
+    let other = match mark & !ATOMICALLY {
+        SEVERAL => OtherBlock::Several,
+        block => OtherBlock::Block(block - 1),
     };
     // The caller knows the address.
     FaultKind::GlobalRace { address: 0, access, earlier, other }

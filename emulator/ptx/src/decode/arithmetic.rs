@@ -207,6 +207,9 @@ impl Decoder<'_> {
                 | FloatOp::Exp2
                 | FloatOp::Tanh
         );
+        if ty == FloatType::F64 && matches!(op, FloatOp::MinNan | FloatOp::MaxNan) {
+            return Err(parts.unknown("NaN"));
+        }
         if (half && !for_half) || (!half && op == FloatOp::FmaRelu) {
             return Err(parts.unknown(parts.last()));
         }
@@ -223,16 +226,15 @@ impl Decoder<'_> {
 
     /// The operation and its number of sources.
     fn float_op(&mut self, parts: &mut Parts<'_>) -> Result<(FloatOp, usize), ParseError> {
-        let approximate = match parts.name() {
-            "div" | "rcp" | "sqrt" => parts.take_any(&["approx", "full"]).is_some(),
-            "rsqrt" | "ex2" | "lg2" | "sin" | "cos" | "tanh" => {
-                if !parts.take("approx") {
-                    return Err(parts.operands("`.approx` is due"));
-                }
-                true
+        match parts.name() {
+            "div" | "rcp" | "sqrt" => {
+                parts.take_any(&["approx", "full"]);
             }
-            _ => false,
-        };
+            "rsqrt" | "ex2" | "lg2" | "sin" | "cos" | "tanh" if !parts.take("approx") => {
+                return Err(parts.operands("`.approx` is due"));
+            }
+            _ => {}
+        }
         let nan = matches!(parts.name(), "min" | "max") && parts.take("NaN");
         let relu = parts.name() == "fma" && parts.take("relu");
         Ok(match parts.name() {
@@ -255,10 +257,7 @@ impl Decoder<'_> {
             "sin" => (FloatOp::Sin, 1),
             "cos" => (FloatOp::Cos, 1),
             "tanh" => (FloatOp::Tanh, 1),
-            _ => {
-                let _ = approximate;
-                return Err(parts.unknown(parts.last()));
-            }
+            _ => return Err(parts.unknown(parts.last())),
         })
     }
 }

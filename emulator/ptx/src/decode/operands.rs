@@ -90,6 +90,10 @@ impl Decoder<'_> {
     pub(super) fn predicate(&mut self, parts: &Parts<'_>, operand: &Operand) -> Result<Index, ParseError> {
         match operand {
             Operand::Register(register) if register.class == Class::Predicate => Ok(self.read(*register)),
+            Operand::Integer(value) => Ok(*self.predicate_constants.entry(*value != 0).or_insert_with(|| {
+                self.predicates += 1;
+                self.predicates - 1
+            })),
             _ => Err(parts.operands("a predicate is due")),
         }
     }
