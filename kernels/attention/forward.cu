@@ -111,8 +111,8 @@ DEVICE void start_with_zeros(Scores& s) {
             for (int i = 0; i < 4; i++) s[m][n][i] = 0.0f;
 }
 
-// S += q k, for one tile of keys.
-DEVICE void add_logits(Scores& s, const Queries& queries, const Piece* keys) {
+// Some terms of S += q k, for one tile of keys.
+template <int terms> DEVICE void add_logit_terms(Scores& s, const Queries& queries, const Piece* keys) {
     constexpr int products = products_of_load<KeyTileShape>, words = 4 / products;
 #pragma unroll
     for (int step = 0; step < QUERY_STEPS; step += 2) {
@@ -141,36 +141,54 @@ DEVICE void add_logits(Scores& s, const Queries& queries, const Piece* keys) {
                     for (int m = 0; m < QUERY_TILES; m++) {
                         if constexpr (KeyTileShape::half_step) {
                             if (half) {
-                                mma_half_step(s[m][n + p], half_of(a[m][i]), half_of(right));
+                                mma_step<terms>(s[m][n + p], half_of(a[m][i]), half_of(right));
                                 continue;
                             }
                         }
-                        mma_step(s[m][n + p], a[m][i], right);
+                        mma_step<terms>(s[m][n + p], a[m][i], right);
                     }
                 }
         }
     }
 }
 
+// S += q k, for one tile of keys.
+template <class T> DEVICE void add_logits(Scores& s, const Queries& queries, const Piece* keys) {
+    if constexpr (sizeof(T) == 4) add_logit_terms<SMALL_TERMS>(s, queries, keys);
+    add_logit_terms<LARGE_TERMS>(s, queries, keys);
+}
+
 // O += P v, with P as C of the first product.
 template <class T> DEVICE void add_values(Output& out, const Scores& p, const Piece* values) {
     if constexpr (sizeof(T) == 4) {
+        Factor<T, 4> a[QUERY_TILES][KEY_COLUMNS];
 #pragma unroll
-        for (int n = 0; n < KEY_COLUMNS; n++) {
-            Factor<T, 4> a[QUERY_TILES];
+        for (int m = 0; m < QUERY_TILES; m++)
 #pragma unroll
-            for (int m = 0; m < QUERY_TILES; m++) {
+            for (int n = 0; n < KEY_COLUMNS; n++) {
                 const u32 raw[4] = {bits_of(p[m][n][0]), bits_of(p[m][n][2]), bits_of(p[m][n][1]), bits_of(p[m][n][3])};
-                a[m] = factor<T>(raw);
+                a[m][n] = factor<T>(raw);
             }
 #pragma unroll
-            for (int c = 0; c < OUT_COLUMNS; c++) {
-                u32 b[2];
-                load_right_columns<ValueTile, LANE_KEYS>(b, values, n, c);
-                const Factor<T, 2> right = factor<T>(b);
+        for (int c = 0; c < OUT_COLUMNS; c++) {
+            // The tile's share, small terms first: what the matrix unit cuts off is then small, and O is added in f32.
+            float share[QUERY_TILES][4] = {};
+            const auto add_terms = [&](auto terms) {
 #pragma unroll
-                for (int m = 0; m < QUERY_TILES; m++) mma_step(out[m][c], a[m], right);
-            }
+                for (int n = 0; n < KEY_COLUMNS; n++) {
+                    u32 b[2];
+                    load_right_columns<ValueTile, LANE_KEYS>(b, values, n, c);
+                    const Factor<T, 2> right = factor<T>(b);
+#pragma unroll
+                    for (int m = 0; m < QUERY_TILES; m++) mma_step<decltype(terms)::value>(share[m], a[m][n], right);
+                }
+            };
+            add_terms(Terms<SMALL_TERMS>());
+            add_terms(Terms<LARGE_TERMS>());
+#pragma unroll
+            for (int m = 0; m < QUERY_TILES; m++)
+#pragma unroll
+                for (int i = 0; i < 4; i++) out[m][c][i] += share[m][i];
         }
     } else {
         constexpr int STEPS = KEY_COLUMNS / 2;  // of 16 keys: two products' columns
@@ -194,7 +212,7 @@ template <class T> DEVICE void add_values(Output& out, const Scores& p, const Pi
                 for (int i = 0; i < 2; i++)
 #pragma unroll
                     for (int m = 0; m < QUERY_TILES; m++)
-                        mma_step(out[m][c + i], a[m][k], Factor<T, 2>{{b[2 * i], b[2 * i + 1]}});
+                        mma_step<LARGE_TERMS>(out[m][c + i], a[m][k], Factor<T, 2>{{b[2 * i], b[2 * i + 1]}});
             }
         if constexpr (OUT_COLUMNS % 2 == 1) {
             constexpr int c = OUT_COLUMNS - 1;
@@ -206,7 +224,7 @@ template <class T> DEVICE void add_values(Output& out, const Scores& p, const Pi
                 for (int i = 0; i < 2; i++)
 #pragma unroll
                     for (int m = 0; m < QUERY_TILES; m++)
-                        mma_step(out[m][c], a[m][k + i], Factor<T, 2>{{b[2 * i], b[2 * i + 1]}});
+                        mma_step<LARGE_TERMS>(out[m][c], a[m][k + i], Factor<T, 2>{{b[2 * i], b[2 * i + 1]}});
             }
         }
     }
@@ -579,7 +597,7 @@ KERNEL(THREADS) attention_forward(const ForwardParams params) {
     load_queries.load(shared_queries, work.query, [&](int row) { return row < work.queries; });
     if (!walk.done()) {
         load_keys(0, walk.tile);
-        biases.load_ahead(walk.tile.key);
+        if (walk.tile.cover == FULL) biases.load_ahead(walk.tile.key);
         walk.read_ahead();
     }
     copy_async_commit();
@@ -611,22 +629,20 @@ KERNEL(THREADS) attention_forward(const ForwardParams params) {
             biases.load_now(tile.key);
             start_with_biases(s, biases, inverse_scale, tile.keeps, lane);
         }
-        if (more) {
-            biases.load_ahead(walk.tile.key);
-            walk.read_ahead();
-        }
+        if (more && walk.tile.cover == FULL) biases.load_ahead(walk.tile.key);
+        if (more) walk.read_ahead();
         if (plain) {
-            add_logits(s, queries, keys);
+            add_logits<T>(s, queries, keys);
             row_maxima(new_maxima, maxima, s, scale);
             for_rows([&](int m, int half) { references[m][half] = new_maxima[m][half]; });
             plain = in_plain_range(new_maxima);
         }
         if (!plain) {
             start_with_zeros(s);
-            add_logits(s, queries, keys);
+            add_logits<T>(s, queries, keys);
             finish_logits(s, inputs, work, tile, lane);
             // Read again, so that finish_logits may use the registers.
-            if (more) biases.load_ahead(walk.tile.key);
+            if (more && walk.tile.cover == FULL) biases.load_ahead(walk.tile.key);
             queries.load(shared_queries, lane.query);
             scale = 1.0f;
             row_maxima(new_maxima, maxima, s, scale);

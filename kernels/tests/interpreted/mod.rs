@@ -17,7 +17,7 @@ use tilefold_kernels::{AttentionOperands, ForwardOutputs, Kernel, Launch, forwar
 const ID: DeviceId = DeviceId { kind: DeviceKind::Custom, ordinal: 0 };
 
 /// The device.
-pub struct Interpreted {
+pub(crate) struct Interpreted {
     info: DeviceInfo,
     nvrtc: Nvrtc,
     memory: Arc<Memory>,
@@ -48,7 +48,7 @@ fn failed(call: &'static str, message: impl ToString) -> DeviceError {
 
 impl Interpreted {
     /// A device with a release of NVRTC.
-    pub fn new(release: Release) -> Self {
+    pub(crate) fn new(release: Release) -> Self {
         let info = DeviceInfo {
             id: ID,
             name: "interpreter of PTX".into(),
