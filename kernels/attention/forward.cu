@@ -629,7 +629,6 @@ KERNEL(THREADS) attention_forward(const ForwardParams params) {
             biases.load_now(tile.key);
             start_with_biases(s, biases, inverse_scale, tile.keeps, lane);
         }
-        if (more && walk.tile.cover == FULL) biases.load_ahead(walk.tile.key);
         if (more) walk.read_ahead();
         if (plain) {
             add_logits<T>(s, queries, keys);
@@ -642,7 +641,6 @@ KERNEL(THREADS) attention_forward(const ForwardParams params) {
             add_logits<T>(s, queries, keys);
             finish_logits(s, inputs, work, tile, lane);
             // Read again, so that finish_logits may use the registers.
-            if (more && walk.tile.cover == FULL) biases.load_ahead(walk.tile.key);
             queries.load(shared_queries, lane.query);
             scale = 1.0f;
             row_maxima(new_maxima, maxima, s, scale);
@@ -652,6 +650,8 @@ KERNEL(THREADS) attention_forward(const ForwardParams params) {
         }
         exponentials(s, scale, maxima, references, sums, out);
         for_rows([&](int m, int half) { maxima[m][half] = new_maxima[m][half]; });
+        // Not earlier: here P takes half the registers that S took.
+        if (more && walk.tile.cover == FULL) biases.load_ahead(walk.tile.key);
         add_values<T>(out, s, shared_values + stage * ValueTile::size);
 
         if (STAGES == 2) {

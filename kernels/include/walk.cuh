@@ -54,7 +54,8 @@ template <int tile_keys> struct KeyWalk {
         if constexpr (KEY_MASK) {
 #pragma unroll
             for (int i = 0; i < 2; i++) {
-                const int index = lane_index() + i * WARP_THREADS;
+                // Opaque: addresses are worth no registers from tile to tile.
+                const int index = opaque(lane_index()) + i * WARP_THREADS;
                 ahead[i] = index < tile_keys && key + index < end && key_mask_keeps(inputs, at, key + index);
             }
         }

@@ -44,16 +44,16 @@ fn check(dtype: DType) {
 }
 
 #[test]
-fn f32_agrees_with_the_oracle() {
+fn single_agrees_with_the_oracle() {
     check(DType::F32);
 }
 
 #[test]
-fn f16_agrees_with_the_oracle() {
+fn half_agrees_with_the_oracle() {
     check(DType::F16);
 }
 
 #[test]
-fn bf16_agrees_with_the_oracle() {
+fn brain_agrees_with_the_oracle() {
     check(DType::BF16);
 }

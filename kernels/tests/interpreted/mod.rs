@@ -71,7 +71,8 @@ impl Interpreted {
         let compiled = self.nvrtc.compile(&kernel.source, Target::Ptx("compute_80"), &["--std=c++17"]);
         let compiled = compiled.map_err(|e| failed("nvrtcCompileProgram", e))?;
         let text = compiled.text().map_err(|e| failed("nvrtcGetPTX", e))?;
-        let module = Arc::new(Module::parse(text).map_err(|e| failed("cuModuleLoadData", format!("{}: {e}", kernel.name)))?);
+        let module =
+            Arc::new(Module::parse(text).map_err(|e| failed("cuModuleLoadData", format!("{}: {e}", kernel.name)))?);
         modules.insert(kernel.hash.clone(), module.clone());
         Ok(module)
     }
