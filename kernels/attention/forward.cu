@@ -27,8 +27,9 @@ using KeyTileShape = Tile<T, TILE_K, HEAD_DIM, LANE_KEYS>;
 using ValueTile = Tile<T, TILE_K, HEAD_DIM_V, LANE_KEYS>;
 constexpr int QUERY_STEPS = QueryTile::steps + QueryTile::half_step;
 
-// Beyond this, in base 2, the plain path's arithmetic loses its footing: see attention/README.md.
-constexpr float PLAIN_LIMIT = 4194304.0f;  // 2^22
+// Largest row maximum, in base 2, that the plain path keeps: see attention/README.md. Without biases nothing is divided.
+constexpr bool HAS_BIAS = BIAS_0 != ABSENT;
+constexpr float PLAIN_LIMIT = HAS_BIAS ? 512.0f : 4194304.0f;
 
 // Where a lane stands in the block's tile.
 struct Lane {
