@@ -159,6 +159,20 @@ template <class T> DEVICE void add_logits(Scores& s, const Queries& queries, con
     add_logit_terms<LARGE_TERMS>(s, queries, keys);
 }
 
+// Some terms of P v for one tile of keys and 8 channels, f32.
+template <int terms, class T>
+DEVICE void add_share_terms(float (&share)[QUERY_TILES][4], const Factor<T, 4> (&p)[QUERY_TILES][KEY_COLUMNS],
+                            const Piece* values, int column) {
+#pragma unroll
+    for (int n = 0; n < KEY_COLUMNS; n++) {
+        u32 b[2];
+        load_right_columns<ValueTile, LANE_KEYS>(b, values, n, column);
+        const Factor<T, 2> right = factor<T>(b);
+#pragma unroll
+        for (int m = 0; m < QUERY_TILES; m++) mma_step<terms>(share[m], p[m][n], right);
+    }
+}
+
 // O += P v, with P as C of the first product.
 template <class T> DEVICE void add_values(Output& out, const Scores& p, const Piece* values) {
     if constexpr (sizeof(T) == 4) {
@@ -174,18 +188,8 @@ template <class T> DEVICE void add_values(Output& out, const Scores& p, const Pi
         for (int c = 0; c < OUT_COLUMNS; c++) {
             // The tile's share, small terms first: what the matrix unit cuts off is then small, and O is added in f32.
             float share[QUERY_TILES][4] = {};
-            const auto add_terms = [&](auto terms) {
-#pragma unroll
-                for (int n = 0; n < KEY_COLUMNS; n++) {
-                    u32 b[2];
-                    load_right_columns<ValueTile, LANE_KEYS>(b, values, n, c);
-                    const Factor<T, 2> right = factor<T>(b);
-#pragma unroll
-                    for (int m = 0; m < QUERY_TILES; m++) mma_step<decltype(terms)::value>(share[m], a[m][n], right);
-                }
-            };
-            add_terms(Terms<SMALL_TERMS>());
-            add_terms(Terms<LARGE_TERMS>());
+            add_share_terms<SMALL_TERMS, T>(share, a, values, c);
+            add_share_terms<LARGE_TERMS, T>(share, a, values, c);
 #pragma unroll
             for (int m = 0; m < QUERY_TILES; m++)
 #pragma unroll

@@ -54,9 +54,6 @@ template <class T, int words> DEVICE Factor<T, words / 2> half_of(const Factor<T
 // Which terms of a product are added: in the half types there is a large one only.
 constexpr int SMALL_TERMS = 0;  // Ah Bl + Al Bh
 constexpr int LARGE_TERMS = 1;  // Ah Bh
-template <int which> struct Terms {
-    static constexpr int value = which;
-};
 
 DEVICE void mma(float (&c)[4], const u32 (&a)[4], const u32 (&b)[2], f16) {
     asm volatile(

@@ -30,11 +30,14 @@ fn small(dtype: DType) -> Vec<Case> {
 }
 
 fn check(dtype: DType) {
-    let device = Interpreted::new(Release::Newest);
-    let cases = small(dtype);
+    check_cases(Release::Newest, &small(dtype));
+}
+
+fn check_cases(release: Release, cases: &[Case]) {
+    let device = Interpreted::new(release);
     assert!(!cases.is_empty(), "no case");
     let mut failures = Vec::new();
-    for case in &cases {
+    for case in cases {
         let start = Instant::now();
         let result = oracle::check_case(&device, case);
         println!("{:7.2} s  {}  {result:?}", start.elapsed().as_secs_f64(), case.title());
@@ -56,4 +59,14 @@ fn half_agrees_with_the_oracle() {
 #[test]
 fn brain_agrees_with_the_oracle() {
     check(DType::BF16);
+}
+
+#[test]
+fn the_oldest_compiler_agrees_as_well() {
+    for dtype in [DType::F32, DType::BF16] {
+        let mut cases = small(dtype);
+        // One of each group.
+        cases.dedup_by_key(|case| case.group);
+        check_cases(Release::Oldest, &cases);
+    }
 }
