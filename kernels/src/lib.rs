@@ -11,13 +11,20 @@
 //!
 //! The mathematics is in `docs/mathematics.md`, the kernels' own account in `attention/README.md`.
 
+mod axes;
+mod catalogue;
 mod fill;
 mod kernel;
+mod merge;
 mod operands;
 pub mod params;
+mod relayout;
 mod source;
 
-pub use fill::fill;
+pub use catalogue::catalogue;
+pub use fill::{fill, fill_view};
 pub use kernel::{Kernel, KernelError, Launch, MAX_GRID_BLOCKS};
+pub use merge::merge;
 pub use operands::{AttentionOperands, kv_lengths_strides};
+pub use relayout::relayout;
 pub use source::{Constant, Source, kernel_files};

@@ -6,7 +6,10 @@ use sha2::{Digest, Sha256};
 const FILES: &[(&str, &str)] = &[
     ("include/gpu.h", include_str!("../include/gpu.h")),
     ("include/params.h", include_str!("../include/params.h")),
+    ("include/axes.cuh", include_str!("../include/axes.cuh")),
     ("fill.cu", include_str!("../fill.cu")),
+    ("merge.cu", include_str!("../merge.cu")),
+    ("relayout.cu", include_str!("../relayout.cu")),
 ];
 
 /// A compile-time constant of a kernel: `#define NAME value` in front of its source.
