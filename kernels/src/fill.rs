@@ -3,6 +3,7 @@
 use tilefold_core::{DType, Element, Layout, TensorView};
 
 use crate::axes::{AXES, Axes, moved};
+use crate::constants::constant;
 use crate::kernel::{Kernel, KernelError, Launch};
 use crate::params::{FillParams, MAX_LAYOUT_AXES};
 
@@ -78,11 +79,11 @@ impl Variant {
     fn kernel(self) -> Result<Kernel, KernelError> {
         let Self { element_bytes, axes, serial } = self;
         let constants = [
-            ("ELEMENT_BYTES".to_owned(), element_bytes.to_string()),
-            ("AXES".to_owned(), axes.to_string()),
-            ("SERIAL".to_owned(), serial.to_string()),
-            ("BLOCK_THREADS".to_owned(), self.block_threads().to_string()),
-            ("ELEMENTS_PER_THREAD".to_owned(), ELEMENTS_PER_THREAD.to_string()),
+            constant("ELEMENT_BYTES", element_bytes),
+            constant("AXES", axes),
+            constant("SERIAL", serial),
+            constant("BLOCK_THREADS", self.block_threads()),
+            constant("ELEMENTS_PER_THREAD", ELEMENTS_PER_THREAD),
         ];
         let name = format!("fill {element_bytes} bytes axes={axes}{}", if serial { " serial" } else { "" });
         Kernel::new(name, "fill.cu", "fill", &constants, self.block_threads())

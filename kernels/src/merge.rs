@@ -2,9 +2,9 @@
 
 use tilefold_core::{DType, MergeOperands, TensorView};
 
+use crate::constants::{constant, element};
 use crate::kernel::{Kernel, KernelError, Launch};
 use crate::params::{MergeParams, Operand};
-use crate::relayout::type_name;
 
 const BLOCK_THREADS: u32 = 128;
 /// Lanes that may share a row; 32 are a warp.
@@ -58,10 +58,10 @@ pub(crate) fn kernels() -> impl Iterator<Item = Result<Kernel, KernelError>> {
 
 fn kernel(out: DType, acc: DType, channel_lanes: u32) -> Result<Kernel, KernelError> {
     let constants = [
-        ("OUT".to_owned(), type_name(out).to_owned()),
-        ("ACC".to_owned(), type_name(acc).to_owned()),
-        ("CHANNEL_LANES".to_owned(), channel_lanes.to_string()),
-        ("BLOCK_THREADS".to_owned(), BLOCK_THREADS.to_string()),
+        constant("OUT", element(out)),
+        constant("ACC", element(acc)),
+        constant("CHANNEL_LANES", channel_lanes),
+        constant("BLOCK_THREADS", BLOCK_THREADS),
     ];
     let name = format!("merge {out} into {acc} lanes={channel_lanes}");
     Kernel::new(name, "merge.cu", "merge", &constants, BLOCK_THREADS)

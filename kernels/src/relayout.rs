@@ -3,6 +3,7 @@
 use tilefold_core::{DType, TensorView};
 
 use crate::axes::{AXES, Axes, moved};
+use crate::constants::{constant, element};
 use crate::kernel::{Kernel, KernelError, Launch};
 use crate::params::RelayoutParams;
 
@@ -53,27 +54,16 @@ fn types(from: DType, to: DType) -> [&'static str; 2] {
             _ => ["u32"; 2],
         };
     }
-    [from, to].map(type_name)
-}
-
-/// A dtype's name in device sources.
-pub(crate) fn type_name(dtype: DType) -> &'static str {
-    match dtype {
-        DType::F16 => "f16",
-        DType::BF16 => "bf16",
-        DType::I32 => "i32",
-        DType::Bool => "u8",
-        _ => "float",
-    }
+    [from, to].map(element)
 }
 
 fn kernel([source, destination]: [&str; 2], axes: usize) -> Result<Kernel, KernelError> {
     let constants = [
-        ("SOURCE".to_owned(), source.to_owned()),
-        ("DESTINATION".to_owned(), destination.to_owned()),
-        ("AXES".to_owned(), axes.to_string()),
-        ("BLOCK_THREADS".to_owned(), BLOCK_THREADS.to_string()),
-        ("ELEMENTS_PER_THREAD".to_owned(), ELEMENTS_PER_THREAD.to_string()),
+        constant("SOURCE", source),
+        constant("DESTINATION", destination),
+        constant("AXES", axes),
+        constant("BLOCK_THREADS", BLOCK_THREADS),
+        constant("ELEMENTS_PER_THREAD", ELEMENTS_PER_THREAD),
     ];
     let name = format!("relayout {source} to {destination} axes={axes}");
     Kernel::new(name, "relayout.cu", "relayout", &constants, BLOCK_THREADS)
