@@ -6,12 +6,15 @@ use sha2::{Digest, Sha256};
 const FILES: &[(&str, &str)] = &[
     ("include/gpu.h", include_str!("../include/gpu.h")),
     ("include/params.h", include_str!("../include/params.h")),
+    ("include/axes.cuh", include_str!("../include/axes.cuh")),
     ("include/mma.cuh", include_str!("../include/mma.cuh")),
     ("include/tile.cuh", include_str!("../include/tile.cuh")),
     ("include/attention.cuh", include_str!("../include/attention.cuh")),
     ("include/walk.cuh", include_str!("../include/walk.cuh")),
     ("attention/forward.cu", include_str!("../attention/forward.cu")),
     ("fill.cu", include_str!("../fill.cu")),
+    ("merge.cu", include_str!("../merge.cu")),
+    ("relayout.cu", include_str!("../relayout.cu")),
 ];
 
 /// A compile-time constant of a kernel: `#define NAME value` in front of its source.
