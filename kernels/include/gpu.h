@@ -230,4 +230,28 @@ DEVICE void load_matrices_transposed(u32 (&to)[4], u32 address) {
                  : "memory");
 }
 
+// Words of shared memory.
+DEVICE u32 load_shared(u32 address) {
+    u32 y;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(y) : "r"(address) : "memory");
+    return y;
+}
+DEVICE void load_shared_pair(float (&to)[2], u32 address) {
+    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(to[0]), "=f"(to[1]) : "r"(address) : "memory");
+}
+DEVICE Piece load_shared_piece(u32 address) {
+    Piece y;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(y.words[0]), "=r"(y.words[1]), "=r"(y.words[2]), "=r"(y.words[3])
+                 : "r"(address)
+                 : "memory");
+    return y;
+}
+DEVICE void store_shared(u32 address, float x) { asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(x) : "memory"); }
+DEVICE void store_shared_piece(u32 address, const Piece& x) {
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(x.words[0]), "r"(x.words[1]),
+                 "r"(x.words[2]), "r"(x.words[3])
+                 : "memory");
+}
+
 #endif
