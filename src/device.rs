@@ -266,7 +266,10 @@ mod tests {
         }
         for name in ["", "cpu:1", "cpu:", "cpu:-1", "cuda:x", "CPU", "tpu"] {
             let error = Device::open(name).unwrap_err();
-            assert!(matches!(&error, OpenError::NoSuchDevice { known, .. } if known.ends_with("cpu")), "{name}: {error}");
+            assert!(
+                matches!(&error, OpenError::NoSuchDevice { known, .. } if known.ends_with("cpu")),
+                "{name}: {error}"
+            );
         }
     }
 
@@ -285,7 +288,8 @@ mod tests {
     #[cfg(feature = "cuda")]
     fn a_device_that_is_not_there_is_a_typed_error() {
         let error = Device::open("cuda:99").unwrap_err();
-        let typed = matches!(error, OpenError::NoDriver { .. } | OpenError::TooOld { .. } | OpenError::NoSuchDevice { .. });
+        let typed =
+            matches!(error, OpenError::NoDriver { .. } | OpenError::TooOld { .. } | OpenError::NoSuchDevice { .. });
         assert!(typed, "{error}");
     }
 

@@ -247,7 +247,7 @@ impl Backend for CudaBackend {
 
     fn fill(&self, stream: &Stream, destination: TensorViewMut<'_>, value: f64) -> DeviceResult<()> {
         let stream = self.ours(stream, "destination", destination.as_view().device())?;
-        relayout::fill(stream, self.limits, destination, value)
+        relayout::fill(stream, self.limits, &destination, value)
     }
 
     fn relayout(&self, stream: &Stream, args: RelayoutArgs<'_>) -> DeviceResult<()> {

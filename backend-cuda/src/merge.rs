@@ -1,14 +1,15 @@
 //! Merging (out, lse) pairs over disjoint keys: equations (17)-(18).
 
-use tilefold_core::{DeviceError, DeviceResult, MergeArgs};
+use tilefold_core::{DeviceResult, MergeArgs};
 
 use crate::device::Limits;
+use crate::module::launch_all;
 use crate::stream::CudaStream;
 
 /// Adds the operands' part into their accumulator.
 ///
 /// # Errors
-/// [`DeviceError::Unsupported`].
-pub(crate) fn merge(_: &CudaStream, _: Limits, _: MergeArgs<'_>) -> DeviceResult<()> {
-    Err(DeviceError::Unsupported { limit: "merging on CUDA devices; merge on the CPU".to_owned() })
+/// What compiler and driver report.
+pub(crate) fn merge(stream: &CudaStream, limits: Limits, args: MergeArgs<'_>) -> DeviceResult<()> {
+    launch_all(stream, limits, tilefold_kernels::merge(&args.into_operands()))
 }

@@ -9,7 +9,7 @@ use tilefold_core::{
 
 type Test = (&'static str, fn());
 
-pub const TESTS: &[Test] = &[
+pub(crate) const TESTS: &[Test] = &[
     ("the_device_says_it_is_virtual", is_virtual),
     ("devices_that_are_not_there_are_named", bad_ordinal),
     ("memory_is_zeroed_and_keeps_what_is_written", round_trip),
@@ -68,7 +68,7 @@ fn round_trip() {
         let mut storage = device.alloc(&stream, bytes).unwrap();
         assert_eq!((storage.bytes(), storage.device()), (bytes, id(0)));
         assert_eq!(download(&device, &stream, &storage), vec![0; bytes]);
-        let pattern: Vec<u8> = (0..bytes).map(|i| (i % 251) as u8).collect();
+        let pattern: Vec<u8> = (0..bytes).map(|i| u8::try_from(i % 251).unwrap()).collect();
         device.upload(&stream, &pattern, &mut storage).unwrap();
         assert_eq!(download(&device, &stream, &storage), pattern);
     }

@@ -4,6 +4,14 @@
 //! The library path is read when a process starts, so this program starts itself again: with the stand-in for the
 //! driver first on the path, and, for what a process can see only once, in a process of its own for each scenario.
 
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::missing_panics_doc,
+    clippy::print_stdout,
+    reason = "a panic here is a failed test, which lints see only in the usual harness"
+)]
+
 mod device;
 mod process;
 mod scenarios;

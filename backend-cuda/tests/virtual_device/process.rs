@@ -16,14 +16,14 @@ const LIBRARY_PATH: &str = "LD_LIBRARY_PATH";
 /// Names that must not be missing.
 const REQUIRE: &str = "TILEFOLD_REQUIRE";
 
-pub enum Stage {
+pub(crate) enum Stage {
     First,
     Tests,
     Scenario(String),
 }
 
 impl Stage {
-    pub fn of_this_process() -> Self {
+    pub(crate) fn of_this_process() -> Self {
         match env::var(STAGE) {
             Err(_) => Self::First,
             Ok(stage) if stage == "tests" => Self::Tests,
@@ -33,7 +33,7 @@ impl Stage {
 }
 
 /// The folder in which the driver's names stand for the virtual device.
-pub fn driver_folder() -> PathBuf {
+pub(crate) fn driver_folder() -> PathBuf {
     build_folder().join("virtual-gpu")
 }
 
@@ -43,7 +43,7 @@ fn build_folder() -> PathBuf {
 }
 
 /// Starts the tests with two virtual devices.
-pub fn start_again() -> ExitCode {
+pub(crate) fn start_again() -> ExitCode {
     install(&build_folder().join(LIBRARY), &driver_folder()).unwrap();
     let cache = tempfile::tempdir().unwrap();
     let status = command("tests", &[driver_folder()])
@@ -56,7 +56,7 @@ pub fn start_again() -> ExitCode {
 }
 
 /// This program, with folders first on the library path, and the compiler that was fetched.
-pub fn command(stage: &str, folders: &[PathBuf]) -> Command {
+pub(crate) fn command(stage: &str, folders: &[PathBuf]) -> Command {
     let old = env::var_os(LIBRARY_PATH).unwrap_or_default();
     let installed = driver_folder();
     let rest = env::split_paths(&old).filter(|path| *path != installed && !path.as_os_str().is_empty());
@@ -70,7 +70,7 @@ pub fn command(stage: &str, folders: &[PathBuf]) -> Command {
 ///
 /// # Errors
 /// The reason, when CUDA is required.
-pub fn missing_compiler() -> Result<Option<String>, Failed> {
+pub(crate) fn missing_compiler() -> Result<Option<String>, Failed> {
     let library = Release::Newest.library();
     if library.is_file() {
         return Ok(None);
@@ -81,7 +81,7 @@ pub fn missing_compiler() -> Result<Option<String>, Failed> {
 }
 
 /// A folder whose files of these names are no libraries: what is behind it on the path is not found.
-pub fn folder_without(names: &[&str], folder: &Path) {
+pub(crate) fn folder_without(names: &[&str], folder: &Path) {
     for name in names {
         std::fs::write(folder.join(name), "no library").unwrap();
     }

@@ -12,20 +12,31 @@ use tilefold_emulator_nvrtc::Release;
 
 use crate::process::{command, driver_folder, folder_without, missing_compiler};
 
+/// Makes the process of a scenario, with folders first on its library path.
+type Start<'a> = &'a dyn Fn(&[PathBuf]) -> Command;
+
 /// Something that happens in processes of their own.
-pub struct Scenario {
+pub(crate) struct Scenario {
     name: &'static str,
     /// Starts the processes; its argument makes one that runs `inside`, and a folder to use.
-    outside: fn(&dyn Fn(&[PathBuf]) -> Command, &Path),
+    outside: fn(Start<'_>, &Path),
     /// What such a process does.
     inside: fn(),
 }
 
-pub const ALL: &[Scenario] = &[
+pub(crate) const ALL: &[Scenario] = &[
     Scenario { name: "no_driver", outside: without_driver, inside: no_driver },
     Scenario { name: "a_driver_without_the_calls", outside: with_other_library, inside: incomplete_driver },
-    Scenario { name: "a_driver_too_old", outside: |start, _| set(start, settings::DRIVER, "11080"), inside: old_driver },
-    Scenario { name: "a_driver_without_devices", outside: |start, _| set(start, settings::DEVICES, "0"), inside: empty },
+    Scenario {
+        name: "a_driver_too_old",
+        outside: |start, _| set(start, settings::DRIVER, "11080"),
+        inside: old_driver,
+    },
+    Scenario {
+        name: "a_driver_without_devices",
+        outside: |start, _| set(start, settings::DEVICES, "0"),
+        inside: empty,
+    },
     Scenario { name: "a_device_too_old", outside: |start, _| set(start, settings::ARCH, "75"), inside: old_device },
     Scenario {
         name: "settings_of_the_stand_in_that_cannot_be_used",
@@ -56,7 +67,7 @@ pub const ALL: &[Scenario] = &[
 ];
 
 impl Scenario {
-    pub fn trial(&'static self) -> Trial {
+    pub(crate) fn trial(&'static self) -> Trial {
         Trial::ignorable_test(self.name, move || {
             if let Some(reason) = missing_compiler()? {
                 return Ok(Completion::ignored_with(reason));
@@ -77,7 +88,7 @@ impl Scenario {
 }
 
 /// Runs one as a process of its own; a failed assertion ends it.
-pub fn run(name: &str) -> ExitCode {
+pub(crate) fn run(name: &str) -> ExitCode {
     match ALL.iter().find(|scenario| scenario.name == name) {
         Some(scenario) => {
             (scenario.inside)();
@@ -93,7 +104,7 @@ fn succeed(command: &mut Command) {
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
 }
 
-fn set(start: &dyn Fn(&[PathBuf]) -> Command, variable: &str, value: &str) {
+fn set(start: Start<'_>, variable: &str, value: &str) {
     succeed(start(&[driver_folder()]).env(variable, value));
 }
 
@@ -101,7 +112,7 @@ fn open_error() -> OpenError {
     CudaBackend::new(0).unwrap_err()
 }
 
-fn without_driver(start: &dyn Fn(&[PathBuf]) -> Command, folder: &Path) {
+fn without_driver(start: Start<'_>, folder: &Path) {
     folder_without(&["libcuda.so", "libcuda.so.1"], folder);
     succeed(&mut start(&[folder.to_owned()]));
 }
@@ -109,15 +120,12 @@ fn without_driver(start: &dyn Fn(&[PathBuf]) -> Command, folder: &Path) {
 fn no_driver() {
     let error = open_error();
     assert!(matches!(&error, OpenError::NoDriver { library, .. } if library == "libcuda.so.1"), "{error}");
-    assert_eq!(
-        error.to_string(),
-        "cannot load libcuda.so.1; install NVIDIA's driver 525 (CUDA 12.0) or newer"
-    );
+    assert_eq!(error.to_string(), "cannot load libcuda.so.1; install NVIDIA's driver 525 (CUDA 12.0) or newer");
     assert_eq!(CudaBackend::count().unwrap_err(), error);
 }
 
 /// NVRTC's library under the driver's name has none of its calls.
-fn with_other_library(start: &dyn Fn(&[PathBuf]) -> Command, folder: &Path) {
+fn with_other_library(start: Start<'_>, folder: &Path) {
     std::os::unix::fs::symlink(Release::Newest.library(), folder.join("libcuda.so")).unwrap();
     succeed(&mut start(&[folder.to_owned()]));
 }
@@ -152,7 +160,7 @@ fn bad_settings() {
     assert!(call.starts_with("cu") && message.contains("CUDA_ERROR_INVALID_VALUE"), "{error}");
 }
 
-fn without_compiler(start: &dyn Fn(&[PathBuf]) -> Command, folder: &Path) {
+fn without_compiler(start: Start<'_>, folder: &Path) {
     folder_without(&["libnvrtc.so", "libnvrtc.so.12", "libnvrtc.so.13"], folder);
     succeed(start(&[driver_folder(), folder.to_owned()]).env_remove(NVRTC_VARIABLE));
 }
@@ -168,7 +176,7 @@ fn bad_compiler() {
     assert!(matches!(error, OpenError::BadSetting { variable: NVRTC_VARIABLE, .. }), "{error}");
 }
 
-fn with_oldest_compiler(start: &dyn Fn(&[PathBuf]) -> Command, _: &Path) {
+fn with_oldest_compiler(start: Start<'_>, _: &Path) {
     succeed(start(&[driver_folder()]).env(NVRTC_VARIABLE, Release::Oldest.library()));
 }
 
@@ -215,7 +223,7 @@ fn files(folder: &Path) -> Vec<PathBuf> {
     fs::read_dir(folder).unwrap().map(|entry| entry.unwrap().path()).collect()
 }
 
-fn damaged_cache(start: &dyn Fn(&[PathBuf]) -> Command, folder: &Path) {
+fn damaged_cache(start: Start<'_>, folder: &Path) {
     let run = || succeed(start(&[driver_folder()]).env(CACHE_VARIABLE, folder));
     run();
     let kept: Vec<_> = files(folder).into_iter().map(|path| (fs::read(&path).unwrap(), path)).collect();
@@ -231,13 +239,13 @@ fn damaged_cache(start: &dyn Fn(&[PathBuf]) -> Command, folder: &Path) {
     assert_eq!(before, kept.iter().map(|(_, path)| written(path)).collect::<Vec<_>>(), "whole files are read");
 }
 
-fn unwritable_cache(start: &dyn Fn(&[PathBuf]) -> Command, folder: &Path) {
+fn unwritable_cache(start: Start<'_>, folder: &Path) {
     let file = folder.join("file");
     fs::write(&file, "").unwrap();
     succeed(start(&[driver_folder()]).env(CACHE_VARIABLE, file.join("below a file")));
 }
 
-fn shared_cache(start: &dyn Fn(&[PathBuf]) -> Command, folder: &Path) {
+fn shared_cache(start: Start<'_>, folder: &Path) {
     let begin = |_| start(&[driver_folder()]).env(CACHE_VARIABLE, folder).spawn().unwrap();
     let processes: Vec<_> = (0..4).map(begin).collect();
     for mut process in processes {

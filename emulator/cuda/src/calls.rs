@@ -21,7 +21,7 @@ macro_rules! export {
         /// Pointers are valid for what the driver's documentation says about this call.
         #[allow(non_snake_case, clippy::too_many_arguments, reason = "the driver's own names and arguments")]
         #[unsafe(no_mangle)]
-        pub unsafe extern "C" fn $name($($argument: $type),*) -> std::ffi::c_int {
+        unsafe extern "C" fn $name($($argument: $type),*) -> std::ffi::c_int {
             $crate::fault::guard(|| $body)
         }
     )*};

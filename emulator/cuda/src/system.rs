@@ -152,7 +152,8 @@ impl System {
     /// # Errors
     /// [`Status::InvalidHandle`], [`Status::InvalidContext`], and what went wrong on it.
     pub(crate) fn stream(&self, handle: Handle) -> Answer<Stream> {
-        let stream = if handle.is_null() { self.defaults[self.current()?].clone() } else { self.streams.get(handle)? };
+        let stream =
+            if handle.is_null() { self.defaults[self.current()?].clone() } else { self.streams.get(handle)? };
         let failure = stream.failure.lock().unwrap_or_else(PoisonError::into_inner).take();
         match failure {
             None => Ok(stream),

@@ -19,7 +19,7 @@ const MULTIPROCESSORS: u64 = 4;
 
 /// The mark by which a program tells this driver from one with hardware; the value is the version of the interface.
 #[unsafe(no_mangle)]
-pub static tilefold_virtual_gpu: c_int = 1;
+static tilefold_virtual_gpu: c_int = 1;
 
 export! {
     /// Reads the settings of the environment.
@@ -106,19 +106,19 @@ export! {
 /// Values by the driver's numbers for attributes.
 fn attribute_of(settings: &Settings, attribute: c_uint) -> Answer<c_int> {
     Ok(match attribute {
-        1 | 2 | 3 => int(MAX_BLOCK_THREADS.into()), // threads of a block, along x and y
-        4 => 64,                                    // along z
-        5 => c_int::MAX,                            // blocks of a grid along x
-        6 | 7 => 65_535,                            // along y and z
+        1..=3 => int(MAX_BLOCK_THREADS.into()), // threads of a block, along x and y
+        4 => 64,                                // along z
+        5 => c_int::MAX,                        // blocks of a grid along x
+        6 | 7 => 65_535,                        // along y and z
         8 => int(DEFAULT_SHARED_BYTES.into()),
-        10 => 32,                                   // threads of a warp
+        10 => 32, // threads of a warp
         16 => int(MULTIPROCESSORS),
-        39 => 2048,                                 // threads of a multiprocessor
-        41 => 1,                                    // unified addresses
+        39 => 2048, // threads of a multiprocessor
+        41 => 1,    // unified addresses
         75 => int(settings.arch / 10),
         76 => int(settings.arch % 10),
-        81 => 164 << 10,                            // shared memory of a multiprocessor
-        82 => 65_536,                               // registers of a multiprocessor
+        81 => 164 << 10, // shared memory of a multiprocessor
+        82 => 65_536,    // registers of a multiprocessor
         97 => int(MAX_SHARED_BYTES.into()),
         115 => int(settings.pools),
         _ => return Err(Status::NotSupported),

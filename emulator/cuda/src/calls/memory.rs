@@ -20,7 +20,7 @@ const MEMORY_TYPE_DEVICE: c_uint = 2;
 /// The first fields of `CUmemPoolProps`.
 #[repr(C)]
 #[derive(Debug)]
-pub struct PoolProperties {
+struct PoolProperties {
     allocation_type: c_int,
     handle_types: c_int,
     location_type: c_int,
