@@ -1,0 +1,105 @@
+//! From source files to one self-contained text: includes inlined, constants in front, and its hash.
+
+use sha2::{Digest, Sha256};
+
+/// Every source file, by the path that `#include` lines use.
+const FILES: &[(&str, &str)] = &[
+    ("include/gpu.h", include_str!("../include/gpu.h")),
+    ("include/params.h", include_str!("../include/params.h")),
+    ("include/axes.cuh", include_str!("../include/axes.cuh")),
+    ("include/mma.cuh", include_str!("../include/mma.cuh")),
+    ("include/tile.cuh", include_str!("../include/tile.cuh")),
+    ("include/attention.cuh", include_str!("../include/attention.cuh")),
+    ("include/walk.cuh", include_str!("../include/walk.cuh")),
+    ("attention/forward.cu", include_str!("../attention/forward.cu")),
+    ("fill.cu", include_str!("../fill.cu")),
+    ("merge.cu", include_str!("../merge.cu")),
+    ("relayout.cu", include_str!("../relayout.cu")),
+];
+
+/// A compile-time constant of a kernel: `#define NAME value` in front of its source.
+pub type Constant = (String, String);
+
+/// One self-contained text for a run-time compiler.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Source {
+    /// The text.
+    pub text: String,
+    /// SHA-256 of the text, in hexadecimal digits.
+    pub hash: String,
+}
+
+impl Source {
+    /// The source of a kernel file with constants in front. `None` when there is no such file, or it includes a file
+    /// that is not there: the crate's tests say that neither happens.
+    ///
+    /// Includes are found by the last part of their path and inlined once each, where they are first named.
+    #[must_use]
+    pub fn new(file: &str, constants: &[Constant]) -> Option<Self> {
+        let mut text = String::new();
+        for (name, value) in constants {
+            text.extend(["#define ", name, " ", value, "\n"]);
+        }
+        inline(file, &mut Vec::new(), &mut text)?;
+        let digest = Sha256::digest(text.as_bytes());
+        let hash = digest.iter().map(|byte| format!("{byte:02x}")).collect();
+        Some(Self { text, hash })
+    }
+}
+
+/// Paths of the files that hold kernels.
+pub fn kernel_files() -> impl Iterator<Item = &'static str> {
+    FILES.iter().map(|(path, _)| *path).filter(|path| path.ends_with(".cu"))
+}
+
+fn file_name(path: &str) -> &str {
+    path.rsplit('/').next().unwrap_or(path)
+}
+
+fn inline(file: &str, seen: &mut Vec<&'static str>, text: &mut String) -> Option<()> {
+    let &(path, content) = FILES.iter().find(|(path, _)| file_name(path) == file_name(file))?;
+    if seen.contains(&path) {
+        return Some(());
+    }
+    seen.push(path);
+    for line in content.lines() {
+        match line.strip_prefix("#include \"") {
+            Some(rest) => inline(rest.trim_end().trim_end_matches('"'), seen, text)?,
+            None if line.starts_with("#pragma once") => {}
+            None => text.extend([line, "\n"]),
+        }
+    }
+    Some(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_kernel_file_becomes_one_text_without_includes() {
+        for file in kernel_files() {
+            let source = Source::new(file, &[]).unwrap();
+            assert!(!source.text.contains("#include"), "{file}");
+            assert_eq!(source.text.matches("typedef unsigned char u8;").count(), 1, "{file}");
+        }
+    }
+
+    #[test]
+    fn names_of_files_are_unique() {
+        let mut names: Vec<_> = FILES.iter().map(|(path, _)| file_name(path)).collect();
+        names.sort_unstable();
+        names.dedup();
+        assert_eq!(names.len(), FILES.len());
+    }
+
+    #[test]
+    fn constants_change_the_hash() {
+        let one = |value: &str| Source::new("fill.cu", &[("ELEMENT_BYTES".into(), value.into())]).unwrap();
+        assert!(one("2").text.starts_with("#define ELEMENT_BYTES 2\n"));
+        assert_ne!(one("2").hash, one("4").hash);
+        assert_eq!(one("2"), one("2"));
+        assert_eq!(one("2").hash.len(), 64);
+        assert!(Source::new("missing.cu", &[]).is_none());
+    }
+}
