@@ -1,6 +1,6 @@
 //! Initialisation, statuses, devices and their attributes.
 
-use std::ffi::{c_char, c_int, c_uint};
+use std::ffi::{c_char, c_int, c_uint, c_void};
 
 use super::{export, int, put};
 use crate::fault::words;
@@ -32,6 +32,13 @@ export! {
         let settings = Settings::from_environment().map_err(|_| Status::InvalidValue)?;
         // SAFETY: the caller's.
         unsafe { put(version, int(settings.driver)) }
+    }
+
+    /// No table: NVRTC 13 asks for one where it finds a driver, and calls this without a look whether it is there.
+    fn cuGetExportTable(table: *mut *const c_void, _id: *const c_void) {
+        // SAFETY: the caller's.
+        unsafe { put(table, std::ptr::null()) }?;
+        Err(Status::NotFound)
     }
 
     /// The name of a status.
