@@ -1,7 +1,7 @@
-//! Attention: plan, forward, backward.
+//! Attention: plan and forward.
 
 use tilefold_core::{
-    AttentionPlan, AttentionProblem, BackwardArgs, DeviceError, DeviceId, DeviceResult, ForwardArgs, ForwardOperands,
+    AttentionPlan, AttentionProblem, DeviceError, DeviceId, DeviceResult, ForwardArgs, ForwardOperands, Gradients,
     TensorView,
 };
 use tilefold_kernels::params::Operand;
@@ -18,6 +18,9 @@ use crate::stream::CudaStream;
 /// [`DeviceError::Unsupported`] naming the limit.
 pub(crate) fn plan(problem: &AttentionProblem, device: DeviceId, limits: Limits) -> DeviceResult<AttentionPlan> {
     let spec = problem.spec();
+    if spec.gradients != Gradients::default() {
+        return Err(no_gradients());
+    }
     let kernel = ForwardKernel::new(problem, &AttentionOperands::default(), &ForwardOutputs::default());
     let (tile_q, tile_k, shared) = (kernel.tile.tile_q(), kernel.tile.tile_k, kernel.shared_bytes());
     if shared > usize::try_from(limits.shared_bytes).unwrap_or(usize::MAX) {
@@ -28,15 +31,14 @@ heads or another dtype",
         );
         return Err(DeviceError::Unsupported { limit });
     }
-    let lists_bytes = Lists::of(problem).bytes();
     Ok(AttentionPlan {
         problem: problem.clone(),
         device,
         kernel: format!("cuda-sm_{}-{}", limits.arch, spec.dtype),
         tile_q,
         tile_k,
-        forward_workspace_bytes: lists_bytes,
-        backward_workspace_bytes: lists_bytes,
+        forward_workspace_bytes: Lists::of(problem).bytes(),
+        backward_workspace_bytes: 0,
         deterministic: true,
     })
 }
@@ -70,12 +72,9 @@ pub(crate) fn forward(stream: &CudaStream, limits: Limits, args: ForwardArgs<'_>
     launch_all(stream, limits, tilefold_kernels::forward(problem, &operands, &outputs))
 }
 
-/// Enqueues the launches of a backward pass.
-///
-/// # Errors
-/// What compiler and driver report.
-pub(crate) fn backward(_: &CudaStream, _: Limits, _: BackwardArgs<'_>) -> DeviceResult<()> {
-    Err(DeviceError::Unsupported { limit: "attention gradients on CUDA devices; compute on the CPU".to_owned() })
+/// What there are no kernels for: [`plan`] refuses it.
+pub(crate) fn no_gradients() -> DeviceError {
+    DeviceError::Unsupported { limit: "attention gradients on CUDA devices; compute on the CPU".to_owned() }
 }
 
 /// Lists of a problem that the kernels read from the device: the only workspace of a forward launch.

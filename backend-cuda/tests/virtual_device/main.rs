@@ -12,6 +12,7 @@
     reason = "a panic here is a failed test, which lints see only in the usual harness"
 )]
 
+mod attention;
 mod device;
 mod process;
 mod scenarios;
@@ -27,7 +28,7 @@ fn main() -> ExitCode {
         Stage::Scenario(name) => scenarios::run(&name),
         Stage::Tests => {
             let arguments = Arguments::from_args();
-            let trials = device::TESTS.iter().map(|&(name, test)| kernel_trial(name, test));
+            let trials = device::TESTS.iter().chain(attention::TESTS).map(|&(name, test)| kernel_trial(name, test));
             let scenarios = scenarios::ALL.iter().map(|scenario| scenario.trial());
             libtest_mimic::run(&arguments, trials.chain(scenarios).collect()).exit_code()
         }
