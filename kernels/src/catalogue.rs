@@ -1,9 +1,9 @@
-//! The kernels of copies, fills and merges that a launch can choose, for checks of all of them.
+//! Every kernel that a launch of this crate can choose, for checks of all of them.
 
 use crate::kernel::{Kernel, KernelError};
 use crate::{fill, merge, relayout};
 
-/// Kernels of copies, fills and merges in every dtype; those of attention depend on the problem.
+/// All kernels: those of copies, fills and merges in every dtype, those of attention.
 ///
 /// # Errors
 /// [`KernelError::MissingSource`].

@@ -3,9 +3,8 @@
 //! The way of a launch: a problem and the layout of its operands choose compile-time constants (dtype, head
 //! dimensions, tile sizes, which masks and biases there are, whether rows move in pieces of 16 bytes); [`Source`] puts
 //! them as `#define` lines in front of the kernel's file with its includes inlined; the result is a [`Kernel`],
-//! self-contained and identified by its hash, that NVRTC or hiprtc compiles without a header. What else varies (sizes,
-//! strides, addresses, scale, offsets) is in one struct of [`params`], passed by value. A [`Launch`] holds kernel,
-//! argument and number of blocks along x; [`Launch::parts`] cuts grids that are too large.
+//! self-contained and identified by its hash, that NVRTC or hiprtc compiles without a header. What else varies (sizes, strides, addresses, scale, offsets) is in one struct of [`params`], passed by value. A
+//! [`Launch`] holds kernel, argument and number of blocks along x; [`Launch::parts`] cuts grids that are too large.
 //!
 //! Compile with `--std=c++17` and `--gpu-architecture=sm_XX` (a cubin) or `compute_80` (PTX), without fast-math: where an
 //! approximate instruction is wanted, `include/gpu.h` names it.
@@ -33,5 +32,5 @@ pub use kernel::{Kernel, KernelError, Launch, MAX_GRID_BLOCKS};
 pub use merge::merge;
 pub use operands::{AttentionOperands, kv_lengths_strides};
 pub use relayout::relayout;
-pub use source::{Constant, Source};
+pub use source::{Constant, Source, kernel_files};
 pub use tile::{MAX_SHARED_BYTES, PIECE_BYTES, tile_bytes};

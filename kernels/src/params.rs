@@ -93,6 +93,42 @@ pub struct ForwardParams {
     pub first_block: i64,
 }
 
+/// Argument of the kernels of the backward pass.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Pod, Zeroable)]
+pub struct BackwardParams {
+    /// What forward read.
+    pub inputs: AttentionInputs,
+    /// What forward wrote.
+    pub out: Operand,
+    /// What forward wrote.
+    pub lse: Operand,
+    /// What forward wrote.
+    pub lse_low: Operand,
+    /// Gradient of out, with its axes.
+    pub d_out: Operand,
+    /// Gradient of q, with its axes.
+    pub dq: Operand,
+    /// Gradient of k, with its axes.
+    pub dk: Operand,
+    /// Gradient of v, with its axes.
+    pub dv: Operand,
+    /// Gradients of the biases, in their own shapes.
+    pub dbiases: [Operand; MAX_BIASES],
+    /// Gradient of the gate, with its axes.
+    pub d_gate: Operand,
+    /// Address of f32 `[batch, rows, heads, seqlen_q]`: equation (8).
+    pub delta: u64,
+    /// Address of f32 sums of chunks, which a last pass adds in order.
+    pub partials: u64,
+    /// Parts the walk over broadcast axes is cut into.
+    pub chunks: i64,
+    /// Entries of such a part.
+    pub chunk: i64,
+    /// Blocks launched before this launch.
+    pub first_block: i64,
+}
+
 /// Argument of `merge.cu`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Pod, Zeroable)]
@@ -179,7 +215,7 @@ macro_rules! params {
         }
     )*};
 }
-params!(ForwardParams, MergeParams, RelayoutParams, FillParams);
+params!(ForwardParams, BackwardParams, MergeParams, RelayoutParams, FillParams);
 
 const OPERAND: usize = 48;
 const INPUTS: usize = size_of::<AttentionInputs>();
@@ -187,9 +223,11 @@ const _: () = {
     assert!(size_of::<Operand>() == OPERAND && MAX_BIASES == 4);
     assert!(INPUTS == 12 * OPERAND + 88);
     assert!(size_of::<ForwardParams>() == INPUTS + 3 * OPERAND + 8);
+    assert!(size_of::<BackwardParams>() == INPUTS + 12 * OPERAND + 40);
     assert!(size_of::<MergeParams>() == 6 * OPERAND + 48);
     assert!(size_of::<RelayoutParams>() == 16 + 3 * 64 + 16);
     assert!(size_of::<FillParams>() == 16 + 2 * 64 + 16);
     assert!(std::mem::offset_of!(AttentionInputs, alibi_slopes) == 12 * OPERAND);
     assert!(std::mem::offset_of!(AttentionInputs, scale) == 12 * OPERAND + 80);
+    assert!(std::mem::offset_of!(BackwardParams, delta) == INPUTS + 12 * OPERAND);
 };

@@ -47,6 +47,11 @@ impl Source {
     }
 }
 
+/// Paths of the files that hold kernels.
+pub fn kernel_files() -> impl Iterator<Item = &'static str> {
+    FILES.iter().map(|(path, _)| *path).filter(|path| path.ends_with(".cu"))
+}
+
 fn file_name(path: &str) -> &str {
     path.rsplit('/').next().unwrap_or(path)
 }
@@ -73,7 +78,7 @@ mod tests {
 
     #[test]
     fn every_kernel_file_becomes_one_text_without_includes() {
-        for (file, _) in FILES.iter().filter(|(path, _)| path.ends_with(".cu")) {
+        for file in kernel_files() {
             let source = Source::new(file, &[]).unwrap();
             assert!(!source.text.contains("#include"), "{file}");
             assert_eq!(source.text.matches("typedef unsigned char u8;").count(), 1, "{file}");

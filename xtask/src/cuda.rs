@@ -1,4 +1,4 @@
-//! The CUDA compilers, fetched as wheels from PyPI into the build folder.
+//! The CUDA compilers and disassemblers, fetched as wheels from PyPI into the build folder.
 //!
 //! Nothing is installed: the files of a wheel are unpacked into a folder of their own below
 //! [`tilefold_emulator_nvrtc::cuda_folder`], with a file that names the version. Digests are pinned, since what comes is
@@ -31,14 +31,29 @@ const NVRTC_OLDEST: Wheel = Wheel {
     version: "12.0.140",
     sha256: "8e94e991d85c422de4da87bdc7472fdc1364367bd4aace7000b559cd33122071",
 };
+const NVDISASM: Wheel = Wheel {
+    package: "nvidia-cuda-nvdisasm",
+    version: "13.5.37",
+    sha256: "d3fdbdd49fa53e2e4aacd3db8259d052bd2b049ececdcb69e92e083c6728e7ca",
+};
+const CUOBJDUMP: Wheel = Wheel {
+    package: "nvidia-cuda-cuobjdump",
+    version: "13.5.37",
+    sha256: "38780fee50863252a0b8926357faa91615ca1c8346490563f33a06100cd73f58",
+};
+
 /// Whether the wheels fit this machine.
 pub(crate) const SUPPORTED: bool = cfg!(all(target_os = "linux", target_arch = "x86_64"));
 
-/// Fetches what is missing of both NVRTC releases.
+/// Fetches what is missing of both NVRTC releases, nvdisasm and cuobjdump.
 pub(crate) fn fetch() -> Result<Count> {
-    ensure!(SUPPORTED, "the CUDA compilers are fetched for x86-64 Linux only");
+    ensure!(SUPPORTED, "the CUDA tools are fetched for x86-64 Linux only");
     let home = cuda_folder();
-    let sets = [(Release::Newest.folder(), &[NVRTC_NEWEST] as &[Wheel]), (Release::Oldest.folder(), &[NVRTC_OLDEST])];
+    let sets = [
+        (Release::Newest.folder(), &[NVRTC_NEWEST] as &[Wheel]),
+        (Release::Oldest.folder(), &[NVRTC_OLDEST]),
+        ("tools", &[NVDISASM, CUOBJDUMP]),
+    ];
     for (name, wheels) in sets {
         fetch_set(&home.join(name), wheels)?;
     }
@@ -77,7 +92,7 @@ impl Wheel {
     }
 }
 
-/// Downloads wheels and puts their libraries into `folder`.
+/// Downloads wheels and puts their libraries and programs into `folder`.
 fn fill(folder: &Path, requirements: &str) -> Result<()> {
     let list = folder.join("requirements.txt");
     fs::write(&list, requirements).with_context(|| format!("cannot write {}", list.display()))?;
@@ -95,13 +110,14 @@ fn fill(folder: &Path, requirements: &str) -> Result<()> {
     fs::rename(&list, folder.join(VERSIONS)).context("cannot rename the requirements")
 }
 
-/// Moves the files of all `lib` folders.
+/// Moves the files of all `lib` and `bin` folders; a wheel does not say which files are programs.
 fn take(from: &Path, to: &Path) -> Result<()> {
     for entry in entries(from)? {
         if !entry.is_dir() {
             continue;
         }
-        if !entry.ends_with("lib") {
+        let program = entry.ends_with("bin");
+        if !program && !entry.ends_with("lib") {
             take(&entry, to)?;
             continue;
         }
@@ -112,6 +128,9 @@ fn take(from: &Path, to: &Path) -> Result<()> {
             let name = file.file_name().context("a file without a name")?;
             let place = to.join(name);
             fs::rename(&file, &place).with_context(|| format!("cannot move {}", file.display()))?;
+            if program {
+                output(&["chmod", "+x", text(&place)?])?;
+            }
         }
     }
     Ok(())

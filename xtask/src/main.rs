@@ -1,6 +1,7 @@
 //! The chores of this workspace: `cargo xtask test` and what it is made of.
 #![allow(clippy::print_stdout, reason = "a program says what it does")]
 
+mod clang;
 mod command;
 mod cuda;
 mod emulate;
@@ -61,6 +62,7 @@ fn main() -> Result<ExitCode> {
         Task::Test { .. } => {}
         Task::Setup => {
             cuda::fetch()?;
+            println!("{}: there", clang::Clang::get()?.name());
         }
         Task::Emulate(Emulate::Neon { arguments }) => emulate::neon(&as_strs(&arguments))?,
         Task::Emulate(Emulate::Avx512 { binary, arguments }) => emulate::avx512(&binary, &as_strs(&arguments))?,

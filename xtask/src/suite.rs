@@ -56,7 +56,7 @@ fn gpu_compilers(report: &mut Report) -> Result<()> {
         println!("\nleft out: the kernels are compiled and run by the virtual device on x86-64 Linux only");
         return Ok(());
     }
-    report.step("CUDA compilers", cuda::fetch)
+    report.step("CUDA compilers and disassemblers", cuda::fetch)
 }
 
 fn cargo(arguments: &[&str]) -> Result<Count> {

@@ -1,0 +1,204 @@
+// Fragments of matrix products: 16 x 8 accumulators, and factors read from tiles in shared memory.
+//
+// Lane l holds of an accumulator the rows l / 4 and l / 4 + 8 and the columns 2 (l % 4) and 2 (l % 4) + 1:
+// acc[2 * half + e] is row l / 4 + 8 * half, column 2 (l % 4) + e.
+//
+// A step of a product sums 32 bytes of channels: 16 numbers in half precision, 8 in f32. Half-precision tiles may end in
+// half a step. f32 is multiplied as three products of tf32 (high x high, high x low, low x high): what is left out is
+// below 2^-21 of the factors.
+#pragma once
+
+#include "gpu.h"
+
+typedef float Accumulator[4];
+
+// The factor with 16 rows, and the one with 8 columns.
+struct FragmentA {
+    u32 words[4];
+};
+struct FragmentB {
+    u32 words[2];
+};
+
+// A tile in shared memory: rows of channels, padded to an odd number of 16-byte pieces so that eight rows never meet in a
+// bank.
+template <class T, int channels> struct Tile {
+    // Accumulators that its channels fill, which are padded to eight.
+    static constexpr int columns = (channels + 7) / 8;
+    static constexpr int padded_channels = columns * 8;
+    static constexpr int pieces = padded_channels * (int)sizeof(T) / 16;
+    static constexpr int pitch = (pieces | 1) * 16;
+    static constexpr int steps = (pieces + 1) / 2;
+    static constexpr bool half_step = pieces % 2 != 0;
+    static DEVICE constexpr int bytes(int rows) { return rows * pitch; }
+};
+
+// acc += a b over one whole step.
+template <class T> DEVICE void multiply_step(Accumulator& acc, const FragmentA& a, const FragmentB& b);
+// acc += a b over half a step.
+template <class T> DEVICE void multiply_half_step(Accumulator& acc, const FragmentA& a, const FragmentB& b);
+
+template <> DEVICE void multiply_step<bf16>(Accumulator& acc, const FragmentA& a, const FragmentB& b) {
+    asm(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
+        : "r"(a.words[0]), "r"(a.words[1]), "r"(a.words[2]), "r"(a.words[3]), "r"(b.words[0]), "r"(b.words[1]));
+}
+template <> DEVICE void multiply_half_step<bf16>(Accumulator& acc, const FragmentA& a, const FragmentB& b) {
+    asm(
+        "mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+        : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
+        : "r"(a.words[0]), "r"(a.words[1]), "r"(b.words[0]));
+}
+template <> DEVICE void multiply_step<f16>(Accumulator& acc, const FragmentA& a, const FragmentB& b) {
+    asm(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
+        : "r"(a.words[0]), "r"(a.words[1]), "r"(a.words[2]), "r"(a.words[3]), "r"(b.words[0]), "r"(b.words[1]));
+}
+template <> DEVICE void multiply_half_step<f16>(Accumulator& acc, const FragmentA& a, const FragmentB& b) {
+    asm(
+        "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+        : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
+        : "r"(a.words[0]), "r"(a.words[1]), "r"(b.words[0]));
+}
+
+DEVICE void multiply_tf32(Accumulator& acc, const FragmentA& a, const FragmentB& b) {
+    asm(
+        "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
+        : "r"(a.words[0]), "r"(a.words[1]), "r"(a.words[2]), "r"(a.words[3]), "r"(b.words[0]), "r"(b.words[1]));
+}
+template <int count> DEVICE void split_tf32(const u32 (&x)[count], u32 (&high)[count], u32 (&low)[count]) {
+#pragma unroll
+    for (int i = 0; i < count; i++) {
+        high[i] = to_tf32(float_of(x[i]));
+        low[i] = to_tf32(float_of(x[i]) - float_of(high[i]));
+    }
+}
+// The small products first.
+template <> DEVICE void multiply_step<float>(Accumulator& acc, const FragmentA& a, const FragmentB& b) {
+    FragmentA a_high, a_low;
+    FragmentB b_high, b_low;
+    split_tf32(a.words, a_high.words, a_low.words);
+    split_tf32(b.words, b_high.words, b_low.words);
+    multiply_tf32(acc, a_high, b_low);
+    multiply_tf32(acc, a_low, b_high);
+    multiply_tf32(acc, a_high, b_high);
+}
+template <> DEVICE void multiply_half_step<float>(Accumulator&, const FragmentA&, const FragmentB&) {}
+
+// Rows first_row .. first_row + 15 and one step of channels, as the left factor.
+template <class T, int channels> DEVICE FragmentA load_a(u32 tile, int first_row, int step) {
+    using Rows = Tile<T, channels>;
+    const int lane = lane_index();
+    const bool half = Rows::half_step && step == Rows::steps - 1;
+    const int row = first_row + lane % 16, piece = 2 * step + (half ? 0 : lane / 16);
+    FragmentA a;
+    load_matrices(a.words, tile + row * Rows::pitch + piece * 16);
+    return a;
+}
+
+// acc[i][j] += a[i] (rows 8 j .. 8 j + 7 of the tile, transposed) over one step of channels.
+template <class T, int channels, int m, int n>
+DEVICE void multiply_rows(Accumulator (&acc)[m][n], const FragmentA (&a)[m], u32 tile, int first_row, int step) {
+    using Rows = Tile<T, channels>;
+    const int lane = lane_index();
+    u32 words[4];
+    if (Rows::half_step && step == Rows::steps - 1) {
+        // Four groups of eight rows at once; beyond the last group one is read again.
+#pragma unroll
+        for (int j = 0; j < n; j += 4) {
+            const int group = j + lane / 8 < n ? j + lane / 8 : j;
+            load_matrices(words, tile + (first_row + 8 * group + lane % 8) * Rows::pitch + 2 * step * 16);
+#pragma unroll
+            for (int part = 0; part < 4 && j + part < n; part++) {
+                const FragmentB b = {{words[part], 0}};
+#pragma unroll
+                for (int i = 0; i < m; i++) multiply_half_step<T>(acc[i][j + part], a[i], b);
+            }
+        }
+        return;
+    }
+    static_assert(n % 2 == 0, "pairs of accumulators");
+#pragma unroll
+    for (int j = 0; j < n; j += 2) {
+        const int row = first_row + 8 * (j + lane / 16) + lane % 8, piece = 2 * step + lane / 8 % 2;
+        load_matrices(words, tile + row * Rows::pitch + piece * 16);
+        const FragmentB b[2] = {{{words[0], words[1]}}, {{words[2], words[3]}}};
+#pragma unroll
+        for (int part = 0; part < 2; part++) {
+#pragma unroll
+            for (int i = 0; i < m; i++) multiply_step<T>(acc[i][j + part], a[i], b[part]);
+        }
+    }
+}
+
+// Rows of a tile that one step of a product over rows sums.
+template <class T> constexpr int row_step = sizeof(T) == 4 ? 8 : 16;
+
+// Accumulators as the left factor of a product over their columns: rounded to T. With f32, column 2 i of eight becomes
+// entry i, and column 2 i + 1 entry 4 + i.
+template <class T> DEVICE FragmentA as_factor(const Accumulator& first, const Accumulator& second) {
+    return {{pack<T>(first[0], first[1]), pack<T>(first[2], first[3]), pack<T>(second[0], second[1]),
+             pack<T>(second[2], second[3])}};
+}
+template <> DEVICE FragmentA as_factor<float>(const Accumulator& first, const Accumulator&) {
+    return {{bits_of(first[0]), bits_of(first[2]), bits_of(first[1]), bits_of(first[3])}};
+}
+
+// acc[i][c] += a[i][s] (channels 8 c .. 8 c + 7 of the rows of step s).
+template <class T, int channels, int m, int steps> struct ProductOverRows {
+    static DEVICE void run(Accumulator (&acc)[m][Tile<T, channels>::columns], const FragmentA (&a)[m][steps], u32 tile,
+                           int first_row) {
+        using Rows = Tile<T, channels>;
+        constexpr int columns = Rows::columns;
+        const int lane = lane_index();
+        u32 words[4];
+#pragma unroll
+        for (int s = 0; s < steps; s++) {
+#pragma unroll
+            for (int c = 0; c + 1 < columns; c += 2) {
+                const int row = first_row + 16 * s + lane % 16;
+                load_matrices_transposed(words, tile + row * Rows::pitch + (c + lane / 16) * 16);
+                const FragmentB b[2] = {{{words[0], words[1]}}, {{words[2], words[3]}}};
+#pragma unroll
+                for (int part = 0; part < 2; part++) {
+#pragma unroll
+                    for (int i = 0; i < m; i++) multiply_step<T>(acc[i][c + part], a[i][s], b[part]);
+                }
+            }
+            if (columns % 2 != 0 && s % 2 == 0) {
+                // The last eight channels, of two steps at once where there are two.
+                const int second = s + 1 < steps ? 1 : 0;
+                const int row = first_row + 16 * (s + second * (lane / 16)) + lane % 16;
+                load_matrices_transposed(words, tile + row * Rows::pitch + (columns - 1) * 16);
+#pragma unroll
+                for (int part = 0; part <= second; part++) {
+                    const FragmentB b = {{words[2 * part], words[2 * part + 1]}};
+#pragma unroll
+                    for (int i = 0; i < m; i++) multiply_step<T>(acc[i][columns - 1], a[i][s + part], b);
+                }
+            }
+        }
+    }
+};
+// With f32 the rows stand in the order in which `as_factor` has the columns.
+template <int channels, int m, int steps> struct ProductOverRows<float, channels, m, steps> {
+    static DEVICE void run(Accumulator (&acc)[m][Tile<float, channels>::columns], const FragmentA (&a)[m][steps],
+                           u32 tile, int first_row) {
+        using Rows = Tile<float, channels>;
+        const int lane = lane_index();
+#pragma unroll
+        for (int s = 0; s < steps; s++) {
+#pragma unroll
+            for (int c = 0; c < Rows::columns; c++) {
+                const int row = first_row + 8 * s + 2 * (lane % 4);
+                const u32 at = tile + row * Rows::pitch + (8 * c + lane / 4) * 4;
+                const FragmentB b = {{load_shared(at), load_shared(at + Rows::pitch)}};
+#pragma unroll
+                for (int i = 0; i < m; i++) multiply_step<float>(acc[i][c], a[i][s], b);
+            }
+        }
+    }
+};
