@@ -24,7 +24,7 @@ mod relayout;
 mod source;
 mod tile;
 
-pub use catalogue::catalogue;
+pub use catalogue::{Entry, Pass, Scores, catalogue};
 pub use constants::{AttentionConstants, BiasKind};
 pub use fill::{fill, fill_view};
 pub use forward::{ForwardKernel, ForwardOutputs, ForwardTile, forward};
