@@ -39,6 +39,8 @@ pub struct Scores {
     pub head_dim: usize,
     /// Type of the operands.
     pub dtype: tilefold_core::DType,
+    /// Whether tiles come by asynchronous copies.
+    pub async_copies: bool,
 }
 
 /// A part of attention with a kernel of its own.

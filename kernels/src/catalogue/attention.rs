@@ -51,10 +51,12 @@ pub(super) fn forward() -> Result<Vec<Entry>, KernelError> {
             tile_q: plan.tile.tile_q(),
             tile_k: plan.tile.tile_k,
             warps: plan.tile.warps,
-            products: 2,
+            // f32 is multiplied as three products of tf32.
+            products: if spec.dtype == DType::F32 { 6 } else { 2 },
             depth: usize::midpoint(padded(spec.head_dim), padded(spec.head_dim_v)),
             head_dim: spec.head_dim,
             dtype: spec.dtype,
+            async_copies: plan.pieces[1] || plan.pieces[2],
         };
         entries.push(Entry { kernel, scores: Some(scores) });
     }
@@ -93,7 +95,8 @@ fn switches(base: &AttentionSpec) -> Vec<Case> {
         change(&mut spec);
         Case::new(name, spec)
     };
-    let positions = StructuralMask { window: Some(Window { left: Some(64), right: Some(8) }), ..StructuralMask::default() };
+    let positions =
+        StructuralMask { window: Some(Window { left: Some(64), right: Some(8) }), ..StructuralMask::default() };
     let alibi = StructuralMask { alibi_slopes: Some(vec![0.5; HEADS]), ..causal() };
     let keys = |dtype| BiasSpec { shape: [1, ROWS, 1, 1, SEQLEN], dtype };
     let full = |dtype| BiasSpec { shape: [1, ROWS, HEADS, SEQLEN, SEQLEN], dtype };
