@@ -3,7 +3,8 @@
 //
 // LANES threads share a query. Queries without keys, and those that pad the statistics, get lse = +inf: their P is 0.
 //
-// Constants: ELEMENT, HEAD_DIM_V, LANES (a power of two, at most a warp), BLOCK_THREADS, GATE, WANT_D_GATE.
+// Constants: ELEMENT, HEAD_DIM_V, LANES (a power of two, at most a warp), BLOCK_THREADS, WANT_D_O and
+// WANT_D_GATE (with a gate alone), D_O_CHANNELS (HEAD_DIM_V padded).
 #include "include/gpu.h"
 #include "include/params.h"
 
@@ -34,15 +35,24 @@ KERNEL(BLOCK_THREADS) backward_prepare(const BackwardParams params) {
     if (inside) {
         const ELEMENT* d_out = (const ELEMENT*)params.d_out.data + offset(params.d_out, batch, row, query, head);
         const ELEMENT* out = (const ELEMENT*)params.out.data + offset(params.out, batch, row, query, head);
+        if (WANT_D_O) {
+            // Channels that pad a row of the workspace.
+            ELEMENT* d_o = (ELEMENT*)params.d_o.data + offset(params.d_o, batch, row, query, head);
+            for (int channel = HEAD_DIM_V + thread_index() % LANES; channel < D_O_CHANNELS; channel += LANES) {
+                d_o[channel] = from_f32<ELEMENT>(0.0f);
+            }
+        }
         for (int channel = thread_index() % LANES; channel < HEAD_DIM_V; channel += LANES) {
             const float gradient = to_f32(d_out[channel * params.d_out.strides[4]]);
             const float product = gradient * to_f32(out[channel * params.out.strides[4]]);
             delta += product;
-            if (GATE) {
+            if (WANT_D_O || WANT_D_GATE) {
                 const ELEMENT* gates = (const ELEMENT*)in.gate.data + offset(in.gate, batch, row, query, head);
                 const float gate = to_f32(gates[channel * in.gate.strides[4]]);
-                ELEMENT* d_o = (ELEMENT*)params.d_o.data + offset(params.d_o, batch, row, query, head);
-                d_o[channel * params.d_o.strides[4]] = from_f32<ELEMENT>(gradient * sigmoid(gate));
+                if (WANT_D_O) {
+                    ELEMENT* d_o = (ELEMENT*)params.d_o.data + offset(params.d_o, batch, row, query, head);
+                    d_o[channel * params.d_o.strides[4]] = from_f32<ELEMENT>(gradient * sigmoid(gate));
+                }
                 if (WANT_D_GATE) {
                     ELEMENT* d_gate = (ELEMENT*)params.d_gate.data + offset(params.d_gate, batch, row, query, head);
                     d_gate[channel * params.d_gate.strides[4]] = from_f32<ELEMENT>(product * sigmoid(-gate));

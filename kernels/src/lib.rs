@@ -11,12 +11,14 @@
 //!
 //! The mathematics is in `docs/mathematics.md`, the kernels' own account in `attention/README.md`.
 
+mod backward;
 mod fill;
 mod kernel;
 mod operands;
 pub mod params;
 mod source;
 
+pub use backward::{BackwardLaunch, BackwardOperands, backward, backward_workspace_bytes};
 pub use fill::fill;
 pub use kernel::{Kernel, KernelError, Launch, MAX_GRID_BLOCKS};
 pub use operands::{AttentionOperands, kv_lengths_strides};

@@ -6,7 +6,15 @@ use sha2::{Digest, Sha256};
 const FILES: &[(&str, &str)] = &[
     ("include/gpu.h", include_str!("../include/gpu.h")),
     ("include/params.h", include_str!("../include/params.h")),
+    ("include/fragment.cuh", include_str!("../include/fragment.cuh")),
+    ("include/stage.cuh", include_str!("../include/stage.cuh")),
+    ("include/logits.cuh", include_str!("../include/logits.cuh")),
     ("fill.cu", include_str!("../fill.cu")),
+    ("attention/backward_prepare.cu", include_str!("../attention/backward_prepare.cu")),
+    ("attention/backward_uniform.cu", include_str!("../attention/backward_uniform.cu")),
+    ("attention/backward_keys.cu", include_str!("../attention/backward_keys.cu")),
+    ("attention/backward_queries.cu", include_str!("../attention/backward_queries.cu")),
+    ("attention/sums.cu", include_str!("../attention/sums.cu")),
 ];
 
 /// A compile-time constant of a kernel: `#define NAME value` in front of its source.
