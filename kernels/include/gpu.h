@@ -38,6 +38,8 @@ struct alignas(16) Piece {
 // As KERNEL, with the number of blocks that registers must leave room for on one multiprocessor.
 #define KERNEL_WITH_BLOCKS(threads, blocks) extern "C" __global__ void __launch_bounds__(threads, blocks)
 #define SHARED __shared__
+// Shared memory whose size the launch gives.
+#define DYNAMIC_SHARED(name) extern __shared__ Piece name[]
 
 constexpr int WARP_THREADS = 32;
 
@@ -90,6 +92,7 @@ DEVICE bool warp_all(bool predicate) { return warp_ballot(predicate) == 0xffffff
 // ------------------------------------------------------------------------------------------------------- arithmetic
 
 constexpr float INFINITE = 1.0f / 0.0f;
+#define NOT_A_NUMBER float_of(0x7fc00000u)
 constexpr float LOG2_E = 1.4426950408889634f;
 constexpr float LN_2 = 0.6931471805599453f;
 

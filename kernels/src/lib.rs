@@ -12,14 +12,20 @@
 //! The mathematics is in `docs/mathematics.md`, the kernels' own account in `attention/README.md`.
 
 mod backward;
+mod constants;
 mod fill;
+mod forward;
 mod kernel;
 mod operands;
 pub mod params;
 mod source;
+mod tile;
 
 pub use backward::{BackwardLaunch, BackwardOperands, backward, backward_workspace_bytes};
+pub use constants::{AttentionConstants, BiasKind};
 pub use fill::fill;
+pub use forward::{ForwardKernel, ForwardOutputs, ForwardTile, forward};
 pub use kernel::{Kernel, KernelError, Launch, MAX_GRID_BLOCKS};
 pub use operands::{AttentionOperands, kv_lengths_strides};
 pub use source::{Constant, Source, kernel_files};
+pub use tile::{MAX_SHARED_BYTES, PIECE_BYTES, tile_bytes};

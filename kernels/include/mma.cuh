@@ -1,0 +1,111 @@
+// Matrix products of one warp on tensor cores: C[16][8] += A[16][k] B[k][8], sums in f32.
+//
+// A step of k is two pieces of 16 bytes of a row: 16 channels of f16 or bf16, 8 of f32. A half step is one piece. Lane l
+// with g = l / 4 and t = l % 4 holds, in steps of words (two halves, or one f32):
+//
+//   A   a[0] row g, word t of the first piece      a[2] row g, word t of the second piece
+//       a[1] row g + 8, as a[0]                    a[3] row g + 8, as a[2]
+//   B   b[0] column g, word t of the first piece   b[1] column g, word t of the second piece
+//   C   c[0], c[1] row g, columns 2t, 2t + 1       c[2], c[3] row g + 8, the same columns
+//
+// A half step has a[0], a[1] and b[0] alone. Which k a word stands for does not matter as long as A and B agree.
+//
+// f32 is multiplied as three products of tf32 (11 significant bits): x = h + l with h and l rounded to tf32, and
+// A B = Ah Bh + Ah Bl + Al Bh. |l| <= 2^-11 |x|, so rounding l and leaving out Al Bl cost at most 2^-22 each of a
+// product, and at random: over a sum that is what rounding in f32 (2^-24 of every partial sum) costs too.
+#pragma once
+
+#include "gpu.h"
+
+// A factor of a product as the matrix unit takes it.
+template <class T, int words> struct Factor {
+    u32 high[words];
+};
+template <int words> struct Factor<float, words> {
+    u32 high[words];
+    u32 low[words];
+};
+
+template <class T, int words> DEVICE Factor<T, words> factor(const u32 (&raw)[words]) {
+    Factor<T, words> f;
+    for (int i = 0; i < words; i++) {
+        if constexpr (sizeof(T) == 4) {
+            f.high[i] = to_tf32(float_of(raw[i]));
+            f.low[i] = to_tf32(float_of(raw[i]) - float_of(f.high[i]));
+        } else {
+            f.high[i] = raw[i];
+        }
+    }
+    return f;
+}
+
+// The words of a half step: the first ones of a step.
+template <class T, int words> DEVICE Factor<T, words / 2> half_of(const Factor<T, words>& whole) {
+    Factor<T, words / 2> half;
+    for (int i = 0; i < words / 2; i++) {
+        half.high[i] = whole.high[i];
+        if constexpr (sizeof(T) == 4) half.low[i] = whole.low[i];
+    }
+    return half;
+}
+
+DEVICE void mma_step(float (&c)[4], const Factor<f16, 4>& a, const Factor<f16, 2>& b) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a.high[0]), "r"(a.high[1]), "r"(a.high[2]), "r"(a.high[3]), "r"(b.high[0]), "r"(b.high[1]));
+}
+DEVICE void mma_step(float (&c)[4], const Factor<bf16, 4>& a, const Factor<bf16, 2>& b) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a.high[0]), "r"(a.high[1]), "r"(a.high[2]), "r"(a.high[3]), "r"(b.high[0]), "r"(b.high[1]));
+}
+DEVICE void mma_tf32(float (&c)[4], const u32 (&a)[4], const u32 (&b)[2]) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+DEVICE void mma_step(float (&c)[4], const Factor<float, 4>& a, const Factor<float, 2>& b) {
+    mma_tf32(c, a.low, b.high);
+    mma_tf32(c, a.high, b.low);
+    mma_tf32(c, a.high, b.high);
+}
+
+// A half step.
+DEVICE void mma_half_step(float (&c)[4], const Factor<f16, 2>& a, const Factor<f16, 1>& b) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a.high[0]), "r"(a.high[1]), "r"(b.high[0]));
+}
+DEVICE void mma_half_step(float (&c)[4], const Factor<bf16, 2>& a, const Factor<bf16, 1>& b) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a.high[0]), "r"(a.high[1]), "r"(b.high[0]));
+}
+
+DEVICE void mma_tf32_half(float (&c)[4], const u32 (&a)[2], const u32 (&b)[1]) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k4.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(b[0]));
+}
+DEVICE void mma_half_step(float (&c)[4], const Factor<float, 2>& a, const Factor<float, 1>& b) {
+    mma_tf32_half(c, a.low, b.high);
+    mma_tf32_half(c, a.high, b.low);
+    mma_tf32_half(c, a.high, b.high);
+}
+
+// Reductions over the four lanes that share a row of C.
+DEVICE float quad_maximum(float x) {
+    x = maximum(x, shuffle_xor(x, 1));
+    return maximum(x, shuffle_xor(x, 2));
+}
+DEVICE float quad_sum(float x) {
+    x += shuffle_xor(x, 1);
+    return x + shuffle_xor(x, 2);
+}

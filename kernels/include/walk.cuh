@@ -1,0 +1,117 @@
+// The walk of a block over tiles of keys: which tile comes next, and which of its keys key mask and lengths keep.
+#pragma once
+
+#include "attention.cuh"
+
+// A tile of keys that some query may see.
+struct KeyTile {
+    i64 key;     // its first key; the end of all keys behind the last tile
+    u64 keeps;   // bit i: key + i exists, is counted by lengths and kept by the key mask
+    int cover;   // of causality, window and segments: PARTIAL or FULL
+};
+
+// Visits the tiles of `tile_keys` keys that queries `query .. query + queries` may see, in ascending order; others are
+// skipped. Every warp walks for itself, and all alike. What the key mask says is read one tile ahead:
+//
+//     for (KeyWalk walk(...); !walk.done(); walk.advance()) { walk.read_ahead(); ... walk.tile ... }
+template <int tile_keys> struct KeyWalk {
+    static_assert(tile_keys <= 2 * WARP_THREADS, "a lane looks after two keys");
+
+    const AttentionInputs& inputs;
+    Position at;
+    i64 query;
+    int queries;
+    i64 end;                              // keys that exist and are counted by lengths
+    KeyTile tile;                         // where it is
+    i64 ahead_key;                        // the tile that was read ahead, and
+    bool ahead[2];                        // whether its keys lane and lane + 32 are kept
+    i32 lowest_segment, highest_segment;  // of the queries
+
+    DEVICE KeyWalk(const AttentionInputs& inputs, const Position& at, i64 query, int queries)
+        : inputs(inputs), at(at), query(query), queries(queries) {
+        const i64 length = kv_length(inputs, at);
+        end = length < inputs.seqlen_k ? length : inputs.seqlen_k;
+        if constexpr (SEGMENTS) segment_range(inputs.q_segments, query, queries, lowest_segment, highest_segment);
+        read_ahead(first_tile());
+        advance();
+    }
+
+    // The tile of the first key that the first query sees: below it no query sees anything.
+    DEVICE i64 first_tile() const {
+        if constexpr (POSITIONS) {
+            // The least distance of all comes first: a window without an end would overflow.
+            const i64 nearest = distance(inputs, query, 0);
+            if (inputs.lowest_distance > nearest) return (inputs.lowest_distance - nearest) / tile_keys * tile_keys;
+        }
+        return 0;
+    }
+
+    DEVICE bool done() const { return tile.key >= end; }
+
+    // Starts reading what the mask says of the tile at `key`.
+    DEVICE void read_ahead(i64 key) {
+        ahead_key = key;
+        if constexpr (KEY_MASK) {
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                const int index = lane_index() + i * WARP_THREADS;
+                ahead[i] = index < tile_keys && key + index < end && key_mask_keeps(inputs, at, key + index);
+            }
+        }
+    }
+    DEVICE void read_ahead() { read_ahead(tile.key + tile_keys); }
+
+    // Goes to the tile that was read ahead, or the first one after it that shows something.
+    DEVICE void advance() {
+        for (;; read_ahead(ahead_key + tile_keys)) {
+            tile = {ahead_key, 0, FULL};
+            if (tile.key >= end) return;
+            const i64 there = end - tile.key;
+            const int keys = there < tile_keys ? (int)there : tile_keys;
+            if constexpr (POSITIONS) {
+                tile.cover = position_cover(inputs, query, queries, tile.key, keys);
+                if (tile.cover == EMPTY) {
+                    if (distance(inputs, query + queries - 1, tile.key) > inputs.highest_distance) ahead_key = end;
+                    continue;
+                }
+            }
+            if constexpr (KEY_MASK) {
+                tile.keeps = warp_ballot(ahead[0]);
+                if constexpr (tile_keys > WARP_THREADS) tile.keeps |= (u64)warp_ballot(ahead[1]) << 32;
+                if (tile.keeps == 0) continue;
+            } else {
+                tile.keeps = ~0ull >> (64 - keys);
+            }
+            if constexpr (SEGMENTS) {
+                const int cover = segment_cover(keys);
+                if (cover == EMPTY) continue;
+                tile.cover = cover < tile.cover ? cover : tile.cover;
+            }
+            return;
+        }
+    }
+
+    DEVICE int segment_cover(int keys) const {
+        i32 lowest, highest;
+        segment_range(inputs.k_segments, tile.key, keys, lowest, highest);
+        if (highest < lowest_segment || highest_segment < lowest) return EMPTY;
+        return lowest == highest && lowest_segment == highest_segment ? FULL : PARTIAL;
+    }
+
+    // Lowest and highest id of a range, the same in every lane.
+    DEVICE void segment_range(const Operand& ids, i64 first, int count, i32& lowest, i32& highest) const {
+        lowest = 0x7fffffff;
+        highest = -0x7fffffff - 1;
+        for (int i = lane_index(); i < count; i += WARP_THREADS) {
+            const i32 id = segment(ids, at, first + i);
+            lowest = id < lowest ? id : lowest;
+            highest = id > highest ? id : highest;
+        }
+#pragma unroll
+        for (int mask = WARP_THREADS / 2; mask > 0; mask /= 2) {
+            const i32 low = (i32)shuffle_xor((u32)lowest, mask), high = (i32)shuffle_xor((u32)highest, mask);
+            lowest = low < lowest ? low : lowest;
+            highest = high > highest ? high : highest;
+        }
+    }
+};

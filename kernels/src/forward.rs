@@ -1,0 +1,234 @@
+//! The plan of a forward launch: constants, tile sizes, shared memory and grid of `attention/forward.cu`.
+
+use tilefold_core::{AttentionProblem, DType};
+
+use crate::constants::{AttentionConstants, BiasKind, constant};
+use crate::kernel::{Kernel, KernelError, Launch};
+use crate::operands::AttentionOperands;
+use crate::params::{ForwardParams, Operand};
+use crate::tile::tile_bytes;
+
+/// What the forward pass writes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct ForwardOutputs {
+    /// The output.
+    pub out: Operand,
+    /// Log-sum-exp, where it is asked for.
+    pub lse: Option<Operand>,
+    /// Its low part, where it is asked for.
+    pub lse_low: Option<Operand>,
+}
+
+/// Sizes of a block's work.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct ForwardTile {
+    /// Tiles of 16 queries of a warp.
+    pub query_tiles: usize,
+    /// Warps of a block.
+    pub warps: usize,
+    /// Keys of a tile.
+    pub tile_k: usize,
+    /// Buffers of keys and values.
+    pub stages: usize,
+    /// Whether queries stay in registers.
+    pub queries_in_registers: bool,
+}
+
+impl ForwardTile {
+    /// The tile for a problem's sizes. Wide heads take fewer queries and keys, so that S, O and q fit the registers;
+    /// short sequences take fewer warps.
+    #[must_use]
+    pub fn new(dtype: DType, head_dim: usize, head_dim_v: usize, seqlen_q: usize) -> Self {
+        let widest = head_dim.max(head_dim_v);
+        let (query_tiles, tile_k, stages, most_warps) = match (dtype, widest) {
+            (DType::F32, 0..=64) => (1, 64, 2, 4),
+            (DType::F32, 65..=128) => (1, 32, 2, 4),
+            (DType::F32, _) => (1, 32, 1, 2),
+            (_, 0..=32) => (2, 64, 2, 4),
+            (_, 33..=128) => (1, 64, 2, 4),
+            (..) => (1, 32, 2, 4),
+        };
+        let query_tiles = if seqlen_q <= 16 { 1 } else { query_tiles };
+        let warps = seqlen_q.div_ceil(16 * query_tiles).next_power_of_two().min(most_warps);
+        let queries_in_registers = head_dim * dtype.size_bytes() <= 256;
+        Self { query_tiles, warps, tile_k, stages, queries_in_registers }
+    }
+
+    /// Queries of a block.
+    #[must_use]
+    pub fn tile_q(&self) -> usize {
+        16 * self.query_tiles * self.warps
+    }
+
+    /// Threads of a block.
+    #[must_use]
+    pub fn threads(&self) -> usize {
+        32 * self.warps
+    }
+}
+
+/// Everything a forward kernel is specialised for.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct ForwardKernel {
+    /// What it shares with the backward kernels.
+    pub attention: AttentionConstants,
+    /// Sizes of a block's work.
+    pub tile: ForwardTile,
+    /// Whether tiles where nothing is hidden may start the product with the biases.
+    pub preload: bool,
+    /// Whether blocks that differ in their rows alone run together, so that they share a bias in cache.
+    pub rows_first: bool,
+    /// Whether rows of q, k and v move in pieces of 16 bytes.
+    pub pieces: [bool; 3],
+    /// Whether pairs of channels of out are neighbours, and aligned.
+    pub out_pairs: bool,
+    /// Whether lse and lse_low are written.
+    pub lse: [bool; 2],
+}
+
+impl ForwardKernel {
+    /// What a problem and the layout of its operands ask for.
+    #[must_use]
+    pub fn new(problem: &AttentionProblem, operands: &AttentionOperands, outputs: &ForwardOutputs) -> Self {
+        let (spec, attention) = (problem.spec(), AttentionConstants::new(problem, operands));
+        let dtype = spec.dtype;
+        let in_pieces = |operand: &Operand, channels: usize| channels.is_multiple_of(8) && operand.in_pieces(5, dtype);
+        // Scores times a positive scale, over which biases are divided.
+        let scale = problem.softmax_scale();
+        let divisible = (1e-9..=1e9).contains(&scale);
+        let mut kinds = attention.biases.iter().map(|(kind, _)| *kind);
+        let preloaded = match dtype {
+            // Dividing by the scale costs roundings that f32 would show.
+            DType::F32 => kinds.all(|kind| kind == BiasKind::Absent),
+            _ => kinds.all(|kind| kind != BiasKind::Strided),
+        };
+        let size = dtype.size_bytes();
+        let pair_strides = outputs.out.strides[..4].iter().all(|stride| stride % 2 == 0);
+        let out_pairs = spec.head_dim_v.is_multiple_of(2)
+            && outputs.out.strides[4] == 1
+            && pair_strides
+            && outputs.out.data.is_multiple_of(2 * size as u64);
+        let shared_by_rows = |(bias, (kind, _)): (&Operand, &(BiasKind, DType))| {
+            spec.rows > 1 && bias.strides[1] == 0 && bias.strides[3] != 0 && *kind != BiasKind::Absent
+        };
+        Self {
+            tile: ForwardTile::new(dtype, spec.head_dim, spec.head_dim_v, spec.seqlen_q),
+            preload: divisible && preloaded && !attention.alibi,
+            rows_first: operands.biases.iter().zip(&attention.biases).any(shared_by_rows),
+            pieces: [
+                in_pieces(&operands.q, spec.head_dim),
+                in_pieces(&operands.k, spec.head_dim),
+                in_pieces(&operands.v, spec.head_dim_v),
+            ],
+            out_pairs,
+            lse: [outputs.lse.is_some(), outputs.lse_low.is_some()],
+            attention,
+        }
+    }
+
+    /// Shared memory of a block.
+    #[must_use]
+    pub fn shared_bytes(&self) -> usize {
+        let (tile, attention) = (&self.tile, &self.attention);
+        let bytes = |rows, channels| tile_bytes(attention.dtype, rows, channels);
+        let keys = bytes(tile.tile_k, attention.head_dim) + bytes(tile.tile_k, attention.head_dim_v);
+        let tiles = bytes(tile.tile_q(), attention.head_dim) + tile.stages * keys;
+        // The mean of v and the sums it is made of.
+        let mean = if attention.uniform_rows { 4 * (attention.head_dim_v + 2 * tile.threads()) } else { 0 };
+        tiles.max(mean)
+    }
+
+    /// The kernel.
+    ///
+    /// # Errors
+    /// [`KernelError::MissingSource`], which the crate's tests exclude.
+    pub fn kernel(&self) -> Result<Kernel, KernelError> {
+        let tile = &self.tile;
+        let mut constants = self.attention.constants();
+        constants.extend([
+            constant("QUERY_TILES", tile.query_tiles),
+            constant("WARPS", tile.warps),
+            constant("TILE_K", tile.tile_k),
+            constant("STAGES", tile.stages),
+            constant("QUERIES_IN_REGISTERS", u8::from(tile.queries_in_registers)),
+            constant("ROWS_FIRST", u8::from(self.rows_first)),
+            constant("PRELOAD", u8::from(self.preload)),
+            constant("Q_PIECES", u8::from(self.pieces[0])),
+            constant("K_PIECES", u8::from(self.pieces[1])),
+            constant("V_PIECES", u8::from(self.pieces[2])),
+            constant("OUT_PAIRS", u8::from(self.out_pairs)),
+            constant("LSE", u8::from(self.lse[0])),
+            constant("LSE_LOW", u8::from(self.lse[1])),
+        ]);
+        let limit = |what, got: usize| KernelError::Limit { what, limit: u64::from(u32::MAX), got: got as u64 };
+        let threads = u32::try_from(tile.threads()).map_err(|_| limit("threads", tile.threads()))?;
+        let shared = u32::try_from(self.shared_bytes()).map_err(|_| limit("shared bytes", self.shared_bytes()))?;
+        let name = format!("forward {} tile {}x{}", self.attention.name(), tile.tile_q(), tile.tile_k);
+        let kernel = Kernel::new(name, "attention/forward.cu", "attention_forward", &constants, threads)?;
+        Ok(kernel.with_dynamic_shared_bytes(shared))
+    }
+}
+
+/// The launch that computes a forward pass.
+///
+/// # Errors
+/// [`KernelError::Limit`] for sizes and grids beyond 63 bits.
+pub fn forward(
+    problem: &AttentionProblem,
+    operands: &AttentionOperands,
+    outputs: &ForwardOutputs,
+) -> Result<Launch<ForwardParams>, KernelError> {
+    let spec = problem.spec();
+    let plan = ForwardKernel::new(problem, operands, outputs);
+    let factors = [spec.batch, spec.rows, spec.heads, spec.seqlen_q.div_ceil(plan.tile.tile_q())];
+    let blocks = factors.iter().try_fold(1_u64, |blocks, &factor| blocks.checked_mul(factor as u64));
+    let limit = i64::MAX.unsigned_abs();
+    let blocks = blocks.filter(|&blocks| blocks <= limit);
+    let params = ForwardParams {
+        inputs: operands.inputs(problem)?,
+        out: outputs.out,
+        lse: outputs.lse.unwrap_or_default(),
+        lse_low: outputs.lse_low.unwrap_or_default(),
+        first_block: 0,
+    };
+    let blocks = blocks.ok_or(KernelError::Limit { what: "blocks", limit, got: u64::MAX })?;
+    Ok(Launch { kernel: plan.kernel()?, blocks, params })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::tile::MAX_SHARED_BYTES;
+
+    #[test]
+    fn every_head_dimension_fits_shared_memory() {
+        for dtype in [DType::F32, DType::F16, DType::BF16] {
+            for (head_dim, head_dim_v) in (1..=256).flat_map(|d| [(d, d), (d, 256), (256, d)]) {
+                let tile = ForwardTile::new(dtype, head_dim, head_dim_v, 4096);
+                let attention = AttentionConstants {
+                    dtype,
+                    head_dim,
+                    head_dim_v,
+                    biases: [(BiasKind::Absent, DType::F32); 4],
+                    key_mask: false,
+                    kv_lengths: false,
+                    segments: false,
+                    positions: false,
+                    alibi: false,
+                    gate: false,
+                    uniform_rows: true,
+                };
+                let kernel = ForwardKernel {
+                    attention,
+                    tile,
+                    preload: true,
+                    rows_first: false,
+                    pieces: [true; 3],
+                    out_pairs: true,
+                    lse: [true; 2],
+                };
+                assert!(kernel.shared_bytes() <= MAX_SHARED_BYTES, "{dtype} {head_dim} {head_dim_v}");
+            }
+        }
+    }
+}
