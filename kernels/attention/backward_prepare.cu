@@ -5,8 +5,8 @@
 //
 // Constants: ELEMENT, HEAD_DIM_V, LANES (a power of two, at most a warp), BLOCK_THREADS, WANT_D_O and
 // WANT_D_GATE (with a gate alone), D_O_CHANNELS (HEAD_DIM_V padded).
-#include "include/gpu.h"
-#include "include/params.h"
+#include "../include/gpu.h"
+#include "../include/params.h"
 
 DEVICE float sigmoid(float x) {
     const float e = exp2(-fabsf(x) * LOG2_E), r = 1.0f / (1.0f + e);
@@ -67,12 +67,17 @@ KERNEL(BLOCK_THREADS) backward_prepare(const BackwardParams params) {
 
     float lse = INFINITE, low = 0.0f;
     if (inside) {
-        lse = ((const float*)params.lse.data)[offset(params.lse, batch, row, head, query)];
-        low = ((const float*)params.lse_low.data)[offset(params.lse_low, batch, row, head, query)];
-        if (lse == -INFINITE) lse = INFINITE;
+        // To base 2, both parts: the product needs more bits than f32 has (5b).
+        const float high = ((const float*)params.lse.data)[offset(params.lse, batch, row, head, query)];
+        const double natural = (double)high + ((const float*)params.lse_low.data)[offset(params.lse_low, batch, row, head, query)];
+        const double base2 = natural * 1.4426950408889634;
+        if (high != -INFINITE) {
+            lse = (float)base2;
+            low = (float)(base2 - lse);
+        }
     }
     float* to = (float*)params.statistics + index;
     to[0] = lse;
-    to[all] = low * LOG2_E;
+    to[all] = low;
     to[2 * all] = -delta;
 }

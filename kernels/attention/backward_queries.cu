@@ -14,10 +14,7 @@
 //   of every term                                     dQ, summed over the warps that share its queries
 //
 // Constants: README.md, "Constants of the backward pass".
-#include "include/gpu.h"
-#include "include/params.h"
-#include "include/stage.cuh"
-#include "include/logits.cuh"
+#include "../include/logits.cuh"
 
 constexpr int THREADS = QUERY_WARPS * KEY_WARPS * WARP_THREADS;
 constexpr int M = ROW_TILES;
@@ -58,13 +55,6 @@ constexpr int SUM_PITCH = QTile::padded_channels + 4;
 constexpr int SUM_BYTES = KEY_WARPS > 1 && WANT_DQ ? KEY_WARPS * TILE_Q * SUM_PITCH * 4 : 0;
 static_assert(SUMS_AT + SUM_BYTES == SHARED_BYTES, "shared memory as planned");
 
-// One (batch, row, head).
-struct Term {
-    i64 batch;
-    i64 row;
-    i64 head;
-};
-
 KERNEL_WITH_BLOCKS(THREADS, MIN_BLOCKS) backward_queries(const BackwardParams params) {
     extern __shared__ __align__(16) char memory[];
     const u32 shared = shared_address(memory);
@@ -91,7 +81,7 @@ KERNEL_WITH_BLOCKS(THREADS, MIN_BLOCKS) backward_queries(const BackwardParams pa
     const i64 terms = term_batch * term_rows * term_heads;
     const i64 first_term = chunk * params.term_chunk, end_term = least(terms, first_term + params.term_chunk);
     auto term_of = [&](i64 index) {
-        Term term = {owner_in_batch, owner_row, owner_head};
+        Position term = {owner_in_batch, owner_row, owner_head};
         if (SUMS_ROWS) {
             term.row = index % in.rows;
             index /= in.rows;
@@ -106,12 +96,12 @@ KERNEL_WITH_BLOCKS(THREADS, MIN_BLOCKS) backward_queries(const BackwardParams pa
 
     // Keys that some query of the tile sees, by position.
     const Range visible = POSITIONS ? visible_keys(in, first_query, end_query) : Range{0, in.seqlen_k};
-    auto end_key_of = [&](const Term& term) {
-        return KV_LENGTHS ? least(visible.end, kv_length(in, term.batch, term.row)) : visible.end;
+    auto end_key_of = [&](const Position& term) {
+        return least(visible.end, kv_length(in, term));
     };
     // Steps of a term: all of the tile, or those with visible keys.
     const i64 tile_start = WANT_DBIAS ? key_tile * TILE_K : visible.begin / STEP_K * STEP_K;
-    auto steps_of = [&](const Term& term) {
+    auto steps_of = [&](const Position& term) {
         if (WANT_DBIAS) return DBIAS_STEPS;
         const i64 end = end_key_of(term);
         return end > tile_start ? (int)divided_up(end - tile_start, STEP_K) : 0;
@@ -119,29 +109,29 @@ KERNEL_WITH_BLOCKS(THREADS, MIN_BLOCKS) backward_queries(const BackwardParams pa
 
     // Keys that mask or length exclude become zeros, since NaN times P = 0 is NaN.
     u32 k_excluded = 0, v_excluded = 0;
-    auto excluded_pieces = [&](auto stage, const Term& term, i64 first_key) {
+    auto excluded_pieces = [&](auto stage, const Position& term, i64 first_key) {
         u32 bits = 0;
         decltype(stage)::each([&](int turn, int row, int) {
             const i64 key = first_key + KeyOrder()(row);
-            if (key < in.seqlen_k && !keeps_key(in, term.batch, term.row, key)) bits |= 1u << turn;
+            if (key < in.seqlen_k && !key_mask_keeps(in, term, key)) bits |= 1u << turn;
         });
         return bits;
     };
-    auto fetch_queries = [&](const Term& term, int stage) {
+    auto fetch_queries = [&](const Position& term, int stage) {
         const u32 to = shared + stage * QUERY_BYTES;
-        const Rows<ELEMENT> q = {(const ELEMENT*)in.q.data + at(in.q, term.batch, term.row, 0, term.head), in.q.strides[2], in.q.strides[4]};
-        const Rows<ELEMENT> d_o = {(const ELEMENT*)params.d_o.data + at(params.d_o, term.batch, term.row, 0, term.head),
+        const Rows<ELEMENT> q = {(const ELEMENT*)in.q.data + offset_of(in.q, term, 0, term.head), in.q.strides[2], in.q.strides[4]};
+        const Rows<ELEMENT> d_o = {(const ELEMENT*)params.d_o.data + offset_of(params.d_o, term, 0, term.head),
                                    params.d_o.strides[2], params.d_o.strides[4]};
         StageQ::start(to, q, first_query, in.seqlen_q, InOrder());
         StageDO::start(to + DO_AT, d_o, first_query, in.seqlen_q, InOrder());
-        fetch_statistics<TILE_Q, THREADS>(to + STATISTICS_AT, params, statistics_row(params, term.batch, term.row, term.head), first_query);
+        fetch_statistics<TILE_Q, THREADS>(to + STATISTICS_AT, params, statistics_row(params, term), first_query);
     };
-    auto fetch_keys = [&](const Term& term, int step, int stage) {
+    auto fetch_keys = [&](const Position& term, int step, int stage) {
         const u32 to = shared + KEYS_AT + stage * KEY_BYTES;
         const i64 first_key = tile_start + (i64)step * STEP_K, head = term.head / in.group;
-        const i64 end = KV_LENGTHS ? kv_length(in, term.batch, term.row) : in.seqlen_k;
-        const Rows<ELEMENT> k = {(const ELEMENT*)in.k.data + at(in.k, term.batch, term.row, 0, head), in.k.strides[2], in.k.strides[4]};
-        const Rows<ELEMENT> v = {(const ELEMENT*)in.v.data + at(in.v, term.batch, term.row, 0, head), in.v.strides[2], in.v.strides[4]};
+        const i64 end = kv_length(in, term);
+        const Rows<ELEMENT> k = {(const ELEMENT*)in.k.data + offset_of(in.k, term, 0, head), in.k.strides[2], in.k.strides[4]};
+        const Rows<ELEMENT> v = {(const ELEMENT*)in.v.data + offset_of(in.v, term, 0, head), in.v.strides[2], in.v.strides[4]};
         StageK::start(to, k, first_key, end, KeyOrder());
         StageV::start(to + V_AT, v, first_key, end, KeyOrder());
         if (KEY_MASK) {
@@ -154,11 +144,11 @@ KERNEL_WITH_BLOCKS(THREADS, MIN_BLOCKS) backward_queries(const BackwardParams pa
     // A lane's first query, and the first key of its run in a step.
     const i64 query = first_query + query_warp * 16 * M + lane / 4;
     const int run = key_warp * 8 * N + lane % 4 * 2 * N;
-    auto kept_keys = [&](const Term& term, i64 key, i64 end) {
+    auto kept_keys = [&](const Position& term, i64 key, i64 end) {
         u32 bits = 0;
 #pragma unroll
         for (int i = 0; i < 2 * N; i++) {
-            if (key + i < end && (!KEY_MASK || keeps_key(in, term.batch, term.row, key + i))) bits |= 1u << i;
+            if (key + i < end && (!KEY_MASK || key_mask_keeps(in, term, key + i))) bits |= 1u << i;
         }
         return bits;
     };
@@ -168,21 +158,23 @@ KERNEL_WITH_BLOCKS(THREADS, MIN_BLOCKS) backward_queries(const BackwardParams pa
     Accumulator dq[M][QTile::columns] = {};
     Accumulator dbias[WANT_DBIAS ? DBIAS_STEPS : 1][M][N] = {};
     float query_sums[M][2] = {};
+    bool plain = false;
     QueryBiases<M, N> biases;
 
     // One step of a term whose keys have arrived; fetches what comes next.
-    auto compute = [&](const Term& term, u32 queries, u32 keys, i64 first_key, i64 end, u32 kept, Accumulator (&sum)[M][N]) {
+    auto compute = [&](const Position& term, u32 queries, u32 keys, i64 first_key, i64 end, u32 kept, Accumulator (&sum)[M][N]) {
         Accumulator s[M][N], dp[M][N];
-        biases.take(s, in, first_key + run, lse);
+        if (plain) {
+            biases.take<true>(s, in, first_key + run, lse, low);
+        } else {
+            biases.take<false>(s, in, first_key + run, lse, low);
+        }
 #pragma unroll
         for (int i = 0; i < M; i++) {
 #pragma unroll
             for (int j = 0; j < N; j++) {
 #pragma unroll
-                for (int x = 0; x < 4; x++) {
-                    s[i][j][x] = fused_multiply_add(s[i][j][x], LOG2_E, -low[i][x / 2]);
-                    dp[i][j][x] = delta[i][x / 2];
-                }
+                for (int x = 0; x < 4; x++) dp[i][j][x] = delta[i][x / 2];
             }
         }
 #pragma unroll
@@ -201,7 +193,7 @@ KERNEL_WITH_BLOCKS(THREADS, MIN_BLOCKS) backward_queries(const BackwardParams pa
             }
             multiply_rows<ELEMENT, HEAD_DIM_V>(dp, d_o_fragments[Q_IN_REGISTERS ? x : 0], keys + V_AT, key_warp * 8 * N, x);
         }
-        exclude_by_query<M, N>(s, dp, in, term.batch, term.row, query, first_key + run, first_query, first_key, TILE_Q, STEP_K, kept);
+        exclude_by_query<M, N>(s, dp, in, term, query, first_key + run, first_query, first_key, TILE_Q, STEP_K, kept);
 #pragma unroll
         for (int i = 0; i < M; i++) {
 #pragma unroll
@@ -229,14 +221,14 @@ KERNEL_WITH_BLOCKS(THREADS, MIN_BLOCKS) backward_queries(const BackwardParams pa
         }
     };
 
-    auto store_dq = [&](const Term& term) {
+    auto store_dq = [&](const Position& term) {
         auto store = [&](i64 to_query, int channel, float value) {
             if (to_query >= in.seqlen_q || channel >= HEAD_DIM) return;
             if (DQ_PARTIALS) {
                 const i64 part = ((key_tile * in.batch + term.batch) * in.rows + term.row) * in.heads + term.head;
                 ((float*)params.dq_partials)[(part * in.seqlen_q + to_query) * HEAD_DIM + channel] = value * in.scale;
             } else {
-                ELEMENT* to = (ELEMENT*)params.dq.data + at(params.dq, term.batch, term.row, to_query, term.head);
+                ELEMENT* to = (ELEMENT*)params.dq.data + offset_of(params.dq, term, to_query, term.head);
                 to[channel * params.dq.strides[4]] = from_f32<ELEMENT>(value * in.scale);
             }
         };
@@ -277,7 +269,7 @@ KERNEL_WITH_BLOCKS(THREADS, MIN_BLOCKS) backward_queries(const BackwardParams pa
     int next_step = 0, fetched = 0;
     auto fetch = [&]() {
         if (next_term >= end_term) return;
-        const Term term = term_of(next_term);
+        const Position term = term_of(next_term);
         if (next_step == 0) {
             fetch_queries(term, QUERY_STAGES == 2 ? (int)((next_term - first_term) % 2) : 0);
         }
@@ -292,10 +284,10 @@ KERNEL_WITH_BLOCKS(THREADS, MIN_BLOCKS) backward_queries(const BackwardParams pa
     if (first_term < end_term && steps_of(term_of(first_term)) > 0) fetch();
     int computed = 0;
     for (i64 index = first_term; index < end_term; index++) {
-        const Term term = term_of(index);
+        const Position term = term_of(index);
         const i64 end = end_key_of(term);
         const u32 queries = shared + (QUERY_STAGES == 2 ? (int)((index - first_term) % 2) : 0) * QUERY_BYTES;
-        biases.start(in, term.batch, term.row, term.head, query);
+        biases.start(in, term, query);
         const int steps = steps_of(term);
         auto one_step = [&](int step, Accumulator (&sum)[M][N]) {
             const i64 first_key = tile_start + (i64)step * STEP_K;
@@ -311,6 +303,7 @@ KERNEL_WITH_BLOCKS(THREADS, MIN_BLOCKS) backward_queries(const BackwardParams pa
             block_barrier();
             if (STAGES == 2) fetch();
             if (step == 0) {
+                plain = sizeof(ELEMENT) == 2;
 #pragma unroll
                 for (int i = 0; i < M; i++) {
                     const int first_row = (query_warp * M + i) * 16;
@@ -326,8 +319,10 @@ KERNEL_WITH_BLOCKS(THREADS, MIN_BLOCKS) backward_queries(const BackwardParams pa
                         lse[i][half] = query + 16 * i + 8 * half < in.seqlen_q ? float_of(load_shared(from)) : INFINITE;
                         low[i][half] = float_of(load_shared(from + TILE_Q * 4));
                         delta[i][half] = float_of(load_shared(from + 2 * TILE_Q * 4));
+                        plain = plain && allows_plain(lse[i][half]);
                     }
                 }
+                plain = warp_all(plain);
             }
             if (first_key < end && first_key + STEP_K > visible.begin) compute(term, queries, keys, first_key, end, kept, sum);
             computed++;
@@ -380,7 +375,7 @@ KERNEL_WITH_BLOCKS(THREADS, MIN_BLOCKS) backward_queries(const BackwardParams pa
                                 ((float*)params.dbias_partials)[(part * in.seqlen_q + to_query) * in.seqlen_k + key] = value;
                             } else {
 #define STORE(index, T)                                                                                                     \
-    ((T*)params.dbiases[index].data)[at(params.dbiases[index], owner_in_batch, owner_row, owner_head, to_query) +          \
+    ((T*)params.dbiases[index].data)[offset_of(params.dbiases[index], {owner_in_batch, owner_row, 0}, owner_head, to_query) +          \
                                      key * params.dbiases[index].strides[4]] = from_f32<T>(value);
                                 DBIAS_LIST(STORE)
 #undef STORE

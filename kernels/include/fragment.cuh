@@ -4,11 +4,10 @@
 // acc[2 * half + e] is row l / 4 + 8 * half, column 2 (l % 4) + e.
 //
 // A step of a product sums 32 bytes of channels: 16 numbers in half precision, 8 in f32. Half-precision tiles may end in
-// half a step. f32 is multiplied as three products of tf32 (high x high, high x low, low x high): what is left out is
-// below 2^-21 of the factors.
+// half a step.
 #pragma once
 
-#include "gpu.h"
+#include "mma.cuh"
 
 typedef float Accumulator[4];
 
@@ -34,59 +33,13 @@ template <class T, int channels> struct Tile {
 };
 
 // acc += a b over one whole step.
-template <class T> DEVICE void multiply_step(Accumulator& acc, const FragmentA& a, const FragmentB& b);
-// acc += a b over half a step.
-template <class T> DEVICE void multiply_half_step(Accumulator& acc, const FragmentA& a, const FragmentB& b);
-
-template <> DEVICE void multiply_step<bf16>(Accumulator& acc, const FragmentA& a, const FragmentB& b) {
-    asm(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
-        : "r"(a.words[0]), "r"(a.words[1]), "r"(a.words[2]), "r"(a.words[3]), "r"(b.words[0]), "r"(b.words[1]));
+template <class T> DEVICE void multiply_step(Accumulator& acc, const FragmentA& a, const FragmentB& b) {
+    mma_step(acc, factor<T>(a.words), factor<T>(b.words));
 }
-template <> DEVICE void multiply_half_step<bf16>(Accumulator& acc, const FragmentA& a, const FragmentB& b) {
-    asm(
-        "mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
-        : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
-        : "r"(a.words[0]), "r"(a.words[1]), "r"(b.words[0]));
+// acc += a b over half a step, which f32 does not have.
+template <class T> DEVICE void multiply_half_step(Accumulator& acc, const FragmentA& a, const FragmentB& b) {
+    if constexpr (sizeof(T) == 2) mma_half_step(acc, Factor<T, 2>{{a.words[0], a.words[1]}}, Factor<T, 1>{{b.words[0]}});
 }
-template <> DEVICE void multiply_step<f16>(Accumulator& acc, const FragmentA& a, const FragmentB& b) {
-    asm(
-        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
-        : "r"(a.words[0]), "r"(a.words[1]), "r"(a.words[2]), "r"(a.words[3]), "r"(b.words[0]), "r"(b.words[1]));
-}
-template <> DEVICE void multiply_half_step<f16>(Accumulator& acc, const FragmentA& a, const FragmentB& b) {
-    asm(
-        "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
-        : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
-        : "r"(a.words[0]), "r"(a.words[1]), "r"(b.words[0]));
-}
-
-DEVICE void multiply_tf32(Accumulator& acc, const FragmentA& a, const FragmentB& b) {
-    asm(
-        "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
-        : "r"(a.words[0]), "r"(a.words[1]), "r"(a.words[2]), "r"(a.words[3]), "r"(b.words[0]), "r"(b.words[1]));
-}
-template <int count> DEVICE void split_tf32(const u32 (&x)[count], u32 (&high)[count], u32 (&low)[count]) {
-#pragma unroll
-    for (int i = 0; i < count; i++) {
-        high[i] = to_tf32(float_of(x[i]));
-        low[i] = to_tf32(float_of(x[i]) - float_of(high[i]));
-    }
-}
-// The small products first.
-template <> DEVICE void multiply_step<float>(Accumulator& acc, const FragmentA& a, const FragmentB& b) {
-    FragmentA a_high, a_low;
-    FragmentB b_high, b_low;
-    split_tf32(a.words, a_high.words, a_low.words);
-    split_tf32(b.words, b_high.words, b_low.words);
-    multiply_tf32(acc, a_high, b_low);
-    multiply_tf32(acc, a_low, b_high);
-    multiply_tf32(acc, a_high, b_high);
-}
-template <> DEVICE void multiply_half_step<float>(Accumulator&, const FragmentA&, const FragmentB&) {}
 
 // Rows first_row .. first_row + 15 and one step of channels, as the left factor.
 template <class T, int channels> DEVICE FragmentA load_a(u32 tile, int first_row, int step) {

@@ -1,10 +1,11 @@
 //! From a schedule and operands to launches: compile-time constants, arguments, blocks.
 
-use tilefold_core::{AttentionProblem, AttentionSpec, DType, EmptyRows};
+use tilefold_core::{AttentionProblem, AttentionSpec, DType};
 
 use super::schedule::{KeyPass, QueryPass, Reduction, Schedule, owners, tiles};
 use super::tiles::{Channels, padded};
 use super::{BackwardLaunch, BackwardOperands};
+use crate::constants::{AttentionConstants, element};
 use crate::kernel::{Kernel, KernelError, Launch};
 use crate::params::{BackwardParams, Operand, SumParams};
 use crate::source::Constant;
@@ -32,15 +33,6 @@ impl Constants {
     fn value(mut self, name: &str, value: impl ToString) -> Self {
         self.0.push((name.to_owned(), value.to_string()));
         self
-    }
-}
-
-/// Name of a type in the kernels.
-fn element(dtype: DType) -> &'static str {
-    match dtype {
-        DType::F16 => "f16",
-        DType::BF16 => "bf16",
-        _ => "float",
     }
 }
 
@@ -123,10 +115,6 @@ impl<'a> Launches<'a> {
         for pass in &self.schedule.keys {
             list.push(self.by_keys(pass)?);
         }
-        if self.schedule.uniform && self.schedule.keys.is_empty() {
-            // Not reached: dV is asked for, so there is a pass by keys.
-            return Ok(list);
-        }
         list.extend(self.key_partials()?);
         for pass in &self.schedule.queries {
             list.push(self.by_queries(pass)?);
@@ -155,27 +143,12 @@ impl<'a> Launches<'a> {
         };
         // Rows of the workspace are padded with zeros.
         let d_o_pieces = spec.gate || pieces(&self.params.d_o, spec.head_dim_v);
-        let biases: Vec<String> = (spec.biases.iter().zip(&operands.biases).enumerate())
-            .map(|(i, (bias, operand))| {
-                let (queries, keys) = (bias.shape[3] > 1, bias.shape[4] > 1);
-                let runs = keys && spec.seqlen_k.is_multiple_of(8) && operand.in_pieces(5, bias.dtype);
-                format!("X({i}, {}, {queries}, {keys}, {runs})", element(bias.dtype))
-            })
-            .collect();
-        Constants::default()
-            .value("ELEMENT", element(spec.dtype))
-            .value("HEAD_DIM", spec.head_dim)
-            .value("HEAD_DIM_V", spec.head_dim_v)
+        Constants(AttentionConstants::new(self.problem, operands).constants())
+            .value("RUNS", spec.seqlen_k.is_multiple_of(8))
             .value("Q_PIECES", pieces(&operands.q, spec.head_dim))
             .value("K_PIECES", pieces(&operands.k, spec.head_dim))
             .value("V_PIECES", pieces(&operands.v, spec.head_dim_v))
             .value("DO_PIECES", d_o_pieces)
-            .value("BIAS_LIST(X)", biases.join(" "))
-            .value("KEY_MASK", spec.key_mask)
-            .value("KV_LENGTHS", spec.kv_lengths.is_some())
-            .value("SEGMENTS", spec.segments)
-            .value("POSITIONS", spec.mask.restricts())
-            .value("ALIBI", spec.mask.alibi_slopes.is_some())
     }
 
     fn title(&self, what: &str) -> String {
@@ -234,7 +207,6 @@ impl<'a> Launches<'a> {
             .value("WANT_DK", pass.dk)
             .value("WANT_DV", pass.dv)
             .value("WANT_KEY_SUMS", pass.sums)
-            .value("EMPTY_ROWS_UNIFORM", spec.empty_rows == EmptyRows::Uniform)
             .value("PARTIALS", self.schedule.query_chunks.count > 1);
         let title = self.title("backward_keys");
         let kernel = Kernel::new(title, "attention/backward_keys.cu", "backward_keys", &constants.0, threads)?
@@ -245,7 +217,7 @@ impl<'a> Launches<'a> {
     }
 
     fn by_queries(&self, pass: &QueryPass) -> Result<BackwardLaunch, KernelError> {
-        let (spec, sizes) = (self.spec(), &pass.tiles);
+        let sizes = &pass.tiles;
         let threads = sizes.query_warps * sizes.key_warps * 32;
         let gradients: Vec<String> = (pass.biases.iter())
             .map(|&i| format!("X({i}, {})", element(self.dbias_dtype(i))))
@@ -289,12 +261,11 @@ impl<'a> Launches<'a> {
         if chunks < 2 {
             return Ok(list);
         }
-        let scale = self.params.inputs.scale;
         let results = [
-            (self.operands.dk, self.params.dk_partials, spec.head_dim, scale),
-            (self.operands.dv, self.params.dv_partials, spec.head_dim_v, 1.0),
+            (self.operands.dk, self.params.dk_partials, spec.head_dim),
+            (self.operands.dv, self.params.dv_partials, spec.head_dim_v),
         ];
-        for (to, from, channels, _) in results {
+        for (to, from, channels) in results {
             if let Some(to) = to {
                 let sizes = [spec.batch, spec.rows, spec.seqlen_k, spec.kv_heads, channels].map(|size| size as u64);
                 let [b, n, k, h, d] = sizes;

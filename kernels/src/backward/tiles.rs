@@ -2,9 +2,6 @@
 
 use tilefold_core::{AttentionSpec, DType};
 
-/// Shared memory a block may have on every GPU from sm_80 on.
-pub(crate) const MAX_SHARED_BYTES: u32 = 101_376;
-
 /// Accumulated channels, dK and dV together, beyond which they are computed in two passes.
 const MOST_ACCUMULATED: u32 = 256;
 
@@ -172,6 +169,9 @@ impl QueryTiles {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Shared memory a block may have on every GPU from sm_80 on.
+    const MAX_SHARED_BYTES: u32 = 101_376;
 
     #[test]
     fn every_head_dimension_has_tiles_that_fit() {
