@@ -1,7 +1,9 @@
 //! The chores of this workspace: `cargo xtask test` and what it is made of.
 #![allow(clippy::print_stdout, reason = "a program says what it does")]
 
+mod clang;
 mod command;
+mod cuda;
 mod emulate;
 mod files;
 mod licences;
@@ -25,6 +27,8 @@ enum Task {
         #[arg(long)]
         quick: bool,
     },
+    /// Fetches the GPU compilers that the kernels' tests and checks use, where they are missing
+    Setup,
     /// Runs tests on an instruction set that this machine lacks
     #[command(subcommand)]
     Emulate(Emulate),
@@ -56,6 +60,10 @@ fn main() -> Result<ExitCode> {
     match task {
         Task::Test { quick } if !suite::run_suite(quick) => return Ok(ExitCode::FAILURE),
         Task::Test { .. } => {}
+        Task::Setup => {
+            cuda::fetch()?;
+            println!("{}: there", clang::Clang::get()?.name());
+        }
         Task::Emulate(Emulate::Neon { arguments }) => emulate::neon(&as_strs(&arguments))?,
         Task::Emulate(Emulate::Avx512 { binary, arguments }) => emulate::avx512(&binary, &as_strs(&arguments))?,
     }

@@ -9,7 +9,7 @@ use serde::Deserialize;
 
 use crate::command::{output, run};
 use crate::report::{Count, Report};
-use crate::{files, licences, setup};
+use crate::{cuda, files, licences, setup};
 
 /// Runs everything; with `quick` what takes long is left out. Whether all passed.
 pub(crate) fn run_suite(quick: bool) -> bool {
@@ -30,6 +30,7 @@ fn steps(report: &mut Report, quick: bool) -> Result<()> {
     report.step("files: length, stubs, ignored tests", files::check)?;
     report.step("licences and sources of all dependencies", licences::check)?;
     report.step("formatting", || cargo(&["fmt", "--all", "--check"]))?;
+    gpu_compilers(report)?;
     let features = feature_combinations(&facade_features()?);
     let (all, others) = features.split_last().context("no combination of features")?;
     lints(report, all)?;
@@ -47,6 +48,15 @@ fn steps(report: &mut Report, quick: bool) -> Result<()> {
         emulated_archs(report, &archs, in_ci)?;
     }
     Ok(())
+}
+
+/// What the tests of the kernels compile with, fetched where it is missing.
+fn gpu_compilers(report: &mut Report) -> Result<()> {
+    if !cuda::SUPPORTED {
+        println!("\nleft out: the kernels are compiled and run by the virtual device on x86-64 Linux only");
+        return Ok(());
+    }
+    report.step("CUDA compilers and disassemblers", cuda::fetch)
 }
 
 fn cargo(arguments: &[&str]) -> Result<Count> {
