@@ -107,6 +107,7 @@ DEVICE float add(float a, float b) { return __fadd_rn(a, b); }
 // The greater of two; a NaN loses.
 DEVICE float maximum(float a, float b) { return fmaxf(a, b); }
 DEVICE float minimum(float a, float b) { return fminf(a, b); }
+DEVICE float magnitude(float x) { return fabsf(x); }
 // The greater of two; a NaN wins.
 DEVICE float maximum_or_nan(float a, float b) {
     float y;
@@ -175,6 +176,17 @@ DEVICE u32 to_tf32(float x) {
     u32 y;
     asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(x));
     return y;
+}
+
+// The same number, of which the compiler knows nothing: what is computed from it stays where it is written, and does not
+// take registers through a loop.
+DEVICE int opaque(int x) {
+    asm volatile("" : "+r"(x));
+    return x;
+}
+DEVICE i64 opaque(i64 x) {
+    asm volatile("" : "+l"(x));
+    return x;
 }
 
 // ----------------------------------------------------------------------------------------------------------- memory
