@@ -1,6 +1,8 @@
-// Fills contiguous elements with one value.
+// Sets every element of a strided tensor to one value.
 //
-// Constants: ELEMENT_BYTES (1, 2, 4 or 8), BLOCK_THREADS, ELEMENTS_PER_THREAD.
+// Constants: ELEMENT_BYTES (1, 2, 4 or 8), AXES (1 to MAX_LAYOUT_AXES), SERIAL (one thread writes all: elements may share a
+// place), BLOCK_THREADS, ELEMENTS_PER_THREAD.
+#include "include/axes.cuh"
 #include "include/gpu.h"
 #include "include/params.h"
 
@@ -23,8 +25,11 @@ KERNEL(BLOCK_THREADS) fill(const FillParams params) {
     Element* data = (Element*)params.data;
     const i64 block = params.first_block + block_index();
     const i64 first = block * BLOCK_THREADS * ELEMENTS_PER_THREAD + thread_index();
-    for (int step = 0; step < ELEMENTS_PER_THREAD; step++) {
-        const i64 index = first + (i64)step * BLOCK_THREADS;
-        if (index < params.count) data[index] = (Element)params.value;
+    const i64 steps = SERIAL ? params.count : ELEMENTS_PER_THREAD;
+    // Neighbouring threads write neighbouring elements in each step.
+    for (i64 step = 0; step < steps; step++) {
+        const i64 index = first + step * BLOCK_THREADS;
+        if (index >= params.count) break;
+        data[offset_of<AXES>(index, params.sizes, params.strides)] = (Element)params.value;
     }
 }

@@ -55,6 +55,16 @@ constexpr int SUM_PITCH = QTile::padded_channels + 4;
 constexpr int SUM_BYTES = KEY_WARPS > 1 && WANT_DQ ? KEY_WARPS * TILE_Q * SUM_PITCH * 4 : 0;
 static_assert(SUMS_AT + SUM_BYTES == SHARED_BYTES, "shared memory as planned");
 
+// One bit for each of this thread's pieces: its key exists and the key mask excludes it.
+template <class Stage> DEVICE u32 excluded_pieces(const AttentionInputs& in, const Position& term, i64 first_key) {
+    u32 bits = 0;
+    Stage::each([&](int turn, int row, int) {
+        const i64 key = first_key + KeyOrder()(row);
+        if (key < in.seqlen_k && !key_mask_keeps(in, term, key)) bits |= 1u << turn;
+    });
+    return bits;
+}
+
 KERNEL_WITH_BLOCKS(THREADS, MIN_BLOCKS) backward_queries(const BackwardParams params) {
     extern __shared__ __align__(16) char memory[];
     const u32 shared = shared_address(memory);
@@ -109,14 +119,6 @@ KERNEL_WITH_BLOCKS(THREADS, MIN_BLOCKS) backward_queries(const BackwardParams pa
 
     // Keys that mask or length exclude become zeros, since NaN times P = 0 is NaN.
     u32 k_excluded = 0, v_excluded = 0;
-    auto excluded_pieces = [&](auto stage, const Position& term, i64 first_key) {
-        u32 bits = 0;
-        decltype(stage)::each([&](int turn, int row, int) {
-            const i64 key = first_key + KeyOrder()(row);
-            if (key < in.seqlen_k && !key_mask_keeps(in, term, key)) bits |= 1u << turn;
-        });
-        return bits;
-    };
     auto fetch_queries = [&](const Position& term, int stage) {
         const u32 to = shared + stage * QUERY_BYTES;
         const Rows<ELEMENT> q = {(const ELEMENT*)in.q.data + offset_of(in.q, term, 0, term.head), in.q.strides[2], in.q.strides[4]};
@@ -135,8 +137,8 @@ KERNEL_WITH_BLOCKS(THREADS, MIN_BLOCKS) backward_queries(const BackwardParams pa
         StageK::start(to, k, first_key, end, KeyOrder());
         StageV::start(to + V_AT, v, first_key, end, KeyOrder());
         if (KEY_MASK) {
-            k_excluded = excluded_pieces(StageK(), term, first_key);
-            v_excluded = excluded_pieces(StageV(), term, first_key);
+            k_excluded = excluded_pieces<StageK>(in, term, first_key);
+            v_excluded = excluded_pieces<StageV>(in, term, first_key);
         }
         copy_async_commit();
     };

@@ -34,11 +34,14 @@ template <class T, int channels> struct Tile {
 
 // acc += a b over one whole step.
 template <class T> DEVICE void multiply_step(Accumulator& acc, const FragmentA& a, const FragmentB& b) {
-    mma_step(acc, factor<T>(a.words), factor<T>(b.words));
+    const Factor<T, 4> left = factor<T>(a.words);
+    const Factor<T, 2> right = factor<T>(b.words);
+    if constexpr (sizeof(T) == 4) mma_step<SMALL_TERMS>(acc, left, right);
+    mma_step<LARGE_TERMS>(acc, left, right);
 }
 // acc += a b over half a step, which f32 does not have.
 template <class T> DEVICE void multiply_half_step(Accumulator& acc, const FragmentA& a, const FragmentB& b) {
-    if constexpr (sizeof(T) == 2) mma_half_step(acc, Factor<T, 2>{{a.words[0], a.words[1]}}, Factor<T, 1>{{b.words[0]}});
+    if constexpr (sizeof(T) == 2) mma_step<LARGE_TERMS>(acc, Factor<T, 2>{{a.words[0], a.words[1]}}, Factor<T, 1>{{b.words[0]}});
 }
 
 // Rows first_row .. first_row + 15 and one step of channels, as the left factor.
@@ -143,14 +146,21 @@ template <int channels, int m, int steps> struct ProductOverRows<float, channels
         using Rows = Tile<float, channels>;
         const int lane = lane_index();
 #pragma unroll
-        for (int s = 0; s < steps; s++) {
+        for (int c = 0; c < Rows::columns; c++) {
+            // The matrix unit cuts sums off towards 0: a long one is added from short ones in f32.
+            Accumulator sum[m] = {};
 #pragma unroll
-            for (int c = 0; c < Rows::columns; c++) {
+            for (int s = 0; s < steps; s++) {
                 const int row = first_row + 8 * s + 2 * (lane % 4);
                 const u32 at = tile + row * Rows::pitch + (8 * c + lane / 4) * 4;
                 const FragmentB b = {{load_shared(at), load_shared(at + Rows::pitch)}};
 #pragma unroll
-                for (int i = 0; i < m; i++) multiply_step<float>(acc[i][c], a[i][s], b);
+                for (int i = 0; i < m; i++) multiply_step<float>(sum[i], a[i][s], b);
+            }
+#pragma unroll
+            for (int i = 0; i < m; i++) {
+#pragma unroll
+                for (int x = 0; x < 4; x++) acc[i][c][x] += sum[i][x];
             }
         }
     }

@@ -108,20 +108,24 @@ struct MergeParams {
     i64 first_block;
 };
 
-constexpr int MAX_RELAYOUT_AXES = 8;
+constexpr int MAX_LAYOUT_AXES = 8;
 
+// Axes from the outermost to the innermost; the kernels' constant AXES says how many there are.
 struct RelayoutParams {
     u64 source;
     u64 destination;
-    i64 sizes[MAX_RELAYOUT_AXES];
-    i64 source_strides[MAX_RELAYOUT_AXES];
-    i64 destination_strides[MAX_RELAYOUT_AXES];
+    i64 sizes[MAX_LAYOUT_AXES];
+    i64 source_strides[MAX_LAYOUT_AXES];
+    i64 destination_strides[MAX_LAYOUT_AXES];
+    i64 count;             // elements
     i64 first_block;
 };
 
 struct FillParams {
     u64 data;
     u64 value;             // the element's bits
+    i64 sizes[MAX_LAYOUT_AXES];
+    i64 strides[MAX_LAYOUT_AXES];
     i64 count;             // elements
     i64 first_block;
 };
@@ -132,8 +136,8 @@ static_assert(sizeof(ForwardParams) == sizeof(AttentionInputs) + 3 * 48 + 8, "Fo
 static_assert(sizeof(BackwardParams) == sizeof(AttentionInputs) + 13 * 48 + 112, "BackwardParams");
 static_assert(sizeof(SumParams) == 48 + 8 + 10 * 8 + 8 * 8 + 16, "SumParams");
 static_assert(sizeof(MergeParams) == 6 * 48 + 48, "MergeParams");
-static_assert(sizeof(RelayoutParams) == 16 + 3 * 64 + 8, "RelayoutParams");
-static_assert(sizeof(FillParams) == 32, "FillParams");
+static_assert(sizeof(RelayoutParams) == 16 + 3 * 64 + 16, "RelayoutParams");
+static_assert(sizeof(FillParams) == 16 + 2 * 64 + 16, "FillParams");
 // NVRTC 12 has no offsetof; all members are 8 bytes or pairs of floats, so that sizes leave no room for padding.
 #if !defined(__CUDACC_VER_MAJOR__) || __CUDACC_VER_MAJOR__ >= 13
 static_assert(__builtin_offsetof(AttentionInputs, alibi_slopes) == 12 * 48, "AttentionInputs::alibi_slopes");

@@ -11,21 +11,28 @@
 //!
 //! The mathematics is in `docs/mathematics.md`, the kernels' own account in `attention/README.md`.
 
+mod axes;
 mod backward;
+mod catalogue;
 mod constants;
 mod fill;
 mod forward;
 mod kernel;
+mod merge;
 mod operands;
 pub mod params;
+mod relayout;
 mod source;
 mod tile;
 
 pub use backward::{BackwardLaunch, BackwardOperands, backward, backward_workspace_bytes};
+pub use catalogue::catalogue;
 pub use constants::{AttentionConstants, BiasKind};
-pub use fill::fill;
+pub use fill::{fill, fill_view};
 pub use forward::{ForwardKernel, ForwardOutputs, ForwardTile, forward};
 pub use kernel::{Kernel, KernelError, Launch, MAX_GRID_BLOCKS};
+pub use merge::merge;
 pub use operands::{AttentionOperands, kv_lengths_strides};
+pub use relayout::relayout;
 pub use source::{Constant, Source, kernel_files};
 pub use tile::{MAX_SHARED_BYTES, PIECE_BYTES, tile_bytes};

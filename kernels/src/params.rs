@@ -203,28 +203,30 @@ pub struct MergeParams {
     pub first_block: i64,
 }
 
-/// Axes a relayout may have, once neighbouring axes are joined.
-pub const MAX_RELAYOUT_AXES: usize = 8;
+/// Axes a relayout or a fill may have, once neighbouring axes are joined.
+pub const MAX_LAYOUT_AXES: usize = 8;
 
-/// Argument of `relayout.cu`.
+/// Argument of `relayout.cu`; axes from the outermost to the innermost, 1 for sizes of those that are not there.
 #[repr(C)]
-#[derive(Clone, Copy, Debug, Default, PartialEq, Pod, Zeroable)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
 pub struct RelayoutParams {
-    /// Address of the source.
+    /// Address of the source's first element.
     pub source: u64,
-    /// Address of the destination.
+    /// Address of the destination's first element.
     pub destination: u64,
-    /// Sizes of the axes, 1 for those that are not there.
-    pub sizes: [i64; MAX_RELAYOUT_AXES],
+    /// Sizes of the axes.
+    pub sizes: [i64; MAX_LAYOUT_AXES],
     /// Strides of the source in elements.
-    pub source_strides: [i64; MAX_RELAYOUT_AXES],
+    pub source_strides: [i64; MAX_LAYOUT_AXES],
     /// Strides of the destination in elements.
-    pub destination_strides: [i64; MAX_RELAYOUT_AXES],
+    pub destination_strides: [i64; MAX_LAYOUT_AXES],
+    /// Elements.
+    pub count: i64,
     /// Blocks launched before this launch.
     pub first_block: i64,
 }
 
-/// Argument of `fill.cu`.
+/// Argument of `fill.cu`; axes as in [`RelayoutParams`].
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
 pub struct FillParams {
@@ -232,6 +234,10 @@ pub struct FillParams {
     pub data: u64,
     /// Bits of the value.
     pub value: u64,
+    /// Sizes of the axes.
+    pub sizes: [i64; MAX_LAYOUT_AXES],
+    /// Strides in elements.
+    pub strides: [i64; MAX_LAYOUT_AXES],
     /// Elements.
     pub count: i64,
     /// Blocks launched before this launch.
@@ -264,8 +270,8 @@ const _: () = {
     assert!(size_of::<BackwardParams>() == INPUTS + 13 * OPERAND + 112);
     assert!(size_of::<SumParams>() == OPERAND + 8 + 10 * 8 + 8 * 8 + 16);
     assert!(size_of::<MergeParams>() == 6 * OPERAND + 48);
-    assert!(size_of::<RelayoutParams>() == 16 + 3 * 64 + 8);
-    assert!(size_of::<FillParams>() == 32);
+    assert!(size_of::<RelayoutParams>() == 16 + 3 * 64 + 16);
+    assert!(size_of::<FillParams>() == 16 + 2 * 64 + 16);
     assert!(std::mem::offset_of!(AttentionInputs, alibi_slopes) == 12 * OPERAND);
     assert!(std::mem::offset_of!(AttentionInputs, scale) == 12 * OPERAND + 80);
     assert!(std::mem::offset_of!(BackwardParams, statistics) == INPUTS + 13 * OPERAND);

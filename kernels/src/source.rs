@@ -6,13 +6,14 @@ use sha2::{Digest, Sha256};
 const FILES: &[(&str, &str)] = &[
     ("include/gpu.h", include_str!("../include/gpu.h")),
     ("include/params.h", include_str!("../include/params.h")),
-    ("include/fragment.cuh", include_str!("../include/fragment.cuh")),
-    ("include/stage.cuh", include_str!("../include/stage.cuh")),
-    ("include/logits.cuh", include_str!("../include/logits.cuh")),
+    ("include/axes.cuh", include_str!("../include/axes.cuh")),
     ("include/mma.cuh", include_str!("../include/mma.cuh")),
     ("include/tile.cuh", include_str!("../include/tile.cuh")),
     ("include/attention.cuh", include_str!("../include/attention.cuh")),
     ("include/walk.cuh", include_str!("../include/walk.cuh")),
+    ("include/fragment.cuh", include_str!("../include/fragment.cuh")),
+    ("include/stage.cuh", include_str!("../include/stage.cuh")),
+    ("include/logits.cuh", include_str!("../include/logits.cuh")),
     ("attention/forward.cu", include_str!("../attention/forward.cu")),
     ("fill.cu", include_str!("../fill.cu")),
     ("attention/backward_prepare.cu", include_str!("../attention/backward_prepare.cu")),
@@ -20,6 +21,8 @@ const FILES: &[(&str, &str)] = &[
     ("attention/backward_keys.cu", include_str!("../attention/backward_keys.cu")),
     ("attention/backward_queries.cu", include_str!("../attention/backward_queries.cu")),
     ("attention/sums.cu", include_str!("../attention/sums.cu")),
+    ("merge.cu", include_str!("../merge.cu")),
+    ("relayout.cu", include_str!("../relayout.cu")),
 ];
 
 /// A compile-time constant of a kernel: `#define NAME value` in front of its source.

@@ -1,43 +1,69 @@
-//! The backward kernels, compiled by NVRTC and executed by the PTX interpreter, against the f64 oracle: cases of the
-//! conformance suite, run on a device whose forward pass is the CPU's.
-#![allow(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
+//! The backward kernels, compiled by NVRTC and interpreted, against the f64 oracle: small cases of every feature.
+//!
+//! `TILEFOLD_CASES=substring` picks cases; `TILEFOLD_CASES=all` takes the whole table.
+#![cfg(all(target_os = "linux", target_arch = "x86_64"))]
+#![allow(clippy::unwrap_used, clippy::panic, clippy::print_stdout, reason = "a test fails by panicking")]
 
-#[path = "backward/device.rs"]
-mod device;
+mod interpreted;
 
-use device::EmulatedBackward;
-use libtest_mimic::{Arguments, Trial};
-use tilefold_conformance::case::{Case, DTYPES};
+use std::time::Instant;
+
+use interpreted::Interpreted;
+use tilefold_conformance::case::Case;
 use tilefold_conformance::{cases, oracle};
+use tilefold_core::DType;
+use tilefold_emulator_nvrtc::Release;
 
-/// Logits times channels that one case may have: the interpreter is not fast.
-const MOST_WORK: usize = 8 << 20;
+/// Logits a case may have: the interpreter takes milliseconds for a thousand.
+const MOST_LOGITS: f64 = 40_000.0;
 
-/// Tile lengths around which lengths are tried.
-const TILES: [usize; 2] = [32, 128];
-
-fn work(case: &Case) -> usize {
-    let s = &case.spec;
-    [s.batch, s.rows, s.heads, s.seqlen_q, s.seqlen_k, s.head_dim + s.head_dim_v].iter().product()
+fn small(dtype: DType) -> Vec<Case> {
+    let wanted = std::env::var("TILEFOLD_CASES").unwrap_or_default();
+    let problem = |case: &Case| tilefold_core::AttentionProblem::new(case.spec.clone()).unwrap();
+    let asks = |case: &Case| {
+        let g = case.spec.gradients;
+        g.q || g.k || g.v || g.gate || g.biases.contains(&true)
+    };
+    (cases::all(dtype, &[64]).into_iter())
+        .filter(asks)
+        .filter(|case| wanted == "all" || (case.title().contains(&wanted) && problem(case).logits() <= MOST_LOGITS))
+        .collect()
 }
 
-fn main() {
-    let arguments = Arguments::from_args();
-    let mut trials = Vec::new();
-    for dtype in DTYPES {
-        for mut case in cases::all(dtype, &TILES) {
-            let g = case.spec.gradients;
-            if !(g.q || g.k || g.v || g.gate || g.biases.contains(&true)) {
-                case.spec = case.spec.with_all_gradients();
-            }
-            if work(&case) > MOST_WORK {
-                continue;
-            }
-            trials.push(Trial::test(case.title(), move || {
-                let device = EmulatedBackward::shared()?;
-                oracle::check_case(device, &case).map(|_| ()).map_err(Into::into)
-            }));
-        }
+fn check(release: Release, cases: &[Case]) {
+    let device = Interpreted::new(release);
+    assert!(!cases.is_empty(), "no case");
+    let mut failures = Vec::new();
+    for case in cases {
+        let start = Instant::now();
+        let result = oracle::check_case(&device, case);
+        println!("{:7.2} s  {}  {result:?}", start.elapsed().as_secs_f64(), case.title());
+        failures.extend(result.err());
     }
-    libtest_mimic::run(&arguments, trials).exit();
+    assert!(failures.is_empty(), "{} of {} cases: {}", failures.len(), cases.len(), failures.join("\n"));
+}
+
+#[test]
+fn single_agrees_with_the_oracle() {
+    check(Release::Newest, &small(DType::F32));
+}
+
+#[test]
+fn half_agrees_with_the_oracle() {
+    check(Release::Newest, &small(DType::F16));
+}
+
+#[test]
+fn brain_agrees_with_the_oracle() {
+    check(Release::Newest, &small(DType::BF16));
+}
+
+#[test]
+fn the_oldest_compiler_agrees_as_well() {
+    for dtype in [DType::F32, DType::BF16] {
+        let mut cases = small(dtype);
+        // One of each group.
+        cases.dedup_by_key(|case| case.group);
+        check(Release::Oldest, &cases);
+    }
 }

@@ -1,4 +1,4 @@
-//! A device that compiles kernels with NVRTC to PTX and interprets them: enough of a backend for the forward pass.
+//! A device that compiles kernels with NVRTC to PTX and interprets them: enough of a backend for attention.
 
 use std::any::Any;
 use std::collections::HashMap;
@@ -7,12 +7,16 @@ use std::sync::{Arc, Mutex};
 use bytemuck::bytes_of;
 use tilefold_core::{
     AttentionPlan, AttentionProblem, Backend, BackwardArgs, DType, DeviceError, DeviceId, DeviceInfo, DeviceKind,
-    DeviceResult, Event, ForwardArgs, MergeArgs, RelayoutArgs, Storage, Stream, TensorViewMut,
+    DeviceResult, Event, ForwardArgs, MergeArgs, RelayoutArgs, Storage, Stream, TensorView,
+    TensorViewMut,
 };
 use tilefold_emulator_nvrtc::{Nvrtc, Release, Target};
 use tilefold_emulator_ptx::{Launch as Run, Memory, Module, run};
 use tilefold_kernels::params::{Operand, Params};
-use tilefold_kernels::{AttentionOperands, ForwardOutputs, Kernel, Launch, forward, kv_lengths_strides};
+use tilefold_kernels::{
+    AttentionOperands, BackwardLaunch, BackwardOperands, ForwardOutputs, Kernel, Launch, backward,
+    backward_workspace_bytes, forward, kv_lengths_strides,
+};
 
 const ID: DeviceId = DeviceId { kind: DeviceKind::Custom, ordinal: 0 };
 
@@ -103,6 +107,47 @@ impl Interpreted {
     }
 }
 
+/// The problem's own lists on the device, kept until its launches have run.
+struct Lists {
+    lengths: Option<Storage>,
+    slopes: Option<Storage>,
+}
+
+impl Interpreted {
+    fn lists(&self, stream: &Stream, problem: &AttentionProblem) -> DeviceResult<Lists> {
+        let spec = problem.spec();
+        Ok(Lists {
+            lengths: spec.kv_lengths.as_ref().map(|lengths| self.list(stream, lengths)).transpose()?,
+            slopes: spec.mask.alibi_slopes.as_ref().map(|slopes| self.list(stream, slopes)).transpose()?,
+        })
+    }
+}
+
+impl Lists {
+    fn inputs(
+        &self,
+        problem: &AttentionProblem,
+        [q, k, v]: [&TensorView<'_>; 3],
+        biases: &[TensorView<'_>],
+        [key_mask, gate]: [Option<&TensorView<'_>>; 2],
+        segments: Option<(&TensorView<'_>, &TensorView<'_>)>,
+    ) -> AttentionOperands {
+        let [batch, row] = kv_lengths_strides(problem);
+        let lengths = self.lengths.as_ref();
+        AttentionOperands {
+            q: Operand::of(q),
+            k: Operand::of(k),
+            v: Operand::of(v),
+            biases: biases.iter().map(Operand::of).collect(),
+            key_mask: key_mask.map(Operand::of),
+            segments: segments.map(|(q, k)| [Operand::of(q), Operand::of(k)]),
+            kv_lengths: lengths.map(|list| Operand { data: address(list), strides: [batch, row, 0, 0, 0] }),
+            alibi_slopes: self.slopes.as_ref().map(address),
+            gate: gate.map(Operand::of),
+        }
+    }
+}
+
 fn address(storage: &Storage) -> u64 {
     storage.address().addr() as u64
 }
@@ -167,23 +212,11 @@ impl Backend for Interpreted {
 
     fn attention_forward(&self, stream: &Stream, args: ForwardArgs<'_>) -> DeviceResult<()> {
         let problem = &args.plan().problem;
-        let spec = problem.spec();
         let mut operands = args.into_operands();
-        let lengths = spec.kv_lengths.as_ref().map(|lengths| self.list(stream, lengths)).transpose()?;
-        let slopes = spec.mask.alibi_slopes.as_ref().map(|slopes| self.list(stream, slopes)).transpose()?;
-        let [batch, row] = kv_lengths_strides(problem);
-        let segments = operands.q_segments.as_ref().zip(operands.k_segments.as_ref());
-        let inputs = AttentionOperands {
-            q: Operand::of(&operands.q),
-            k: Operand::of(&operands.k),
-            v: Operand::of(&operands.v),
-            biases: operands.biases.iter().map(Operand::of).collect(),
-            key_mask: operands.key_mask.as_ref().map(Operand::of),
-            segments: segments.map(|(q, k)| [Operand::of(q), Operand::of(k)]),
-            kv_lengths: lengths.as_ref().map(|list| Operand { data: address(list), strides: [batch, row, 0, 0, 0] }),
-            alibi_slopes: slopes.as_ref().map(address),
-            gate: operands.gate.as_ref().map(Operand::of),
-        };
+        let lists = self.lists(stream, problem)?;
+        let o = &operands;
+        let segments = o.q_segments.as_ref().zip(o.k_segments.as_ref());
+        let inputs = lists.inputs(problem, [&o.q, &o.k, &o.v], &o.biases, [o.key_mask.as_ref(), o.gate.as_ref()], segments);
         let written = |view: &mut TensorViewMut<'_>| Operand::of(view.as_view());
         let outputs = ForwardOutputs {
             out: written(&mut operands.out),
@@ -194,8 +227,37 @@ impl Backend for Interpreted {
         self.launch(&launch)
     }
 
-    fn attention_backward(&self, _: &Stream, _: BackwardArgs<'_>) -> DeviceResult<()> {
-        Err(failed("attention_backward", "not part of these tests"))
+    fn attention_backward(&self, stream: &Stream, args: BackwardArgs<'_>) -> DeviceResult<()> {
+        let problem = &args.plan().problem;
+        let mut operands = args.into_operands();
+        let lists = self.lists(stream, problem)?;
+        let o = &operands;
+        let segments = o.q_segments.as_ref().zip(o.k_segments.as_ref());
+        let inputs = lists.inputs(problem, [&o.q, &o.k, &o.v], &o.biases, [o.key_mask.as_ref(), o.gate.as_ref()], segments);
+        let written = |view: &mut TensorViewMut<'_>| Operand::of(view.as_view());
+        let operands = BackwardOperands {
+            inputs,
+            out: Operand::of(&operands.out),
+            lse: Operand::of(&operands.lse),
+            lse_low: Operand::of(&operands.lse_low),
+            d_out: Operand::of(&operands.d_out),
+            dq: operands.dq.as_mut().map(written),
+            dk: operands.dk.as_mut().map(written),
+            dv: operands.dv.as_mut().map(written),
+            dbiases: (operands.dbiases.iter_mut())
+                .map(|view| view.as_mut().map(|view| (written(view), view.as_view().dtype())))
+                .collect(),
+            d_gate: operands.d_gate.as_mut().map(written),
+        };
+        let bytes = usize::try_from(backward_workspace_bytes(problem)).unwrap().max(1);
+        let workspace = self.alloc(stream, bytes)?;
+        for launch in backward(problem, &operands, address(&workspace)).map_err(|e| failed("plan", e))? {
+            match &launch {
+                BackwardLaunch::Attention(launch) => self.launch(launch)?,
+                BackwardLaunch::Sums(launch) => self.launch(launch)?,
+            }
+        }
+        Ok(())
     }
 
     fn merge(&self, _: &Stream, _: MergeArgs<'_>) -> DeviceResult<()> {
