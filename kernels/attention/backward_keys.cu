@@ -147,12 +147,10 @@ KERNEL_WITH_BLOCKS(THREADS, MIN_BLOCKS) backward_keys(const BackwardParams param
     }
 
     if (steps > 0) {
-        // Keys times the softmax scale in base 2, rounded to their type as a framework does with q.
         StageK::start(shared, k, first_key, in.seqlen_k, KeyOrder());
         if (NEEDS_DS) StageV::start(shared + V_AT, v, first_key, in.seqlen_k, KeyOrder());
         copy_async_commit();
         copy_async_wait<0>();
-        StageK::scale(shared, in.scale_base2);
         block_barrier();
         fetch(0);
     }
@@ -198,18 +196,7 @@ KERNEL_WITH_BLOCKS(THREADS, MIN_BLOCKS) backward_keys(const BackwardParams param
             }
         }
 
-        // Biases start the sum of products, less lse: large numbers meet first (9).
-        Accumulator s[M][N], dp[M][N];
-        bool plain = true;
-#pragma unroll
-        for (int i = 0; i < TILE_Q; i += WARP_THREADS) plain = plain && allows_plain(float_of(load_shared(staged + STATISTICS_AT + (i + lane % TILE_Q) * 4)));
-        if (sizeof(ELEMENT) == 2 && warp_all(plain)) {
-            biases.take<true>(s, in, first_query, lse, low);
-        } else {
-#pragma unroll
-            for (int j = 0; j < N; j++) load_shared_pair(low[j], staged + STATISTICS_AT + (TILE_Q + 8 * j + 2 * (lane % 4)) * 4);
-            biases.take<false>(s, in, first_query, lse, low);
-        }
+        Accumulator s[M][N] = {}, dp[M][N];
 #pragma unroll
         for (int i = 0; i < M; i++) {
 #pragma unroll
@@ -218,18 +205,7 @@ KERNEL_WITH_BLOCKS(THREADS, MIN_BLOCKS) backward_keys(const BackwardParams param
                 for (int x = 0; x < 4; x++) dp[i][j][x] = delta[j][x % 2];
             }
         }
-        // The next tile, while this one is computed.
-        if (tile + 1 == end_tile) {
-            tile = first_tile;
-            head++;
-            if (step + 1 < steps) biases.start_head(in, {batch, row, head}, keys[0][0]);
-        } else {
-            tile++;
-        }
-        if (step + 1 < steps) {
-            biases.fetch(in, tile * TILE_Q);
-            if (STAGES == 2) fetch(1 - stage);
-        }
+        if (STAGES == 2 && step + 1 < steps) fetch(1 - stage);
 
 #pragma unroll
         for (int x = 0; x < QTile::steps; x++) {
@@ -249,6 +225,26 @@ KERNEL_WITH_BLOCKS(THREADS, MIN_BLOCKS) backward_keys(const BackwardParams param
                 multiply_rows<ELEMENT, HEAD_DIM_V>(dp, v_fragments[K_IN_REGISTERS ? x : 0], staged + DO_AT, 0, x);
             }
         }
+        bool plain = true;
+#pragma unroll
+        for (int i = 0; i < TILE_Q; i += WARP_THREADS) plain = plain && allows_plain(float_of(load_shared(staged + STATISTICS_AT + (i + lane % TILE_Q) * 4)));
+        if (sizeof(ELEMENT) == 2 && warp_all(plain)) {
+            biases.take<true>(s, in, first_query, lse, low);
+        } else {
+#pragma unroll
+            for (int j = 0; j < N; j++) load_shared_pair(low[j], staged + STATISTICS_AT + (TILE_Q + 8 * j + 2 * (lane % 4)) * 4);
+            biases.take<false>(s, in, first_query, lse, low);
+        }
+        // Biases of the next tile, while this one is computed.
+        if (tile + 1 == end_tile) {
+            tile = first_tile;
+            head++;
+            if (step + 1 < steps) biases.start_head(in, {batch, row, head}, keys[0][0]);
+        } else {
+            tile++;
+        }
+        if (step + 1 < steps) biases.fetch(in, tile * TILE_Q);
+
         if (SEGMENTS || POSITIONS) {
             exclude_by_key<M, N>(s, dp, in, owner_at, keys[0][0], first_query, first_key, TILE_K);
         }

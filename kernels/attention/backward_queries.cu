@@ -165,12 +165,7 @@ KERNEL_WITH_BLOCKS(THREADS, MIN_BLOCKS) backward_queries(const BackwardParams pa
 
     // One step of a term whose keys have arrived; fetches what comes next.
     auto compute = [&](const Position& term, u32 queries, u32 keys, i64 first_key, i64 end, u32 kept, Accumulator (&sum)[M][N]) {
-        Accumulator s[M][N], dp[M][N];
-        if (plain) {
-            biases.take<true>(s, in, first_key + run, lse, low);
-        } else {
-            biases.take<false>(s, in, first_key + run, lse, low);
-        }
+        Accumulator s[M][N] = {}, dp[M][N];
 #pragma unroll
         for (int i = 0; i < M; i++) {
 #pragma unroll
@@ -194,6 +189,11 @@ KERNEL_WITH_BLOCKS(THREADS, MIN_BLOCKS) backward_queries(const BackwardParams pa
                 for (int i = 0; i < M; i++) d_o_fragments[0][i] = load_a<ELEMENT, HEAD_DIM_V>(queries + DO_AT, (query_warp * M + i) * 16, x);
             }
             multiply_rows<ELEMENT, HEAD_DIM_V>(dp, d_o_fragments[Q_IN_REGISTERS ? x : 0], keys + V_AT, key_warp * 8 * N, x);
+        }
+        if (plain) {
+            biases.take<true>(s, in, first_key + run, lse, low);
+        } else {
+            biases.take<false>(s, in, first_key + run, lse, low);
         }
         exclude_by_query<M, N>(s, dp, in, term, query, first_key + run, first_query, first_key, TILE_Q, STEP_K, kept);
 #pragma unroll
@@ -297,7 +297,6 @@ KERNEL_WITH_BLOCKS(THREADS, MIN_BLOCKS) backward_queries(const BackwardParams pa
             biases.fetch(in, first_key + run);
             const u32 kept = kept_keys(term, first_key + run, end);
             copy_async_wait<0>();
-            if (step == 0) StageQ::scale(queries, in.scale_base2);
             if (KEY_MASK) {
                 StageK::clear(keys, [&](int turn) { return (k_excluded >> turn & 1) != 0; });
                 StageV::clear(keys + V_AT, [&](int turn) { return (v_excluded >> turn & 1) != 0; });

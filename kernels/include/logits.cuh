@@ -1,11 +1,11 @@
-// Logits of the backward passes before the product of q and k, lse subtracted, and what masks exclude.
+// Logits of the backward passes from products of q and k, lse subtracted, and what masks exclude.
 //
 // In the pass by keys the rows of an accumulator are keys, of which a lane owns a run of 2 m; in the pass by queries the
 // columns are, and a run has 2 n. Biases whose rows move in pieces are read by such runs, where RUNS says that no run
 // crosses the end of the keys.
 //
-// Two ways to start a logit, both in base 2. The plain one, biases * log2(e) - lse, fused, holds while lse is small. The
-// other takes biases as forward does, rounded and saturated one by one, so that what is large cancels exactly, and then
+// Two ways, both in base 2. The plain one, scale (q k) + (biases * log2(e) - lse), holds while lse is small. The other does
+// what forward does, with biases rounded and saturated one by one, so that what is large cancels exactly, and subtracts
 // both parts of lse (9).
 #pragma once
 
@@ -66,7 +66,7 @@ DEVICE void fetch_statistics(u32 to, const BackwardParams& params, i64 row, i64 
     }
 }
 
-// Whether logits may start the plain way next to this lse. f32 never does: its P is to be exact to f32.
+// Whether the plain way may be taken next to this lse. f32 never does: its P is to be exact to f32.
 constexpr float PLAIN_LIMIT = 1024.0f;
 DEVICE bool allows_plain(float lse) { return sizeof(ELEMENT) == 2 && (lse < 0.0f ? -lse <= PLAIN_LIMIT : lse <= PLAIN_LIMIT || lse == INFINITE); }
 
@@ -158,7 +158,7 @@ template <int m, int n> struct KeyBiases {
         bias2.fetch(in, first);
         bias3.fetch(in, first);
     }
-    // s = biases - lse
+    // s = scale s + biases - lse
     template <bool plain>
     DEVICE void take(Accumulator (&s)[m][n], const AttentionInputs& in, i64 first, const float (&lse)[n][2], const float (&low)[n][2]) const {
 #pragma unroll
@@ -174,7 +174,8 @@ template <int m, int n> struct KeyBiases {
                     sum = bias2.template add<plain>(sum, in, key, first, i, half, j, e);
                     sum = bias3.template add<plain>(sum, in, key, first, i, half, j, e);
                     if (ALIBI) sum += alibi_base2(slope, distance(in, first + 8 * j + 2 * (lane_index() % 4) + e, key + 2 * i + half));
-                    s[i][j][x] = plain ? sum : add(sum - lse[j][e], -low[j][e]);
+                    const float logit = fused_multiply_add(s[i][j][x], in.scale_base2, sum);
+                    s[i][j][x] = plain ? logit : add(add(logit, -lse[j][e]), -low[j][e]);
                 }
             }
         }
@@ -240,7 +241,7 @@ template <int m, int n> struct QueryBiases {
         bias2.fetch(in, query, key);
         bias3.fetch(in, query, key);
     }
-    // s = biases - lse
+    // s = scale s + biases - lse
     template <bool plain>
     DEVICE void take(Accumulator (&s)[m][n], const AttentionInputs& in, i64 key, const float (&lse)[m][2], const float (&low)[m][2]) const {
 #pragma unroll
@@ -256,7 +257,8 @@ template <int m, int n> struct QueryBiases {
                     sum = bias2.template add<plain>(sum, in, query, key, i, half, j, e);
                     sum = bias3.template add<plain>(sum, in, query, key, i, half, j, e);
                     if (ALIBI) sum += alibi_base2(slope, distance(in, query + 16 * i + 8 * half, key + 2 * j + e));
-                    s[i][j][x] = plain ? sum : add(sum - lse[i][half], -low[i][half]);
+                    const float logit = fused_multiply_add(s[i][j][x], in.scale_base2, sum);
+                    s[i][j][x] = plain ? logit : add(add(logit, -lse[i][half]), -low[i][half]);
                 }
             }
         }

@@ -60,24 +60,6 @@ template <class T, int channels, int rows, int threads, bool pieces> struct Stag
         return y;
     }
 
-    // Multiplies the pieces of this thread, which have arrived.
-    static DEVICE void scale(u32 tile, float factor) {
-        each([&](int, int row, int piece) {
-            const u32 at = tile + row * Layout::pitch + piece * 16;
-            Piece x = load_shared_piece(at);
-#pragma unroll
-            for (int i = 0; i < 4; i++) x.words[i] = scaled(x.words[i], factor);
-            store_shared_piece(at, x);
-        });
-    }
-    static DEVICE u32 scaled(u32 word, float factor) {
-        if constexpr (sizeof(T) == 4) {
-            return bits_of(float_of(word) * factor);
-        } else {
-            return pack<T>(unpack_low<T>(word) * factor, unpack_high<T>(word) * factor);
-        }
-    }
-
     // Writes zeros over the pieces of this thread whose row `excluded` names.
     template <class Excluded> static DEVICE void clear(u32 tile, Excluded excluded) {
         each([&](int turn, int row, int piece) {
