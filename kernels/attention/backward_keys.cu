@@ -115,21 +115,28 @@ KERNEL_WITH_BLOCKS(THREADS, MIN_BLOCKS) backward_keys(const BackwardParams param
 
     // The tile of queries that is fetched next, and the one that is computed.
     i64 next_head = key_head * in.group, next_tile = first_tile;
+    StageWalk<StageQ, ELEMENT, HEAD_DIM, TILE_Q, THREADS, Q_PIECES> q_walk;
+    StageWalk<StageDO, ELEMENT, HEAD_DIM_V, TILE_Q, THREADS, DO_PIECES> d_o_walk;
+    StatisticsWalk<TILE_Q, THREADS> statistics_walk;
+    auto start_head = [&]() {
+        const i64 first = first_tile * TILE_Q;
+        const Operand& d_o = params.d_o;
+        q_walk.start({(const ELEMENT*)in.q.data + offset_of(in.q, owner_at, 0, next_head), in.q.strides[2], in.q.strides[4]}, first);
+        d_o_walk.start({(const ELEMENT*)d_o.data + offset_of(d_o, owner_at, 0, next_head), d_o.strides[2], d_o.strides[4]}, first);
+        statistics_walk.start(params, {batch, row, next_head}, first);
+    };
     auto fetch = [&](int stage) {
         const u32 to = shared + STAGES_AT + stage * STAGE_BYTES;
-        const i64 first = next_tile * TILE_Q;
-        const Rows<ELEMENT> q = {(const ELEMENT*)in.q.data + offset_of(in.q, owner_at, 0, next_head), in.q.strides[2],
-                                 in.q.strides[4]};
-        const Rows<ELEMENT> d_o = {(const ELEMENT*)params.d_o.data + offset_of(params.d_o, owner_at, 0, next_head),
-                                   params.d_o.strides[2], params.d_o.strides[4]};
-        StageQ::start(to, q, first, in.seqlen_q, InOrder());
-        StageDO::start(to + DO_AT, d_o, first, in.seqlen_q, InOrder());
-        fetch_statistics<TILE_Q, THREADS>(to + STATISTICS_AT, params, statistics_row(params, {batch, row, next_head}), first);
+        const i64 first = next_tile * TILE_Q, left = in.seqlen_q - first;
+        q_walk.next(to, left);
+        d_o_walk.next(to + DO_AT, left);
+        statistics_walk.next(to + STATISTICS_AT, params.padded_queries - first);
         copy_async_commit();
         next_tile++;
         if (next_tile == end_tile) {
             next_tile = first_tile;
             next_head++;
+            if (next_head < (key_head + 1) * in.group) start_head();
         }
     };
 
@@ -152,6 +159,7 @@ KERNEL_WITH_BLOCKS(THREADS, MIN_BLOCKS) backward_keys(const BackwardParams param
         copy_async_commit();
         copy_async_wait<0>();
         block_barrier();
+        start_head();
         fetch(0);
     }
     FragmentA k_fragments[K_IN_REGISTERS ? QTile::steps : 1][M], v_fragments[K_IN_REGISTERS ? VTile::steps : 1][M];
@@ -181,30 +189,25 @@ KERNEL_WITH_BLOCKS(THREADS, MIN_BLOCKS) backward_keys(const BackwardParams param
         copy_async_wait<0>();
         block_barrier();
 
-        float lse[N][2], low[N][2], delta[N][2];
+        float lse[N][2], delta[N][2];
 #pragma unroll
         for (int j = 0; j < N; j++) {
             const u32 from = staged + STATISTICS_AT + (8 * j + 2 * (lane % 4)) * 4;
             load_shared_pair(lse[j], from);
             if (NEEDS_DS) load_shared_pair(delta[j], from + 2 * TILE_Q * 4);
+        }
+        if (first_query + TILE_Q > in.seqlen_q) {
+            // Queries beyond the last: P = 0.
 #pragma unroll
-            for (int e = 0; e < 2; e++) {
-                // Queries beyond the last: P = 0.
-                if (first_query + TILE_Q > in.seqlen_q && first_query + 8 * j + 2 * (lane % 4) + e >= in.seqlen_q) {
-                    lse[j][e] = INFINITE;
+            for (int j = 0; j < N; j++) {
+#pragma unroll
+                for (int e = 0; e < 2; e++) {
+                    if (first_query + 8 * j + 2 * (lane % 4) + e >= in.seqlen_q) lse[j][e] = INFINITE;
                 }
             }
         }
 
-        Accumulator s[M][N] = {}, dp[M][N];
-#pragma unroll
-        for (int i = 0; i < M; i++) {
-#pragma unroll
-            for (int j = 0; j < N; j++) {
-#pragma unroll
-                for (int x = 0; x < 4; x++) dp[i][j][x] = delta[j][x % 2];
-            }
-        }
+        Accumulator s[M][N], dp[M][N];
         if (STAGES == 2 && step + 1 < steps) fetch(1 - stage);
 
 #pragma unroll
@@ -213,7 +216,7 @@ KERNEL_WITH_BLOCKS(THREADS, MIN_BLOCKS) backward_keys(const BackwardParams param
 #pragma unroll
                 for (int i = 0; i < M; i++) k_fragments[0][i] = load_a<ELEMENT, HEAD_DIM>(shared, (warp * M + i) * 16, x);
             }
-            multiply_rows<ELEMENT, HEAD_DIM>(s, k_fragments[K_IN_REGISTERS ? x : 0], staged, 0, x);
+            multiply_rows<ELEMENT, HEAD_DIM>(s, k_fragments[K_IN_REGISTERS ? x : 0], staged, 0, x, [](int, int, int) { return 0.0f; });
         }
         if (NEEDS_DS) {
 #pragma unroll
@@ -222,15 +225,16 @@ KERNEL_WITH_BLOCKS(THREADS, MIN_BLOCKS) backward_keys(const BackwardParams param
 #pragma unroll
                     for (int i = 0; i < M; i++) v_fragments[0][i] = load_a<ELEMENT, HEAD_DIM_V>(shared + V_AT, (warp * M + i) * 16, x);
                 }
-                multiply_rows<ELEMENT, HEAD_DIM_V>(dp, v_fragments[K_IN_REGISTERS ? x : 0], staged + DO_AT, 0, x);
+                multiply_rows<ELEMENT, HEAD_DIM_V>(dp, v_fragments[K_IN_REGISTERS ? x : 0], staged + DO_AT, 0, x, [&](int, int j, int y) { return delta[j][y % 2]; });
             }
         }
         bool plain = true;
 #pragma unroll
         for (int i = 0; i < TILE_Q; i += WARP_THREADS) plain = plain && allows_plain(float_of(load_shared(staged + STATISTICS_AT + (i + lane % TILE_Q) * 4)));
         if (sizeof(ELEMENT) == 2 && warp_all(plain)) {
-            biases.take<true>(s, in, first_query, lse, low);
+            biases.take<true>(s, in, first_query, lse, lse);
         } else {
+            float low[N][2];
 #pragma unroll
             for (int j = 0; j < N; j++) load_shared_pair(low[j], staged + STATISTICS_AT + (TILE_Q + 8 * j + 2 * (lane % 4)) * 4);
             biases.take<false>(s, in, first_query, lse, low);

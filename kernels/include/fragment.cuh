@@ -32,16 +32,42 @@ template <class T, int channels> struct Tile {
     static DEVICE constexpr int bytes(int rows) { return rows * pitch; }
 };
 
-// acc += a b over one whole step.
-template <class T> DEVICE void multiply_step(Accumulator& acc, const FragmentA& a, const FragmentB& b) {
-    const Factor<T, 4> left = factor<T>(a.words);
-    const Factor<T, 2> right = factor<T>(b.words);
-    if constexpr (sizeof(T) == 4) mma_step<SMALL_TERMS>(acc, left, right);
-    mma_step<LARGE_TERMS>(acc, left, right);
+// d = a b + c over one whole step of a half type. Unlike `mma`, d need not be c: a sum that starts from numbers needed
+// again, or from 0, takes no copies.
+#define PRODUCT_FROM(T, name)                                                                                               \
+    DEVICE void mma_from(Accumulator& d, const u32 (&a)[4], const u32 (&b)[2], const float (&c)[4], T) {                    \
+        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." name "." name                                                 \
+                     ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};"                             \
+                     : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])                                                       \
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(c[0]), "f"(c[1]), "f"(c[2]),   \
+                       "f"(c[3]));                                                                                          \
+    }                                                                                                                       \
+    DEVICE void mma_half_from(Accumulator& d, const u32 (&a)[4], const u32 (&b)[2], const float (&c)[4], T) {               \
+        asm volatile("mma.sync.aligned.m16n8k8.row.col.f32." name "." name                                                  \
+                     ".f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%7, %8, %9, %10};"                                            \
+                     : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])                                                       \
+                     : "r"(a[0]), "r"(a[1]), "r"(b[0]), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));                        \
+    }
+PRODUCT_FROM(f16, "f16")
+PRODUCT_FROM(bf16, "bf16")
+#undef PRODUCT_FROM
+
+// d = a b + c over one whole step.
+template <class T> DEVICE void multiply_step(Accumulator& d, const FragmentA& a, const FragmentB& b, const float (&c)[4]) {
+    if constexpr (sizeof(T) == 4) {
+        const Factor<T, 4> left = factor<T>(a.words);
+        const Factor<T, 2> right = factor<T>(b.words);
+#pragma unroll
+        for (int x = 0; x < 4; x++) d[x] = c[x];
+        mma_step<SMALL_TERMS>(d, left, right);
+        mma_step<LARGE_TERMS>(d, left, right);
+    } else {
+        mma_from(d, a.words, b.words, c, T());
+    }
 }
-// acc += a b over half a step, which f32 does not have.
-template <class T> DEVICE void multiply_half_step(Accumulator& acc, const FragmentA& a, const FragmentB& b) {
-    if constexpr (sizeof(T) == 2) mma_step<LARGE_TERMS>(acc, Factor<T, 2>{{a.words[0], a.words[1]}}, Factor<T, 1>{{b.words[0]}});
+// d = a b + c over half a step, which f32 does not have.
+template <class T> DEVICE void multiply_half_step(Accumulator& d, const FragmentA& a, const FragmentB& b, const float (&c)[4]) {
+    if constexpr (sizeof(T) == 2) mma_half_from(d, a.words, b.words, c, T());
 }
 
 // Rows first_row .. first_row + 15 and one step of channels, as the left factor.
@@ -55,9 +81,10 @@ template <class T, int channels> DEVICE FragmentA load_a(u32 tile, int first_row
     return a;
 }
 
-// acc[i][j] += a[i] (rows 8 j .. 8 j + 7 of the tile, transposed) over one step of channels.
-template <class T, int channels, int m, int n>
-DEVICE void multiply_rows(Accumulator (&acc)[m][n], const FragmentA (&a)[m], u32 tile, int first_row, int step) {
+// acc[i][j] += a[i] (rows 8 j .. 8 j + 7 of the tile, transposed) over one step of channels; the first step starts from
+// `start(i, j, x)` instead.
+template <class T, int channels, int m, int n, class Start>
+DEVICE void multiply_rows(Accumulator (&acc)[m][n], const FragmentA (&a)[m], u32 tile, int first_row, int step, Start start) {
     using Rows = Tile<T, channels>;
     const int lane = lane_index();
     u32 words[4];
@@ -71,7 +98,12 @@ DEVICE void multiply_rows(Accumulator (&acc)[m][n], const FragmentA (&a)[m], u32
             for (int part = 0; part < 4 && j + part < n; part++) {
                 const FragmentB b = {{words[part], 0}};
 #pragma unroll
-                for (int i = 0; i < m; i++) multiply_half_step<T>(acc[i][j + part], a[i], b);
+                for (int i = 0; i < m; i++) {
+                    float c[4];
+#pragma unroll
+                    for (int x = 0; x < 4; x++) c[x] = step == 0 ? start(i, j + part, x) : acc[i][j + part][x];
+                    multiply_half_step<T>(acc[i][j + part], a[i], b, c);
+                }
             }
         }
         return;
@@ -85,7 +117,12 @@ DEVICE void multiply_rows(Accumulator (&acc)[m][n], const FragmentA (&a)[m], u32
 #pragma unroll
         for (int part = 0; part < 2; part++) {
 #pragma unroll
-            for (int i = 0; i < m; i++) multiply_step<T>(acc[i][j + part], a[i], b[part]);
+            for (int i = 0; i < m; i++) {
+                float c[4];
+#pragma unroll
+                for (int x = 0; x < 4; x++) c[x] = step == 0 ? start(i, j + part, x) : acc[i][j + part][x];
+                multiply_step<T>(acc[i][j + part], a[i], b[part], c);
+            }
         }
     }
 }
@@ -121,7 +158,7 @@ template <class T, int channels, int m, int steps> struct ProductOverRows {
 #pragma unroll
                 for (int part = 0; part < 2; part++) {
 #pragma unroll
-                    for (int i = 0; i < m; i++) multiply_step<T>(acc[i][c + part], a[i][s], b[part]);
+                    for (int i = 0; i < m; i++) multiply_step<T>(acc[i][c + part], a[i][s], b[part], acc[i][c + part]);
                 }
             }
             if (columns % 2 != 0 && s % 2 == 0) {
@@ -133,7 +170,7 @@ template <class T, int channels, int m, int steps> struct ProductOverRows {
                 for (int part = 0; part <= second; part++) {
                     const FragmentB b = {{words[2 * part], words[2 * part + 1]}};
 #pragma unroll
-                    for (int i = 0; i < m; i++) multiply_step<T>(acc[i][columns - 1], a[i][s + part], b);
+                    for (int i = 0; i < m; i++) multiply_step<T>(acc[i][columns - 1], a[i][s + part], b, acc[i][columns - 1]);
                 }
             }
         }
@@ -155,7 +192,7 @@ template <int channels, int m, int steps> struct ProductOverRows<float, channels
                 const u32 at = tile + row * Rows::pitch + (8 * c + lane / 4) * 4;
                 const FragmentB b = {{load_shared(at), load_shared(at + Rows::pitch)}};
 #pragma unroll
-                for (int i = 0; i < m; i++) multiply_step<float>(sum[i], a[i][s], b);
+                for (int i = 0; i < m; i++) multiply_step<float>(sum[i], a[i][s], b, sum[i]);
             }
 #pragma unroll
             for (int i = 0; i < m; i++) {

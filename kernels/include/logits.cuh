@@ -51,20 +51,28 @@ DEVICE Range visible_keys(const AttentionInputs& in, i64 begin, i64 end) {
 DEVICE i64 statistics_row(const BackwardParams& params, const Position& at) {
     return ((at.batch * params.inputs.rows + at.row) * params.inputs.heads + at.head) * params.padded_queries;
 }
-// Starts the copy of lse, its low part and -delta of `queries` queries from `first` on; those beyond the padded end are 0.
-template <int queries, int threads>
-DEVICE void fetch_statistics(u32 to, const BackwardParams& params, i64 row, i64 first) {
-    const i64 plane = params.inputs.batch * params.inputs.rows * params.inputs.heads * params.padded_queries;
-#pragma unroll
-    for (int turn = 0; turn < (3 * queries / 4 + threads - 1) / threads; turn++) {
-        const int index = thread_index() + turn * threads;
-        if (index >= 3 * queries / 4) break;
-        const int kind = index / (queries / 4), piece = index % (queries / 4);
-        const bool inside = first + 4 * piece < params.padded_queries;
-        const float* from = (const float*)params.statistics + kind * plane + row + (inside ? first + 4 * piece : 0);
-        copy_async(to + (kind * queries + 4 * piece) * 4, from, inside ? 16 : 0);
+// A walk over lse, its low part and -delta of the queries of a row, tile by tile; those beyond the padded end are 0.
+template <int queries, int threads> struct StatisticsWalk {
+    static_assert(3 * queries / 4 <= threads, "a piece for each thread at most");
+    const float* source;
+
+    DEVICE void start(const BackwardParams& params, const Position& at, i64 first) {
+        const i64 plane = params.inputs.batch * params.inputs.rows * params.inputs.heads * params.padded_queries;
+        const int kind = thread_index() / (queries / 4), piece = thread_index() % (queries / 4);
+        source = (const float*)params.statistics + kind * plane + statistics_row(params, at) + first + 4 * piece;
     }
-}
+    DEVICE void shift(i64 elements) { source += elements; }
+    // Starts the copy of the tile, before the padded end of which there are `left` queries.
+    DEVICE void fetch(u32 to, i64 left) {
+        if (thread_index() >= 3 * queries / 4) return;
+        copy_async(to + thread_index() * 16, source, 4 * (thread_index() % (queries / 4)) < left ? 16 : 0);
+    }
+    // The same, and on to the next tile.
+    DEVICE void next(u32 to, i64 left) {
+        fetch(to, left);
+        shift(queries);
+    }
+};
 
 // Whether the plain way may be taken next to this lse. f32 never does: its P is to be exact to f32.
 constexpr float PLAIN_LIMIT = 1024.0f;
@@ -75,9 +83,16 @@ template <bool plain> DEVICE float with_bias(float sum, float bias) {
     return plain ? fused_multiply_add(bias, LOG2_E, sum) : sum + bias_base2(bias);
 }
 
-// Neighbouring numbers that are read at once.
+// Neighbouring numbers that are read at once; an even number of halves.
 template <class T, int count> struct alignas(count * sizeof(T) < 16 ? count * sizeof(T) : 16) Run {
-    T elements[count];
+    u32 words[count * (int)sizeof(T) / 4];
+    DEVICE float operator[](int i) const {
+        if constexpr (sizeof(T) == 4) {
+            return float_of(words[i]);
+        } else {
+            return i % 2 == 0 ? unpack_low<T>(words[i / 2]) : unpack_high<T>(words[i / 2]);
+        }
+    }
 };
 
 // A bias of a lane's keys (rows of the accumulators) and queries (columns), one tile of queries at a time.
@@ -111,8 +126,9 @@ template <int index, int m, int n> struct KeyBias {
                 const T* from = data + query * stride;
 #pragma unroll
                 for (int j = 0; j < n; j++) {
-#pragma unroll
-                    for (int e = 0; e < 2; e++) runs[j][e] = *(const Run<T, 2 * m>*)(from + (8 * j + e) * stride);
+                    runs[j][0] = *(const Run<T, 2 * m>*)from;
+                    runs[j][1] = *(const Run<T, 2 * m>*)(from + stride);
+                    from += 8 * stride;
                 }
             } else {
 #pragma unroll
@@ -127,7 +143,7 @@ template <int index, int m, int n> struct KeyBias {
     }
     template <bool plain> DEVICE float add(float sum, const AttentionInputs& in, i64 key, i64 first, int i, int half, int j, int e) const {
         if constexpr (kind == ABSENT) return sum;
-        if constexpr (ahead) return with_bias<plain>(sum, to_f32(runs[j][e].elements[2 * i + half]));
+        if constexpr (ahead) return with_bias<plain>(sum, runs[j][e][2 * i + half]);
         if constexpr (kind == KEYS) return with_bias<plain>(sum, of_keys[i][half]);
         const Operand& bias = in.biases[index];
         const i64 query = least(first + 8 * j + 2 * (lane_index() % 4) + e, in.seqlen_q - 1);
@@ -189,29 +205,51 @@ template <int index, int m, int n> struct QueryBias {
     static constexpr bool ahead = kind >= PIECES && RUNS;
     static constexpr bool by_query = kind == PIECES;
     const T* data;
+    const T* rows[ahead && by_query ? m : 1][2];
     Run<T, 2 * n> runs[ahead && by_query ? m : 1][ahead && by_query ? 2 : 1];
 
-    DEVICE void start(const AttentionInputs& in, const Position& at) {
+    // A lane's first query. Queries that do not exist read the last one that does.
+    DEVICE void start(const AttentionInputs& in, const Position& at, i64 query) {
         if constexpr (kind != ABSENT) data = bias_data<index>(in, at);
+        if constexpr (ahead && by_query) {
+#pragma unroll
+            for (int i = 0; i < m; i++) {
+#pragma unroll
+                for (int half = 0; half < 2; half++) {
+                    rows[i][half] = data + least(query + 16 * i + 8 * half, in.seqlen_q - 1) * in.biases[index].strides[3];
+                }
+            }
+        }
     }
-    // Reads what the lane's run of keys from `key` on needs. Queries that do not exist read the last one that does.
-    DEVICE void fetch(const AttentionInputs& in, i64 query, i64 key) {
+    // To the next row of the batch.
+    DEVICE void advance_row(const AttentionInputs& in) {
+        if constexpr (kind == ABSENT) return;
+        const i64 step = in.biases[index].strides[1];
+        data += step;
+        if constexpr (ahead && by_query) {
+#pragma unroll
+            for (int i = 0; i < m; i++) {
+                rows[i][0] += step;
+                rows[i][1] += step;
+            }
+        }
+    }
+    // Reads what the lane's run of keys from `key` on needs.
+    DEVICE void fetch(const AttentionInputs& in, i64 key) {
         if constexpr (ahead) {
-            const T* from = data + least(key, in.seqlen_k - 2 * n);
-            const i64 stride = in.biases[index].strides[3];
+            const i64 first = least(key, in.seqlen_k - 2 * n);
 #pragma unroll
             for (int i = 0; i < (by_query ? m : 1); i++) {
 #pragma unroll
                 for (int half = 0; half < (by_query ? 2 : 1); half++) {
-                    const i64 row = by_query ? least(query + 16 * i + 8 * half, in.seqlen_q - 1) * stride : 0;
-                    runs[i][half] = *(const Run<T, 2 * n>*)(from + row);
+                    runs[i][half] = *(const Run<T, 2 * n>*)((by_query ? rows[i][half] : data) + first);
                 }
             }
         }
     }
     template <bool plain> DEVICE float add(float sum, const AttentionInputs& in, i64 query, i64 key, int i, int half, int j, int e) const {
         if constexpr (kind == ABSENT) return sum;
-        if constexpr (ahead) return with_bias<plain>(sum, to_f32(runs[by_query ? i : 0][by_query ? half : 0].elements[2 * j + e]));
+        if constexpr (ahead) return with_bias<plain>(sum, runs[by_query ? i : 0][by_query ? half : 0][2 * j + e]);
         const Operand& bias = in.biases[index];
         const i64 row = least(query + 16 * i + 8 * half, in.seqlen_q - 1), column = least(key + 2 * j + e, in.seqlen_k - 1);
         return with_bias<plain>(sum, to_f32(data[row * bias.strides[3] + column * bias.strides[4]]));
@@ -230,16 +268,22 @@ template <int m, int n> struct QueryBiases {
     DEVICE void start(const AttentionInputs& in, const Position& at, i64 first_query) {
         query = first_query;
         if (ALIBI) slope = ((const float*)in.alibi_slopes)[at.head];
-        bias0.start(in, at);
-        bias1.start(in, at);
-        bias2.start(in, at);
-        bias3.start(in, at);
+        bias0.start(in, at, query);
+        bias1.start(in, at, query);
+        bias2.start(in, at, query);
+        bias3.start(in, at, query);
+    }
+    DEVICE void advance_row(const AttentionInputs& in) {
+        bias0.advance_row(in);
+        bias1.advance_row(in);
+        bias2.advance_row(in);
+        bias3.advance_row(in);
     }
     DEVICE void fetch(const AttentionInputs& in, i64 key) {
-        bias0.fetch(in, query, key);
-        bias1.fetch(in, query, key);
-        bias2.fetch(in, query, key);
-        bias3.fetch(in, query, key);
+        bias0.fetch(in, key);
+        bias1.fetch(in, key);
+        bias2.fetch(in, key);
+        bias3.fetch(in, key);
     }
     // s = scale s + biases - lse
     template <bool plain>

@@ -1,14 +1,14 @@
 //! Every kernel that a launch of this crate can choose, for checks of all of them.
 
 use crate::kernel::{Kernel, KernelError};
-use crate::{fill, merge, relayout};
+use crate::{backward, fill, merge, relayout};
 
 /// All kernels: those of copies, fills and merges in every dtype, those of attention.
 ///
 /// # Errors
 /// [`KernelError::MissingSource`].
 pub fn catalogue() -> Result<Vec<Kernel>, KernelError> {
-    fill::kernels().chain(relayout::kernels()).chain(merge::kernels()).collect()
+    fill::kernels().chain(relayout::kernels()).chain(merge::kernels()).chain(backward::kernels()).collect()
 }
 
 #[cfg(test)]

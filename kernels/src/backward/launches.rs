@@ -36,6 +36,15 @@ impl Constants {
     }
 }
 
+fn attention(kernel: Kernel, blocks: u64, params: BackwardParams) -> BackwardLaunch {
+    BackwardLaunch::Attention(Box::new(Launch { kernel, blocks, params }))
+}
+
+/// The names of what is wanted.
+fn list_of<const N: usize>(names: [(bool, &str); N]) -> String {
+    names.into_iter().filter_map(|(wanted, name)| wanted.then_some(name)).collect()
+}
+
 fn signed(size: u64) -> Result<i64, KernelError> {
     let limit = i64::MAX.unsigned_abs();
     i64::try_from(size).map_err(|_| KernelError::Limit { what: "size", limit, got: size })
@@ -63,7 +72,8 @@ impl<'a> Launches<'a> {
         let at = |offset: u64| workspace.saturating_add(offset);
         let d_o = if spec.gate {
             let sizes = [spec.batch, spec.rows, spec.heads, spec.seqlen_q, 0].map(|size| size as u64);
-            let [batch, row, head, query, channel] = dense([sizes[0], sizes[1], sizes[2], sizes[3], u64::from(padded(channels.head_dim_v))])?;
+            let [batch, row, head, query, channel] =
+                dense([sizes[0], sizes[1], sizes[2], sizes[3], u64::from(padded(channels.head_dim_v))])?;
             Operand { data: at(offsets.d_o), strides: [batch, row, query, head, channel] }
         } else {
             operands.d_out
@@ -137,10 +147,7 @@ impl<'a> Launches<'a> {
     /// Constants that both passes have.
     fn shared(&self) -> Constants {
         let (spec, operands) = (self.spec(), &self.operands.inputs);
-        let size = spec.dtype.size_bytes();
-        let pieces = |operand: &Operand, channels: usize| {
-            operand.in_pieces(5, spec.dtype) && (channels * size).is_multiple_of(16)
-        };
+        let pieces = |operand: &Operand, channels: usize| self.in_pieces(operand, channels);
         // Rows of the workspace are padded with zeros.
         let d_o_pieces = spec.gate || pieces(&self.params.d_o, spec.head_dim_v);
         Constants(AttentionConstants::new(self.problem, operands).constants())
@@ -151,8 +158,14 @@ impl<'a> Launches<'a> {
             .value("DO_PIECES", d_o_pieces)
     }
 
+    /// Whether rows of channels may be moved in pieces of 16 bytes, and hold whole ones.
+    fn in_pieces(&self, operand: &Operand, channels: usize) -> bool {
+        let dtype = self.spec().dtype;
+        operand.in_pieces(5, dtype) && (channels * dtype.size_bytes()).is_multiple_of(16)
+    }
+
     fn title(&self, what: &str) -> String {
-        format!("{what} {} {}x{}", self.spec().dtype, self.spec().head_dim, self.spec().head_dim_v)
+        format!("{what} {}", AttentionConstants::new(self.problem, &self.operands.inputs).name())
     }
 
     fn prepare(&self) -> Result<BackwardLaunch, KernelError> {
@@ -176,7 +189,7 @@ impl<'a> Launches<'a> {
         let queries = [spec.batch, spec.rows, spec.heads, spec.seqlen_q.next_multiple_of(4)];
         let queries = queries.iter().fold(1_u64, |product, &size| product.saturating_mul(size as u64));
         let blocks = queries.div_ceil(u64::from(SIMPLE_THREADS / lanes));
-        Ok(BackwardLaunch::Attention(Launch { kernel, blocks, params: self.params }))
+        Ok(attention(kernel, blocks, self.params))
     }
 
     fn uniform(&self) -> Result<BackwardLaunch, KernelError> {
@@ -189,11 +202,11 @@ impl<'a> Launches<'a> {
         let title = self.title("backward_uniform");
         let kernel = Kernel::new(title, "attention/backward_uniform.cu", "backward_uniform", &constants.0, threads)?;
         let blocks = [spec.batch, spec.rows, spec.kv_heads].iter().map(|&size| size as u64).product();
-        Ok(BackwardLaunch::Attention(Launch { kernel, blocks, params: self.params }))
+        Ok(attention(kernel, blocks, self.params))
     }
 
     fn by_keys(&self, pass: &KeyPass) -> Result<BackwardLaunch, KernelError> {
-        let (spec, sizes) = (self.spec(), &pass.tiles);
+        let (spec, sizes, chunks) = (self.spec(), &pass.tiles, self.schedule.query_chunks.count);
         let threads = sizes.warps * 32;
         let constants = self
             .shared()
@@ -207,21 +220,21 @@ impl<'a> Launches<'a> {
             .value("WANT_DK", pass.dk)
             .value("WANT_DV", pass.dv)
             .value("WANT_KEY_SUMS", pass.sums)
-            .value("PARTIALS", self.schedule.query_chunks.count > 1);
-        let title = self.title("backward_keys");
+            .value("PARTIALS", chunks > 1);
+        let wanted = [(pass.dk, " dk"), (pass.dv, " dv"), (pass.sums, " sums"), (chunks > 1, " partials")];
+        let title = self.title("backward_keys") + &list_of(wanted);
         let kernel = Kernel::new(title, "attention/backward_keys.cu", "backward_keys", &constants.0, threads)?
             .with_dynamic_shared_bytes(sizes.shared_bytes);
         let outer: u64 = [spec.batch, spec.rows, spec.kv_heads].iter().map(|&size| size as u64).product();
-        let blocks = outer * tiles(spec.seqlen_k, sizes.tile_k()) * self.schedule.query_chunks.count;
-        Ok(BackwardLaunch::Attention(Launch { kernel, blocks, params: self.params }))
+        let blocks = outer * tiles(spec.seqlen_k, sizes.tile_k()) * chunks;
+        Ok(attention(kernel, blocks, self.params))
     }
 
     fn by_queries(&self, pass: &QueryPass) -> Result<BackwardLaunch, KernelError> {
-        let sizes = &pass.tiles;
+        let (spec, sizes) = (self.spec(), &pass.tiles);
         let threads = sizes.query_warps * sizes.key_warps * 32;
-        let gradients: Vec<String> = (pass.biases.iter())
-            .map(|&i| format!("X({i}, {})", element(self.dbias_dtype(i))))
-            .collect();
+        let gradients: Vec<String> =
+            (pass.biases.iter()).map(|&i| format!("X({i}, {})", element(self.dbias_dtype(i)))).collect();
         let [batch, rows, heads] = pass.walked;
         let constants = self
             .shared()
@@ -229,6 +242,7 @@ impl<'a> Launches<'a> {
             .value("KEY_WARPS", sizes.key_warps)
             .value("ROW_TILES", sizes.row_tiles)
             .value("STEP_COLUMNS", sizes.columns)
+            .value("STEP_PARTS", sizes.parts)
             .value("DBIAS_STEPS", sizes.dbias_steps)
             .value("STAGES", sizes.stages)
             .value("Q_IN_REGISTERS", sizes.in_registers)
@@ -237,17 +251,25 @@ impl<'a> Launches<'a> {
             .value("WANT_DQ", pass.dq)
             .value("WANT_QUERY_SUMS", pass.sums)
             .value("DQ_PARTIALS", pass.dq_partials)
+            .value("DQ_PIECES", self.operands.dq.is_some_and(|dq| self.in_pieces(&dq, spec.head_dim)))
             .value("DBIAS_LIST(X)", gradients.join(" "))
             .value("DBIAS_PARTIALS", pass.terms.count > 1)
             .value("SUMS_BATCH", batch)
             .value("SUMS_ROWS", rows)
             .value("SUMS_HEADS", heads);
-        let title = self.title("backward_queries");
+        let wanted = [
+            (pass.dq, " dq"),
+            (pass.dq_partials, " dq_partials"),
+            (!pass.biases.is_empty(), " dbias"),
+            (pass.terms.count > 1, " dbias_partials"),
+            (pass.sums, " sums"),
+        ];
+        let title = self.title("backward_queries") + &list_of(wanted);
         let kernel = Kernel::new(title, "attention/backward_queries.cu", "backward_queries", &constants.0, threads)?
             .with_dynamic_shared_bytes(sizes.shared_bytes);
         let (term_chunks, term_chunk) = (signed(pass.terms.count)?, signed(pass.terms.chunk)?);
         let params = BackwardParams { term_chunks, term_chunk, ..self.params };
-        Ok(BackwardLaunch::Attention(Launch { kernel, blocks: pass.blocks, params }))
+        Ok(attention(kernel, pass.blocks, params))
     }
 
     fn dbias_dtype(&self, i: usize) -> DType {
@@ -271,7 +293,12 @@ impl<'a> Launches<'a> {
                 let [b, n, k, h, d] = sizes;
                 let [chunk, batch, row, head, key, channel] = dense([chunks, b, n, h, k, d])?;
                 let strides = [batch, row, key, head, channel];
-                list.push(self.sum((to, spec.dtype), sizes, (from, strides), [(1, 0), (1, 0), (1, 0), (chunks, chunk)])?);
+                list.push(self.sum(
+                    (to, spec.dtype),
+                    sizes,
+                    (from, strides),
+                    [(1, 0), (1, 0), (1, 0), (chunks, chunk)],
+                )?);
             }
         }
         Ok(list)
@@ -367,7 +394,8 @@ impl<'a> Launches<'a> {
             .value("ELEMENT", element(dtype))
             .value("LANES", lanes)
             .value("BLOCK_THREADS", SIMPLE_THREADS);
-        let kernel = Kernel::new(format!("sums {dtype}"), "attention/sums.cu", "sums", &constants.0, SIMPLE_THREADS)?;
+        let title = format!("sums {dtype} by {lanes}");
+        let kernel = Kernel::new(title, "attention/sums.cu", "sums", &constants.0, SIMPLE_THREADS)?;
         let mut params = SumParams { to, from, from_strides, factor: 1.0, ..SumParams::default() };
         for (to, size) in params.sizes.iter_mut().zip(sizes) {
             *to = signed(size)?;
@@ -378,6 +406,6 @@ impl<'a> Launches<'a> {
             (*size, *stride) = (signed(from_size)?, from_stride);
         }
         let blocks = results.div_ceil(u64::from(SIMPLE_THREADS / lanes));
-        Ok(BackwardLaunch::Sums(Launch { kernel, blocks, params }))
+        Ok(BackwardLaunch::Sums(Box::new(Launch { kernel, blocks, params })))
     }
 }

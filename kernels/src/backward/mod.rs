@@ -3,10 +3,12 @@
 //! `attention/README.md` describes the kernels. What is decided from the problem alone (passes, tiles, chunks, workspace)
 //! is [`schedule`]; what addresses and strides decide (pieces of 16 bytes) is decided here.
 
+mod examples;
 mod launches;
 mod schedule;
 mod tiles;
 
+pub(crate) use examples::kernels;
 use launches::Launches;
 use schedule::Schedule;
 use tilefold_core::{AttentionProblem, DType};
@@ -44,9 +46,9 @@ pub struct BackwardOperands {
 #[derive(Clone, Debug, PartialEq)]
 pub enum BackwardLaunch {
     /// A kernel of the pass itself.
-    Attention(Launch<BackwardParams>),
+    Attention(Box<Launch<BackwardParams>>),
     /// Sums of what chunks left.
-    Sums(Launch<SumParams>),
+    Sums(Box<Launch<SumParams>>),
 }
 
 impl BackwardLaunch {

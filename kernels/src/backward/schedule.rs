@@ -162,7 +162,8 @@ impl Schedule {
         let sums = |wanted: bool| when(wanted);
         let key = |f: fn(&KeyPass) -> bool| self.keys.iter().any(f);
         let dq_parts = self.queries.iter().map(|pass| when(pass.dq_partials) * pass.key_parts).max().unwrap_or(0);
-        let dbias = self.queries.iter().map(|pass| when(pass.terms.count > 1) * pass.terms.count * owners(spec, pass)).max();
+        let dbias =
+            self.queries.iter().map(|pass| when(pass.terms.count > 1) * pass.terms.count * owners(spec, pass)).max();
         let (dims, dims_v) = (u64::from(channels.head_dim), u64::from(channels.head_dim_v));
         let mut workspace = Workspace {
             statistics: piece(&[3, outer, heads, seqlen_q.next_multiple_of(4)], 4),

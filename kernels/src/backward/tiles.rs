@@ -31,7 +31,11 @@ impl Channels {
     /// Those of a problem, whose head dimensions are at most 256.
     pub(crate) fn of(spec: &AttentionSpec) -> Self {
         let small = |size: usize| u32::try_from(size).unwrap_or(u32::MAX);
-        Self { element: small(spec.dtype.size_bytes()), head_dim: small(spec.head_dim), head_dim_v: small(spec.head_dim_v) }
+        Self {
+            element: small(spec.dtype.size_bytes()),
+            head_dim: small(spec.head_dim),
+            head_dim_v: small(spec.head_dim_v),
+        }
     }
 
     fn largest(self) -> u32 {
@@ -82,7 +86,8 @@ impl KeyTiles {
         };
         let tiles = Self { warps, row_tiles, tile_q, stages, in_registers, shared_bytes: 0 };
         let rows = |rows, channels_of| tile_bytes(rows, channels_of, channels.element);
-        let keys = rows(tiles.tile_k(), channels.head_dim) + if needs_v { rows(tiles.tile_k(), channels.head_dim_v) } else { 0 };
+        let keys = rows(tiles.tile_k(), channels.head_dim)
+            + if needs_v { rows(tiles.tile_k(), channels.head_dim_v) } else { 0 };
         let stage = rows(tile_q, channels.head_dim) + rows(tile_q, channels.head_dim_v) + 3 * tile_q * 4;
         Self { shared_bytes: keys + stages * stage, ..tiles }
     }
@@ -96,8 +101,9 @@ pub(crate) struct QueryTiles {
     pub(crate) key_warps: u32,
     /// Groups of 16 queries of a warp.
     pub(crate) row_tiles: u32,
-    /// Groups of eight keys of a warp in one step.
+    /// Groups of eight keys of a warp that are computed at once, and how often in one step.
     pub(crate) columns: u32,
+    pub(crate) parts: u32,
     /// Steps whose bias gradient a block keeps; 0 without one.
     pub(crate) dbias_steps: u32,
     pub(crate) stages: u32,
@@ -123,44 +129,58 @@ impl QueryTiles {
         self.query_warps * 16 * self.row_tiles
     }
 
+    /// Keys of one step.
+    fn step_k(&self) -> u32 {
+        self.key_warps * 8 * self.columns * self.parts
+    }
+
     /// Keys of a block's bias gradient.
     pub(crate) fn tile_k(&self) -> u32 {
-        self.key_warps * 8 * self.columns * self.dbias_steps
+        self.step_k() * self.dbias_steps
     }
 
     /// The choice for a problem; `None` where registers have no room for both kinds of work.
     pub(crate) fn choose(channels: Channels, work: QueryWork) -> Option<Self> {
         let bias = work == QueryWork::Bias;
-        let (query_warps, key_warps, row_tiles, columns, stages, in_registers) = match (channels.is_single(), channels.largest()) {
-            (false, ..=32) if work == QueryWork::Both => (2, 2, 2, 4, 2, true),
+        // Query warps, key warps, row tiles; columns, parts, steps of a bias gradient.
+        let (warps, keys) = match (channels.is_single(), channels.largest()) {
+            (false, ..=8) if work == QueryWork::Both => ((2, 2, 2), (4, 1, 3)),
+            (false, 9..=16) if work == QueryWork::Both => ((2, 2, 2), (2, 2, 3)),
+            (false, 17..=32) if work == QueryWork::Both => ((2, 2, 2), (2, 4, 1)),
             _ if work == QueryWork::Both => return None,
-            (false, ..=32) => (4, 1, 2, 4, 2, true),
-            (false, 33..=64) => (4, 1, 1, 4, 2, true),
-            (false, 65..=128) if bias => (2, 1, 1, 4, 2, true),
-            (false, 65..=128) => (4, 1, 1, 4, 2, true),
-            (false, _) => (2, 1, 1, 2, if bias { 1 } else { 2 }, false),
-            (true, ..=32) => (4, 1, 1, 4, 2, false),
-            (true, 33..=64) if bias => (2, 1, 1, 4, 2, false),
-            (true, 33..=64) => (4, 1, 1, 4, 2, false),
-            (true, 65..=128) if bias => (2, 1, 1, 4, 1, false),
-            (true, 65..=128) => (2, 1, 1, 2, 2, false),
-            (true, _) => (2, 1, 1, 2, 1, false),
+            (false, ..=32) if bias => ((4, 1, 2), (2, 2, 2)),
+            (false, ..=32) => ((4, 1, 2), (4, 1, 2)),
+            (false, 33..=64) => ((4, 1, 1), (4, 1, 2)),
+            (false, 65..=128) => ((if bias { 2 } else { 4 }, 1, 1), (4, 1, 2)),
+            (true, ..=32) => ((4, 1, 1), (4, 1, 2)),
+            (true, 33..=64) => ((if bias { 2 } else { 4 }, 1, 1), (4, 1, 2)),
+            (true, 65..=128) => ((2, 1, 1), (if bias { 4 } else { 2 }, 1, 2)),
+            (false | true, _) => ((2, 1, 1), (2, 1, 2)),
         };
-        let dbias_steps = match work {
-            QueryWork::Queries => 0,
-            QueryWork::Bias => 2,
-            QueryWork::Both => 3,
+        let ((query_warps, key_warps, row_tiles), (columns, parts, steps)) = (warps, keys);
+        let stages = match (channels.is_single(), channels.largest()) {
+            (false, ..=128) | (true, ..=64) => 2,
+            (true, 65..=128) | (false, _) if !bias => 2,
+            _ => 1,
         };
-        let tiles = Self { query_warps, key_warps, row_tiles, columns, dbias_steps, stages, in_registers, shared_bytes: 0 };
+        let in_registers = !channels.is_single() && channels.largest() <= 128;
+        let dbias_steps = if work == QueryWork::Queries { 0 } else { steps };
+        let tiles = Self {
+            query_warps,
+            key_warps,
+            row_tiles,
+            columns,
+            parts,
+            dbias_steps,
+            stages,
+            in_registers,
+            shared_bytes: 0,
+        };
         let rows = |rows, channels_of| tile_bytes(rows, channels_of, channels.element);
         let both = |count| rows(count, channels.head_dim) + rows(count, channels.head_dim_v);
         let queries = both(tiles.tile_q()) + 3 * tiles.tile_q() * 4;
-        let keys = both(key_warps * 8 * columns);
-        let sums = if key_warps > 1 && work != QueryWork::Bias {
-            key_warps * tiles.tile_q() * (padded(channels.head_dim) + 4) * 4
-        } else {
-            0
-        };
+        let keys = both(tiles.step_k());
+        let sums = if key_warps > 1 { tiles.tile_q() * (padded(channels.head_dim) + 8) * 4 } else { 0 };
         let query_stages = if dbias_steps > 0 { stages } else { 1 };
         Some(Self { shared_bytes: query_stages * queries + stages * keys + sums, ..tiles })
     }

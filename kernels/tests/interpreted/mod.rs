@@ -7,8 +7,7 @@ use std::sync::{Arc, Mutex};
 use bytemuck::bytes_of;
 use tilefold_core::{
     AttentionPlan, AttentionProblem, Backend, BackwardArgs, DType, DeviceError, DeviceId, DeviceInfo, DeviceKind,
-    DeviceResult, Event, ForwardArgs, MergeArgs, RelayoutArgs, Storage, Stream, TensorView,
-    TensorViewMut,
+    DeviceResult, Event, ForwardArgs, MergeArgs, RelayoutArgs, Storage, Stream, TensorView, TensorViewMut,
 };
 use tilefold_emulator_nvrtc::{Nvrtc, Release, Target};
 use tilefold_emulator_ptx::{Launch as Run, Memory, Module, run};
@@ -216,7 +215,8 @@ impl Backend for Interpreted {
         let lists = self.lists(stream, problem)?;
         let o = &operands;
         let segments = o.q_segments.as_ref().zip(o.k_segments.as_ref());
-        let inputs = lists.inputs(problem, [&o.q, &o.k, &o.v], &o.biases, [o.key_mask.as_ref(), o.gate.as_ref()], segments);
+        let inputs =
+            lists.inputs(problem, [&o.q, &o.k, &o.v], &o.biases, [o.key_mask.as_ref(), o.gate.as_ref()], segments);
         let written = |view: &mut TensorViewMut<'_>| Operand::of(view.as_view());
         let outputs = ForwardOutputs {
             out: written(&mut operands.out),
@@ -233,7 +233,8 @@ impl Backend for Interpreted {
         let lists = self.lists(stream, problem)?;
         let o = &operands;
         let segments = o.q_segments.as_ref().zip(o.k_segments.as_ref());
-        let inputs = lists.inputs(problem, [&o.q, &o.k, &o.v], &o.biases, [o.key_mask.as_ref(), o.gate.as_ref()], segments);
+        let inputs =
+            lists.inputs(problem, [&o.q, &o.k, &o.v], &o.biases, [o.key_mask.as_ref(), o.gate.as_ref()], segments);
         let written = |view: &mut TensorViewMut<'_>| Operand::of(view.as_view());
         let operands = BackwardOperands {
             inputs,
