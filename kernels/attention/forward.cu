@@ -27,8 +27,9 @@ using KeyTileShape = Tile<T, TILE_K, HEAD_DIM, LANE_KEYS>;
 using ValueTile = Tile<T, TILE_K, HEAD_DIM_V, LANE_KEYS>;
 constexpr int QUERY_STEPS = QueryTile::steps + QueryTile::half_step;
 
-// Beyond this, in base 2, the plain path's arithmetic loses its footing: see attention/README.md.
-constexpr float PLAIN_LIMIT = 4194304.0f;  // 2^22
+// Largest row maximum, in base 2, that the plain path keeps: see attention/README.md. Without biases nothing is divided.
+constexpr bool HAS_BIAS = BIAS_0 != ABSENT;
+constexpr float PLAIN_LIMIT = HAS_BIAS ? 512.0f : 4194304.0f;
 
 // Where a lane stands in the block's tile.
 struct Lane {
@@ -68,6 +69,13 @@ using Output = float[QUERY_TILES][OUT_COLUMNS][4];
 // One number for each of a lane's rows.
 using RowValues = float[QUERY_TILES][2];
 
+template <class Action> DEVICE void for_rows(Action action) {
+#pragma unroll
+    for (int m = 0; m < QUERY_TILES; m++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) action(m, half);
+}
+
 // A of q, in registers or loaded for every tile of keys.
 struct Queries {
     u32 words[QUERIES_IN_REGISTERS ? QUERY_TILES : 1][QUERIES_IN_REGISTERS ? QUERY_STEPS : 1][4];
@@ -104,8 +112,8 @@ DEVICE void start_with_zeros(Scores& s) {
             for (int i = 0; i < 4; i++) s[m][n][i] = 0.0f;
 }
 
-// S += q k, for one tile of keys.
-DEVICE void add_logits(Scores& s, const Queries& queries, const Piece* keys) {
+// Some terms of S += q k, for one tile of keys.
+template <int terms> DEVICE void add_logit_terms(Scores& s, const Queries& queries, const Piece* keys) {
     constexpr int products = products_of_load<KeyTileShape>, words = 4 / products;
 #pragma unroll
     for (int step = 0; step < QUERY_STEPS; step += 2) {
@@ -134,36 +142,58 @@ DEVICE void add_logits(Scores& s, const Queries& queries, const Piece* keys) {
                     for (int m = 0; m < QUERY_TILES; m++) {
                         if constexpr (KeyTileShape::half_step) {
                             if (half) {
-                                mma_half_step(s[m][n + p], half_of(a[m][i]), half_of(right));
+                                mma_step<terms>(s[m][n + p], half_of(a[m][i]), half_of(right));
                                 continue;
                             }
                         }
-                        mma_step(s[m][n + p], a[m][i], right);
+                        mma_step<terms>(s[m][n + p], a[m][i], right);
                     }
                 }
         }
     }
 }
 
+// S += q k, for one tile of keys.
+template <class T> DEVICE void add_logits(Scores& s, const Queries& queries, const Piece* keys) {
+    if constexpr (sizeof(T) == 4) add_logit_terms<SMALL_TERMS>(s, queries, keys);
+    add_logit_terms<LARGE_TERMS>(s, queries, keys);
+}
+
+// Some terms of P v for one tile of keys and 8 channels, f32.
+template <int terms, class T>
+DEVICE void add_share_terms(float (&share)[QUERY_TILES][4], const Factor<T, 4> (&p)[QUERY_TILES][KEY_COLUMNS],
+                            const Piece* values, int column) {
+#pragma unroll
+    for (int n = 0; n < KEY_COLUMNS; n++) {
+        u32 b[2];
+        load_right_columns<ValueTile, LANE_KEYS>(b, values, n, column);
+        const Factor<T, 2> right = factor<T>(b);
+#pragma unroll
+        for (int m = 0; m < QUERY_TILES; m++) mma_step<terms>(share[m], p[m][n], right);
+    }
+}
+
 // O += P v, with P as C of the first product.
 template <class T> DEVICE void add_values(Output& out, const Scores& p, const Piece* values) {
     if constexpr (sizeof(T) == 4) {
+        Factor<T, 4> a[QUERY_TILES][KEY_COLUMNS];
 #pragma unroll
-        for (int n = 0; n < KEY_COLUMNS; n++) {
-            Factor<T, 4> a[QUERY_TILES];
+        for (int m = 0; m < QUERY_TILES; m++)
 #pragma unroll
-            for (int m = 0; m < QUERY_TILES; m++) {
+            for (int n = 0; n < KEY_COLUMNS; n++) {
                 const u32 raw[4] = {bits_of(p[m][n][0]), bits_of(p[m][n][2]), bits_of(p[m][n][1]), bits_of(p[m][n][3])};
-                a[m] = factor<T>(raw);
+                a[m][n] = factor<T>(raw);
             }
 #pragma unroll
-            for (int c = 0; c < OUT_COLUMNS; c++) {
-                u32 b[2];
-                load_right_columns<ValueTile, LANE_KEYS>(b, values, n, c);
-                const Factor<T, 2> right = factor<T>(b);
+        for (int c = 0; c < OUT_COLUMNS; c++) {
+            // The tile's share, small terms first: what the matrix unit cuts off is then small, and O is added in f32.
+            float share[QUERY_TILES][4] = {};
+            add_share_terms<SMALL_TERMS, T>(share, a, values, c);
+            add_share_terms<LARGE_TERMS, T>(share, a, values, c);
 #pragma unroll
-                for (int m = 0; m < QUERY_TILES; m++) mma_step(out[m][c], a[m], right);
-            }
+            for (int m = 0; m < QUERY_TILES; m++)
+#pragma unroll
+                for (int i = 0; i < 4; i++) out[m][c][i] += share[m][i];
         }
     } else {
         constexpr int STEPS = KEY_COLUMNS / 2;  // of 16 keys: two products' columns
@@ -177,30 +207,29 @@ template <class T> DEVICE void add_values(Output& out, const Scores& p, const Pi
                     const float* c = p[m][2 * k + i / 2];
                     a[m][k].high[i] = pack<T>(c[2 * (i % 2)], c[2 * (i % 2) + 1]);
                 }
-        const int matrix = lane_index() / 8;
 #pragma unroll
         for (int k = 0; k < STEPS; k++)
 #pragma unroll
             for (int c = 0; c + 1 < OUT_COLUMNS; c += 2) {
                 u32 b[4];
-                load_right_transposed<ValueTile, LANE_KEYS>(b, values, 2 * k + matrix % 2, c + matrix / 2);
+                load_right_transposed<ValueTile, LANE_KEYS>(b, values, 2 * k, c);
 #pragma unroll
                 for (int i = 0; i < 2; i++)
 #pragma unroll
                     for (int m = 0; m < QUERY_TILES; m++)
-                        mma_step(out[m][c + i], a[m][k], Factor<T, 2>{{b[2 * i], b[2 * i + 1]}});
+                        mma_step<LARGE_TERMS>(out[m][c + i], a[m][k], Factor<T, 2>{{b[2 * i], b[2 * i + 1]}});
             }
         if constexpr (OUT_COLUMNS % 2 == 1) {
             constexpr int c = OUT_COLUMNS - 1;
 #pragma unroll
             for (int k = 0; k < STEPS; k += 2) {
                 u32 b[4];
-                load_right_transposed<ValueTile, LANE_KEYS>(b, values, 2 * k + matrix, c);
+                load_right_transposed_column<ValueTile, LANE_KEYS>(b, values, 2 * k, c);
 #pragma unroll
                 for (int i = 0; i < 2; i++)
 #pragma unroll
                     for (int m = 0; m < QUERY_TILES; m++)
-                        mma_step(out[m][c], a[m][k + i], Factor<T, 2>{{b[2 * i], b[2 * i + 1]}});
+                        mma_step<LARGE_TERMS>(out[m][c], a[m][k + i], Factor<T, 2>{{b[2 * i], b[2 * i + 1]}});
             }
         }
     }
@@ -217,21 +246,34 @@ template <int index> struct BiasPieces {
     static constexpr int count = LANE_KEYS / PIECE_ELEMENTS<B>;
     Piece pieces[present ? (by_query ? QUERY_TILES : 1) : 1][present && by_query ? 2 : 1][present ? count : 1];
 
-    DEVICE void load(const AttentionInputs& inputs, const Work& work, const Lane& lane, i64 key) {
+    const B* lane_data;                       // the lane's keys of tile 0, at the block's first query
+    i32 offsets[present && by_query ? QUERY_TILES : 1][2];  // of the lane's rows, in bytes; the plan keeps them below 2^31
+
+    DEVICE void start(const AttentionInputs& inputs, const Work& work, const Lane& lane) {
         if constexpr (present) {
-            const Operand& bias = inputs.biases[index];
-            const B* data = bias_data<index>(inputs, work.at) + key + lane.quad * LANE_KEYS;
+            const i64 stride = inputs.biases[index].strides[3];
+            lane_data = bias_data<index>(inputs, work.at) + (by_query ? work.query * stride : 0) + lane.quad * LANE_KEYS;
 #pragma unroll
             for (int m = 0; m < (by_query ? QUERY_TILES : 1); m++)
 #pragma unroll
-                for (int half = 0; half < (by_query ? 2 : 1); half++) {
+                for (int half = 0; half < 2; half++) {
                     // Queries that do not exist read the last one that does.
-                    const int row = lane.row(m, half);
-                    const i64 query = work.query + (row < work.queries ? row : work.queries - 1);
-                    const B* from = data + (by_query ? query * bias.strides[3] : 0);
-#pragma unroll
-                    for (int i = 0; i < count; i++) pieces[m][half][i] = load_piece(from + i * PIECE_ELEMENTS<B>);
+                    const int row = lane.row(m, half), last = work.queries - 1;
+                    offsets[m][half] = opaque(by_query ? (i32)((row < last ? row : last) * stride * (i64)sizeof(B)) : 0);
                 }
+        }
+    }
+
+    DEVICE void load(i64 key) {
+        if constexpr (present) {
+            const char* from = (const char*)(lane_data + key);
+#pragma unroll
+            for (int m = 0; m < (by_query ? QUERY_TILES : 1); m++)
+#pragma unroll
+                for (int half = 0; half < (by_query ? 2 : 1); half++)
+#pragma unroll
+                    for (int i = 0; i < count; i++)
+                        pieces[m][half][i] = load_piece(from + offsets[m][half] + 16 * i);
         }
     }
 
@@ -260,14 +302,20 @@ struct BiasTiles {
     BiasPieces<1> bias1;
     BiasPieces<2> bias2;
     BiasPieces<3> bias3;
-    DEVICE void load_ahead(const AttentionInputs& inputs, const Work& work, const Lane& lane, i64 key) {
-        bias0.load(inputs, work, lane, key);
-        if constexpr (!BiasPieces<0>::by_query) bias1.load(inputs, work, lane, key);
+    DEVICE void start(const AttentionInputs& inputs, const Work& work, const Lane& lane) {
+        bias0.start(inputs, work, lane);
+        bias1.start(inputs, work, lane);
+        bias2.start(inputs, work, lane);
+        bias3.start(inputs, work, lane);
     }
-    DEVICE void load_now(const AttentionInputs& inputs, const Work& work, const Lane& lane, i64 key) {
-        if constexpr (BiasPieces<0>::by_query) bias1.load(inputs, work, lane, key);
-        bias2.load(inputs, work, lane, key);
-        bias3.load(inputs, work, lane, key);
+    DEVICE void load_ahead(i64 key) {
+        bias0.load(key);
+        if constexpr (!BiasPieces<0>::by_query) bias1.load(key);
+    }
+    DEVICE void load_now(i64 key) {
+        if constexpr (BiasPieces<0>::by_query) bias1.load(key);
+        bias2.load(key);
+        bias3.load(key);
     }
     template <bool queries> DEVICE float add(float sum, float inverse_scale, int m, int half, int key) const {
         sum = bias0.add<queries>(sum, inverse_scale, m, half, key);
@@ -310,21 +358,23 @@ DEVICE void start_with_biases(Scores& s, const BiasTiles& biases, float inverse_
 
 // S from products to logits in base 2, with whatever the problem adds and excludes: equations (1), (2).
 DEVICE void finish_logits(Scores& s, const AttentionInputs& inputs, const Work& work, const KeyTile& tile, const Lane& lane) {
+    const i64 first_query = opaque(work.query);
+    const int last = opaque(work.queries) - 1, quad = opaque(lane.quad);
     const float slope = ALIBI ? ((const float*)inputs.alibi_slopes)[work.at.head] : 0.0f;
-    const u32 kept = (u32)(tile.keeps >> (lane.quad * LANE_KEYS));
+    const u32 kept = (u32)(tile.keeps >> (quad * LANE_KEYS));
 #pragma unroll
     for (int m = 0; m < QUERY_TILES; m++)
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             const int row = lane.row(m, half);
-            const i64 query = work.query + (row < work.queries ? row : work.queries - 1);
+            const i64 query = first_query + (row < last ? row : last);
             const i32 id = SEGMENTS ? segment(inputs.q_segments, work.at, query) : 0;
 #pragma unroll
             for (int n = 0; n < KEY_COLUMNS; n++)
 #pragma unroll
                 for (int column = 0; column < 2; column++) {
                     float& logit = s[m][n][2 * half + column];
-                    const i64 key = tile.key + lane.key(n, column);
+                    const i64 key = tile.key + quad * LANE_KEYS + 2 * n + column;
                     bool keep = kept >> (2 * n + column) & 1;
                     if (keep) {
                         if constexpr (POSITIONS) keep = keep && position_keeps(inputs, query, key);
@@ -346,30 +396,31 @@ DEVICE void row_maxima(RowValues& to, const RowValues& before, const Scores& s, 
     for (int m = 0; m < QUERY_TILES; m++)
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            float top = -INFINITE;
+            float top = maximum(s[m][0][2 * half], s[m][0][2 * half + 1]);
 #pragma unroll
-            for (int n = 0; n < KEY_COLUMNS; n++) top = maximum(top, maximum(s[m][n][2 * half], s[m][n][2 * half + 1]));
+            for (int n = 1; n < KEY_COLUMNS; n++) top = maximum(top, maximum(s[m][n][2 * half], s[m][n][2 * half + 1]));
             to[m][half] = maximum(before[m][half], quad_maximum(top) * scale);
         }
 }
 
 // Whether the plain path's arithmetic holds for every row of the warp.
 DEVICE bool in_plain_range(const RowValues& maxima) {
-    bool holds = true;
+    float farthest = 0.0f;
 #pragma unroll
     for (int m = 0; m < QUERY_TILES; m++)
 #pragma unroll
-        for (int half = 0; half < 2; half++) holds = holds && maxima[m][half] <= PLAIN_LIMIT && maxima[m][half] >= -PLAIN_LIMIT;
-    return warp_all(holds);
+        for (int half = 0; half < 2; half++) farthest = maximum(farthest, magnitude(maxima[m][half]));
+    return warp_all(farthest <= PLAIN_LIMIT);
 }
 
-// P = 2^(S scale - maximum), row sums, and O and row sums brought to the new maximum: equations (3a)-(3c).
-DEVICE void exponentials(Scores& s, float scale, RowValues& maxima, const RowValues& new_maxima, RowValues& sums, Output& out) {
+// P = 2^(S scale - reference), row sums, and O and row sums brought from the old maximum to the new reference, which is the
+// new maximum or, where that is -inf, 0: equations (3a)-(3c).
+DEVICE void exponentials(Scores& s, float scale, const RowValues& maxima, const RowValues& references, RowValues& sums, Output& out) {
 #pragma unroll
     for (int m = 0; m < QUERY_TILES; m++)
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            const float reference = new_maxima[m][half] == -INFINITE ? 0.0f : new_maxima[m][half];
+            const float reference = references[m][half];
             const float factor = exp2(maxima[m][half] - reference);
             float sum = 0.0f;
 #pragma unroll
@@ -378,10 +429,9 @@ DEVICE void exponentials(Scores& s, float scale, RowValues& maxima, const RowVal
                 for (int column = 0; column < 2; column++) {
                     float& score = s[m][n][2 * half + column];
                     score = exp2(fused_multiply_add(score, scale, -reference));
-                    sum += score;
+                    sum = n + column == 0 ? score : sum + score;
                 }
             sums[m][half] = fused_multiply_add(sums[m][half], factor, sum);
-            maxima[m][half] = new_maxima[m][half];
 #pragma unroll
             for (int c = 0; c < OUT_COLUMNS; c++) {
                 out[m][c][2 * half] *= factor;
@@ -535,21 +585,24 @@ KERNEL(THREADS) attention_forward(const ForwardParams params) {
     };
     const i64 kv_head = work.at.head / inputs.group;
     const Rows<T> k = rows_of(inputs.k, kv_head), v = rows_of(inputs.v, kv_head);
+    const TileLoader<QueryTile, Q_PIECES, THREADS> load_queries(rows_of(inputs.q, work.at.head));
+    const TileLoader<KeyTileShape, K_PIECES, THREADS> key_loader(k);
+    const TileLoader<ValueTile, V_PIECES, THREADS> value_loader(v);
     const auto load_keys = [&](int stage, const KeyTile& tile) {
         const auto keeps = [&](int row) { return (tile.keeps >> row & 1) != 0; };
-        load_tile<KeyTileShape, K_PIECES, THREADS>(shared_keys + stage * KeyTileShape::size, k.from(tile.key), keeps);
-        load_tile<ValueTile, V_PIECES, THREADS>(shared_values + stage * ValueTile::size, v.from(tile.key), keeps);
+        key_loader.load(shared_keys + stage * KeyTileShape::size, tile.key, keeps);
+        value_loader.load(shared_values + stage * ValueTile::size, tile.key, keeps);
         copy_async_commit();
     };
 
     // The next tile of keys, on its way.
     KeyWalk<TILE_K> walk(inputs, work.at, work.query, work.queries);
     BiasTiles biases;
-    load_tile<QueryTile, Q_PIECES, THREADS>(shared_queries, rows_of(inputs.q, work.at.head).from(work.query),
-                                            [&](int row) { return row < work.queries; });
+    biases.start(inputs, work, lane);
+    load_queries.load(shared_queries, work.query, [&](int row) { return row < work.queries; });
     if (!walk.done()) {
         load_keys(0, walk.tile);
-        biases.load_ahead(inputs, work, lane, walk.tile.key);
+        if (walk.tile.cover == FULL) biases.load_ahead(walk.tile.key);
         walk.read_ahead();
     }
     copy_async_commit();
@@ -569,39 +622,46 @@ KERNEL(THREADS) attention_forward(const ForwardParams params) {
         copy_async_wait<0>();
         block_barrier();
         walk.advance();
-        if (STAGES == 2 && !walk.done()) load_keys(1 - stage, walk.tile);
+        const bool more = !walk.done();
+        if (STAGES == 2 && more) load_keys(1 - stage, walk.tile);
         const Piece* const keys = shared_keys + stage * KeyTileShape::size;
 
         Scores s;
-        RowValues new_maxima;
+        RowValues new_maxima, references;
         float scale = inputs.scale_base2;
-        bool plain = PRELOAD && tile.cover == FULL && tile.key + TILE_K <= inputs.seqlen_k;
+        bool plain = PRELOAD && tile.cover == FULL;
         if (plain) {
-            biases.load_now(inputs, work, lane, tile.key);
+            biases.load_now(tile.key);
             start_with_biases(s, biases, inverse_scale, tile.keeps, lane);
         }
-        if (!walk.done()) {
-            biases.load_ahead(inputs, work, lane, walk.tile.key);
-            walk.read_ahead();
-        }
+        if (more) walk.read_ahead();
         if (plain) {
-            add_logits(s, queries, keys);
+            add_logits<T>(s, queries, keys);
             row_maxima(new_maxima, maxima, s, scale);
+            for_rows([&](int m, int half) { references[m][half] = new_maxima[m][half]; });
             plain = in_plain_range(new_maxima);
         }
         if (!plain) {
             start_with_zeros(s);
-            add_logits(s, queries, keys);
+            add_logits<T>(s, queries, keys);
             finish_logits(s, inputs, work, tile, lane);
+            // Read again, so that finish_logits may use the registers.
+            queries.load(shared_queries, lane.query);
             scale = 1.0f;
             row_maxima(new_maxima, maxima, s, scale);
+            for_rows([&](int m, int half) {
+                references[m][half] = new_maxima[m][half] == -INFINITE ? 0.0f : new_maxima[m][half];
+            });
         }
-        exponentials(s, scale, maxima, new_maxima, sums, out);
+        exponentials(s, scale, maxima, references, sums, out);
+        for_rows([&](int m, int half) { maxima[m][half] = new_maxima[m][half]; });
+        // Not earlier: here P takes half the registers that S took.
+        if (more && walk.tile.cover == FULL) biases.load_ahead(walk.tile.key);
         add_values<T>(out, s, shared_values + stage * ValueTile::size);
 
         if (STAGES == 2) {
             stage = 1 - stage;
-        } else if (!walk.done()) {
+        } else if (more) {
             block_barrier();
             load_keys(0, walk.tile);
         }

@@ -107,6 +107,7 @@ DEVICE float add(float a, float b) { return __fadd_rn(a, b); }
 // The greater of two; a NaN loses.
 DEVICE float maximum(float a, float b) { return fmaxf(a, b); }
 DEVICE float minimum(float a, float b) { return fminf(a, b); }
+DEVICE float magnitude(float x) { return fabsf(x); }
 // The greater of two; a NaN wins.
 DEVICE float maximum_or_nan(float a, float b) {
     float y;
@@ -177,6 +178,17 @@ DEVICE u32 to_tf32(float x) {
     return y;
 }
 
+// The same number, of which the compiler knows nothing: what is computed from it stays where it is written, and does not
+// take registers through a loop.
+DEVICE int opaque(int x) {
+    asm volatile("" : "+r"(x));
+    return x;
+}
+DEVICE i64 opaque(i64 x) {
+    asm volatile("" : "+l"(x));
+    return x;
+}
+
 // ----------------------------------------------------------------------------------------------------------- memory
 
 // Address of shared memory as its own instructions take it.
@@ -215,6 +227,32 @@ DEVICE void load_matrices_transposed(u32 (&to)[4], u32 address) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                  : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
                  : "r"(address)
+                 : "memory");
+}
+
+// Words of shared memory.
+DEVICE u32 load_shared(u32 address) {
+    u32 y;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(y) : "r"(address) : "memory");
+    return y;
+}
+DEVICE void load_shared_pair(float (&to)[2], u32 address) {
+    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(to[0]), "=f"(to[1]) : "r"(address) : "memory");
+}
+DEVICE Piece load_shared_piece(u32 address) {
+    Piece y;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(y.words[0]), "=r"(y.words[1]), "=r"(y.words[2]), "=r"(y.words[3])
+                 : "r"(address)
+                 : "memory");
+    return y;
+}
+DEVICE void store_shared_pair(u32 address, float x, float y) {
+    asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(x), "f"(y) : "memory");
+}
+DEVICE void store_shared_piece(u32 address, const Piece& x) {
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(x.words[0]), "r"(x.words[1]),
+                 "r"(x.words[2]), "r"(x.words[3])
                  : "memory");
 }
 

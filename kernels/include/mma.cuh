@@ -12,7 +12,9 @@
 //
 // f32 is multiplied as three products of tf32 (11 significant bits): x = h + l with h and l rounded to tf32, and
 // A B = Ah Bh + Ah Bl + Al Bh. |l| <= 2^-11 |x|, so rounding l and leaving out Al Bl cost at most 2^-22 each of a
-// product, and at random: over a sum that is what rounding in f32 (2^-24 of every partial sum) costs too.
+// product, and at random: over a sum that is what rounding in f32 (2^-24 of every partial sum) costs too. The matrix unit
+// cuts off what does not fit its sums, always towards 0. That adds up, so the two small terms of all steps come first, when
+// the sum is small, and long sums are cut into short ones that are added in f32.
 #pragma once
 
 #include "gpu.h"
@@ -49,55 +51,59 @@ template <class T, int words> DEVICE Factor<T, words / 2> half_of(const Factor<T
     return half;
 }
 
-DEVICE void mma_step(float (&c)[4], const Factor<f16, 4>& a, const Factor<f16, 2>& b) {
+// Which terms of a product are added: in the half types there is a large one only.
+constexpr int SMALL_TERMS = 0;  // Ah Bl + Al Bh
+constexpr int LARGE_TERMS = 1;  // Ah Bh
+
+DEVICE void mma(float (&c)[4], const u32 (&a)[4], const u32 (&b)[2], f16) {
     asm volatile(
         "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a.high[0]), "r"(a.high[1]), "r"(a.high[2]), "r"(a.high[3]), "r"(b.high[0]), "r"(b.high[1]));
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
-DEVICE void mma_step(float (&c)[4], const Factor<bf16, 4>& a, const Factor<bf16, 2>& b) {
+DEVICE void mma(float (&c)[4], const u32 (&a)[4], const u32 (&b)[2], bf16) {
     asm volatile(
         "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
         "{%0, %1, %2, %3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a.high[0]), "r"(a.high[1]), "r"(a.high[2]), "r"(a.high[3]), "r"(b.high[0]), "r"(b.high[1]));
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
-DEVICE void mma_tf32(float (&c)[4], const u32 (&a)[4], const u32 (&b)[2]) {
+DEVICE void mma(float (&c)[4], const u32 (&a)[4], const u32 (&b)[2], float) {
     asm volatile(
         "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
-DEVICE void mma_step(float (&c)[4], const Factor<float, 4>& a, const Factor<float, 2>& b) {
-    mma_tf32(c, a.low, b.high);
-    mma_tf32(c, a.high, b.low);
-    mma_tf32(c, a.high, b.high);
-}
-
-// A half step.
-DEVICE void mma_half_step(float (&c)[4], const Factor<f16, 2>& a, const Factor<f16, 1>& b) {
+// Half a step.
+DEVICE void mma(float (&c)[4], const u32 (&a)[2], const u32 (&b)[1], f16) {
     asm volatile(
         "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a.high[0]), "r"(a.high[1]), "r"(b.high[0]));
+        : "r"(a[0]), "r"(a[1]), "r"(b[0]));
 }
-DEVICE void mma_half_step(float (&c)[4], const Factor<bf16, 2>& a, const Factor<bf16, 1>& b) {
+DEVICE void mma(float (&c)[4], const u32 (&a)[2], const u32 (&b)[1], bf16) {
     asm volatile(
         "mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-        : "r"(a.high[0]), "r"(a.high[1]), "r"(b.high[0]));
+        : "r"(a[0]), "r"(a[1]), "r"(b[0]));
 }
-
-DEVICE void mma_tf32_half(float (&c)[4], const u32 (&a)[2], const u32 (&b)[1]) {
+DEVICE void mma(float (&c)[4], const u32 (&a)[2], const u32 (&b)[1], float) {
     asm volatile(
         "mma.sync.aligned.m16n8k4.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(b[0]));
 }
-DEVICE void mma_half_step(float (&c)[4], const Factor<float, 2>& a, const Factor<float, 1>& b) {
-    mma_tf32_half(c, a.low, b.high);
-    mma_tf32_half(c, a.high, b.low);
-    mma_tf32_half(c, a.high, b.high);
+
+// C += A B for one step, or half a step with half as many words.
+template <int terms, class T, int words>
+DEVICE void mma_step(float (&c)[4], const Factor<T, words>& a, const Factor<T, words / 2>& b) {
+    if constexpr (terms == LARGE_TERMS) {
+        mma(c, a.high, b.high, T());
+    } else {
+        static_assert(sizeof(T) == 4, "products of halves have no small terms");
+        mma(c, a.low, b.high, T());
+        mma(c, a.high, b.low, T());
+    }
 }
 
 // Reductions over the four lanes that share a row of C.

@@ -51,21 +51,45 @@ struct ForwardParams {
     i64 first_block;       // blocks launched before this launch
 };
 
+// What the kernels of the backward pass share; `attention/README.md` says what each reads and writes.
 struct BackwardParams {
     AttentionInputs inputs;
     Operand out;
     Operand lse;
     Operand lse_low;
     Operand d_out;
+    Operand d_o;           // gradient of the output before the gate: d_out, or in the workspace
     Operand dq;
     Operand dk;
     Operand dv;
     Operand dbiases[MAX_BIASES];
     Operand d_gate;
-    u64 delta;             // f32 [batch, rows, heads, seqlen_q]
-    u64 partials;          // f32, sums of chunks that a last pass adds in order
-    i64 chunks;            // parts the walk over broadcast axes is cut into
-    i64 chunk;             // entries of such a part
+    u64 statistics;        // f32 [3, batch, rows, heads, padded_queries]: lse, low part in base 2, -delta
+    u64 uniform_sums;      // f32 [batch, rows, key heads, head_dim_v]: what empty rows give every dV
+    u64 key_sums;          // f32 [query chunks, batch, rows, heads, seqlen_k]: sums of dS over queries
+    u64 query_sums;        // f32 [batch, rows, heads, seqlen_q]: sums of dS over keys
+    u64 dq_partials;       // f32 [key parts, batch, rows, heads, seqlen_q, head_dim]
+    u64 dk_partials;       // f32 [query chunks, batch, rows, key heads, seqlen_k, head_dim]
+    u64 dv_partials;       // f32 [query chunks, batch, rows, key heads, seqlen_k, head_dim_v]
+    u64 dbias_partials;    // f32 [term chunks, batch, rows, heads, seqlen_q, seqlen_k], reduced axes with one entry
+    i64 padded_queries;    // seqlen_q rounded up to four
+    i64 query_chunks;      // parts of the walk over queries
+    i64 query_chunk;       // tiles of such a part
+    i64 term_chunks;       // parts of the walk over what shares a bias
+    i64 term_chunk;        // entries of such a part
+    i64 first_block;
+};
+
+// Sums of partials, `attention/sums.cu`: to[i] = factor * sum over r of from[i, r].
+struct SumParams {
+    Operand to;
+    u64 from;              // f32
+    i64 sizes[5];          // of the result
+    i64 from_strides[5];
+    i64 summed[4];         // sizes of the axes that are summed, the last one fastest
+    i64 summed_strides[4];
+    float factor;
+    float padding;
     i64 first_block;
 };
 
@@ -109,7 +133,8 @@ struct FillParams {
 static_assert(sizeof(Operand) == 48, "Operand");
 static_assert(sizeof(AttentionInputs) == 12 * 48 + 88, "AttentionInputs");
 static_assert(sizeof(ForwardParams) == sizeof(AttentionInputs) + 3 * 48 + 8, "ForwardParams");
-static_assert(sizeof(BackwardParams) == sizeof(AttentionInputs) + 12 * 48 + 40, "BackwardParams");
+static_assert(sizeof(BackwardParams) == sizeof(AttentionInputs) + 13 * 48 + 112, "BackwardParams");
+static_assert(sizeof(SumParams) == 48 + 8 + 10 * 8 + 8 * 8 + 16, "SumParams");
 static_assert(sizeof(MergeParams) == 6 * 48 + 48, "MergeParams");
 static_assert(sizeof(RelayoutParams) == 16 + 3 * 64 + 16, "RelayoutParams");
 static_assert(sizeof(FillParams) == 16 + 2 * 64 + 16, "FillParams");
@@ -117,5 +142,5 @@ static_assert(sizeof(FillParams) == 16 + 2 * 64 + 16, "FillParams");
 #if !defined(__CUDACC_VER_MAJOR__) || __CUDACC_VER_MAJOR__ >= 13
 static_assert(__builtin_offsetof(AttentionInputs, alibi_slopes) == 12 * 48, "AttentionInputs::alibi_slopes");
 static_assert(__builtin_offsetof(AttentionInputs, scale) == 12 * 48 + 80, "AttentionInputs::scale");
-static_assert(__builtin_offsetof(BackwardParams, delta) == sizeof(AttentionInputs) + 12 * 48, "BackwardParams::delta");
+static_assert(__builtin_offsetof(BackwardParams, statistics) == sizeof(AttentionInputs) + 13 * 48, "BackwardParams::statistics");
 #endif

@@ -61,36 +61,55 @@ template <class T> struct Rows {
     const T* data;
     i64 row_stride;
     i64 channel_stride;
-    // From another row on.
-    DEVICE Rows from(i64 row) const { return {data + row * row_stride, row_stride, channel_stride}; }
 };
 
-// Starts loading a tile: all threads of the block, row i where `keeps(i)`; the other rows and channels that do not exist
-// become 0 and are not read. In pieces where `in_pieces`: rows start at multiples of 16 bytes, with neighbouring channels,
-// a multiple of 8 of them. Complete for the block after `copy_async_commit`, `copy_async_wait` and a barrier.
-template <class Tile, bool in_pieces, int threads, class Keeps>
-DEVICE void load_tile(Piece* tile, const Rows<typename Tile::T>& from, Keeps keeps) {
+// Loads tiles of one operand, one after another: all threads of the block. Row i is loaded where `keeps(i)`; the other
+// rows and channels that do not exist become 0 and are not read. In pieces where `in_pieces`: rows start at multiples of 16
+// bytes, with neighbouring channels, a multiple of 8 of them. Complete for the block after `copy_async_commit`,
+// `copy_async_wait` and a barrier.
+template <class Tile, bool in_pieces, int threads> struct TileLoader {
     using T = typename Tile::T;
-    if constexpr (in_pieces) {
-        static_assert(Tile::channels % 8 == 0, "pieces of a row");
-        const u32 to = shared_address(tile);
+    // A thread keeps its piece, and its row grows by the same number from round to round; where a row has 3, 6, ... pieces,
+    // some threads have none.
+    static constexpr int row_threads = Tile::pieces <= 2 ? Tile::pieces : Tile::pieces <= 4 ? 4 : Tile::pieces <= 8 ? 8 : Tile::pieces <= 16 ? 16 : Tile::pieces <= 32 ? 32 : 64;
+    static constexpr int round_rows = threads / row_threads;
+    static_assert(round_rows > 0, "a row is loaded at once");
+
+    Rows<T> from;
+    const char* mine;  // the thread's first piece in the first tile
+
+    DEVICE TileLoader(const Rows<T>& rows)
+        : from(rows),
+          mine((const char*)opaque((i64)(rows.data + row() * rows.row_stride + piece() * PIECE_ELEMENTS<T>))) {}
+
+    static DEVICE int row() { return thread_index() / row_threads; }
+    static DEVICE int piece() { return thread_index() % row_threads; }
+
+    // The tile whose first row is `first`.
+    template <class Keeps> DEVICE void load(Piece* tile, i64 first, Keeps keeps) const {
+        if constexpr (in_pieces) {
+            static_assert(Tile::channels % 8 == 0, "pieces of a row");
+            if (row_threads != Tile::pieces && piece() >= Tile::pieces) return;
+            const i64 row_bytes = from.row_stride * (i64)sizeof(T);
+            const char* data = mine + first * row_bytes;
+            const u32 to = shared_address(tile);
 #pragma unroll
-        for (int first = 0; first < Tile::rows * Tile::pieces; first += threads) {
-            const int index = first + thread_index();
-            if (Tile::rows * Tile::pieces % threads != 0 && index >= Tile::rows * Tile::pieces) break;
-            const int row = index / Tile::pieces, piece = index % Tile::pieces;
-            copy_async(to + 16 * Tile::slot(row, piece), from.data + row * from.row_stride + piece * PIECE_ELEMENTS<T>, keeps(row) ? 16 : 0);
-        }
-    } else {
-        constexpr int padded = Tile::pieces * PIECE_ELEMENTS<T>;
-        for (int index = thread_index(); index < Tile::rows * padded; index += threads) {
-            const int row = index / padded, channel = index % padded;
-            const bool exists = channel < Tile::channels && keeps(row);
-            const T value = exists ? from.data[row * from.row_stride + channel * from.channel_stride] : from_f32<T>(0.0f);
-            *(T*)Tile::element(tile, row, channel) = value;
+            for (int start = 0; start < Tile::rows; start += round_rows) {
+                if (Tile::rows % round_rows == 0 || row() + start < Tile::rows)
+                    copy_async(to + 16 * Tile::slot(row() + start, piece()), data, keeps(row() + start) ? 16 : 0);
+                data += round_rows * row_bytes;
+            }
+        } else {
+            constexpr int padded = Tile::pieces * PIECE_ELEMENTS<T>;
+            for (int index = thread_index(); index < Tile::rows * padded; index += threads) {
+                const int row = index / padded, channel = index % padded;
+                const bool exists = channel < Tile::channels && keeps(row);
+                const T* data = from.data + (first + row) * from.row_stride + channel * from.channel_stride;
+                *(T*)Tile::element(tile, row, channel) = exists ? *data : from_f32<T>(0.0f);
+            }
         }
     }
-}
+};
 
 // A of one step: 16 rows from `row`, which is in rows order. `step` counts steps; a half step comes last.
 template <class Tile> DEVICE void load_left(u32 (&a)[4], const Piece* tile, int row, int step) {
@@ -103,27 +122,43 @@ template <class Tile> DEVICE void load_left(u32 (&a)[4], const Piece* tile, int 
 // short; otherwise two steps of one product.
 template <class Tile> constexpr int products_of_load = Tile::pieces == 1 ? 4 : Tile::pieces == 2 ? 2 : 1;
 
+// Where a dealt row's piece lies, for `product` and `piece` that all lanes share, and what differs by lane (a small product
+// and piece, whose bits those do not have). Products `product` take 8 pieces, or a multiple, from one to the next: they are
+// added to an address, and pieces flip bits of it, so that what the lane gives is computed once for all.
+template <class Tile, int lane_rows>
+DEVICE u32 dealt_address(const Piece* tile, int lane_product, int lane_piece, int product, int piece) {
+    const int slot = Tile::slot(dealt_row<lane_rows>(lane_product, lane_index() % 8), lane_piece);
+    return shared_address(tile) + 16 * ((slot ^ (piece & 7)) + (piece & ~7) + 2 * product * Tile::pitch);
+}
+
 // B for `products_of_load` products from `product` on, columns of B being rows of the tile: word w of product p is
-// b[p * (4 / products_of_load) + w], steps one after another. Words of pieces that do not exist repeat another piece.
+// b[p * (4 / products_of_load) + w], steps one after another; `step` is even. Words of pieces that do not exist are other
+// words of the row (the last piece's).
 template <class Tile, int lane_rows> DEVICE void load_right(u32 (&b)[4], const Piece* tile, int product, int step) {
     constexpr int matrices = 4 / products_of_load<Tile>;  // of one product
-    const int matrix = lane_index() / 8;
-    const int piece = 2 * step + matrix % matrices;
-    const int row = dealt_row<lane_rows>(product + matrix / matrices, lane_index() % 8);
-    load_matrices(b, shared_address(tile + Tile::slot(row, piece < Tile::pieces ? piece : Tile::pieces - 1)));
+    const int last = Tile::pieces - 1 - 2 * step;
+    const int matrix = lane_index() / 8, piece = matrix % matrices;
+    load_matrices(b, dealt_address<Tile, lane_rows>(tile, matrix / matrices, piece < last ? piece : last, product, 2 * step));
 }
 
-// B whose k runs along the rows of a tile, half types: four matrices, each of the eight rows of a product and of the piece
-// `column`, as the eight lanes that give its addresses (lanes 8i .. 8i + 7 for matrix i) name them.
+// B whose k runs along the rows of a tile, half types. Pieces are columns of 8 channels. Words 0, 1: products `product`
+// (even) and the next, in piece `piece` (even); words 2, 3: the same in the next piece.
 template <class Tile, int lane_rows>
-DEVICE void load_right_transposed(u32 (&b)[4], const Piece* tile, int product, int column) {
+DEVICE void load_right_transposed(u32 (&b)[4], const Piece* tile, int product, int piece) {
     static_assert(sizeof(typename Tile::T) == 2, "transposed loads move halves");
-    const int row = dealt_row<lane_rows>(product, lane_index() % 8);
-    load_matrices_transposed(b, shared_address(tile + Tile::slot(row, column)));
+    const int matrix = lane_index() / 8;
+    load_matrices_transposed(b, dealt_address<Tile, lane_rows>(tile, matrix % 2, matrix / 2, product, piece));
 }
 
-// The same for f32, one step (eight rows, of one product). k = t and k = t + 4 stand for the columns 2t and 2t + 1 that
-// lane t of a quad holds of C, so that C is A of the next product as it lies.
+// As above, for one piece and four products from `product` (a multiple of 4) on.
+template <class Tile, int lane_rows>
+DEVICE void load_right_transposed_column(u32 (&b)[4], const Piece* tile, int product, int piece) {
+    static_assert(sizeof(typename Tile::T) == 2, "transposed loads move halves");
+    load_matrices_transposed(b, dealt_address<Tile, lane_rows>(tile, lane_index() / 8, 0, product, piece));
+}
+
+// The same for f32, one step: the eight rows of one product, channels 8 `column` on. k = t and k = t + 4 stand for the
+// columns 2t and 2t + 1 that lane t of a quad holds of C, so that C is A of the next product as it lies.
 template <class Tile, int lane_rows>
 DEVICE void load_right_columns(u32 (&b)[2], const Piece* tile, int product, int column) {
     static_assert(sizeof(typename Tile::T) == 4, "words");

@@ -7,7 +7,7 @@
 struct KeyTile {
     i64 key;     // its first key; the end of all keys behind the last tile
     u64 keeps;   // bit i: key + i exists, is counted by lengths and kept by the key mask
-    int cover;   // of causality, window and segments: PARTIAL or FULL
+    int cover;   // of causality, window and segments: PARTIAL or FULL; PARTIAL where the sequence ends
 };
 
 // Visits the tiles of `tile_keys` keys that queries `query .. query + queries` may see, in ascending order; others are
@@ -54,7 +54,8 @@ template <int tile_keys> struct KeyWalk {
         if constexpr (KEY_MASK) {
 #pragma unroll
             for (int i = 0; i < 2; i++) {
-                const int index = lane_index() + i * WARP_THREADS;
+                // Opaque: addresses are worth no registers from tile to tile.
+                const int index = opaque(lane_index()) + i * WARP_THREADS;
                 ahead[i] = index < tile_keys && key + index < end && key_mask_keeps(inputs, at, key + index);
             }
         }
@@ -64,13 +65,14 @@ template <int tile_keys> struct KeyWalk {
     // Goes to the tile that was read ahead, or the first one after it that shows something.
     DEVICE void advance() {
         for (;; read_ahead(ahead_key + tile_keys)) {
-            tile = {ahead_key, 0, FULL};
+            tile = {ahead_key, 0, ahead_key + tile_keys <= inputs.seqlen_k ? FULL : PARTIAL};
             if (tile.key >= end) return;
             const i64 there = end - tile.key;
             const int keys = there < tile_keys ? (int)there : tile_keys;
             if constexpr (POSITIONS) {
-                tile.cover = position_cover(inputs, query, queries, tile.key, keys);
-                if (tile.cover == EMPTY) {
+                const int cover = position_cover(inputs, query, queries, tile.key, keys);
+                tile.cover = cover < tile.cover ? cover : tile.cover;
+                if (cover == EMPTY) {
                     if (distance(inputs, query + queries - 1, tile.key) > inputs.highest_distance) ahead_key = end;
                     continue;
                 }

@@ -7,7 +7,7 @@
 mod attention;
 
 use crate::kernel::{Kernel, KernelError};
-use crate::{fill, merge, relayout};
+use crate::{backward, fill, merge, relayout};
 
 /// One kernel.
 #[derive(Clone, Debug, PartialEq, Eq)]

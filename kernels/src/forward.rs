@@ -111,8 +111,13 @@ impl ForwardKernel {
         let shared_by_rows = |(bias, (kind, _)): (&Operand, &(BiasKind, DType))| {
             spec.rows > 1 && bias.strides[1] == 0 && bias.strides[3] != 0 && *kind != BiasKind::Absent
         };
+        let mut tile = ForwardTile::new(dtype, spec.head_dim, spec.head_dim_v, spec.seqlen_q);
+        if attention.biases.contains(&(BiasKind::Pieces, DType::F32)) {
+            // Read ahead for two tiles of queries, such a bias would take 64 registers.
+            tile.query_tiles = 1;
+        }
         Self {
-            tile: ForwardTile::new(dtype, spec.head_dim, spec.head_dim_v, spec.seqlen_q),
+            tile,
             preload: divisible && preloaded && !attention.alibi,
             rows_first: operands.biases.iter().zip(&attention.biases).any(shared_by_rows),
             pieces: [

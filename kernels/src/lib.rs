@@ -12,6 +12,7 @@
 //! The mathematics is in `docs/mathematics.md`, the kernels' own account in `attention/README.md`.
 
 mod axes;
+mod backward;
 mod catalogue;
 mod constants;
 mod fill;
@@ -24,6 +25,7 @@ mod relayout;
 mod source;
 mod tile;
 
+pub use backward::{BackwardLaunch, BackwardOperands, backward, backward_workspace_bytes};
 pub use catalogue::{Entry, Pass, Scores, catalogue};
 pub use constants::{AttentionConstants, BiasKind};
 pub use fill::{fill, fill_view};

@@ -1,0 +1,384 @@
+// Logits of the backward passes from products of q and k, lse subtracted, and what masks exclude.
+//
+// In the pass by keys the rows of an accumulator are keys, of which a lane owns a run of 2 m; in the pass by queries the
+// columns are, and a run has 2 n. Biases whose rows move in pieces are read by such runs, where RUNS says that no run
+// crosses the end of the keys.
+//
+// Two ways, both in base 2. The plain one, scale (q k) + (biases * log2(e) - lse), holds while lse is small. The other does
+// what forward does, with biases rounded and saturated one by one, so that what is large cancels exactly, and subtracts
+// both parts of lse (9).
+#pragma once
+
+#include "attention.cuh"
+#include "stage.cuh"
+
+// Half-open.
+struct Range {
+    i64 begin;
+    i64 end;
+};
+
+DEVICE i64 least(i64 a, i64 b) { return a < b ? a : b; }
+DEVICE i64 greatest(i64 a, i64 b) { return a > b ? a : b; }
+DEVICE i64 divided_up(i64 a, i64 b) { return (a + b - 1) / b; }
+
+// a - b, or the nearest number there is.
+DEVICE i64 saturating_subtract(i64 a, i64 b) {
+    const i64 difference = (i64)((u64)a - (u64)b);
+    if (b >= 0) return difference <= a ? difference : (i64)0x8000000000000000ll;
+    return difference > a ? difference : 0x7fffffffffffffffll;
+}
+
+// Offset of an element of an operand with the axes batch, row, position, head, channel, and of one without the last two.
+DEVICE i64 offset_of(const Operand& x, const Position& at, i64 position, i64 head) {
+    return at.batch * x.strides[0] + at.row * x.strides[1] + position * x.strides[2] + head * x.strides[3];
+}
+
+// Queries that see some of the keys [begin, end), by position.
+DEVICE Range visible_queries(const AttentionInputs& in, i64 begin, i64 end) {
+    const i64 first = saturating_subtract(in.first_distance + begin, in.highest_distance);
+    const i64 last = saturating_subtract(in.first_distance + end - 1, in.lowest_distance);
+    return {greatest(first, 0), last < in.seqlen_q ? greatest(last + 1, 0) : in.seqlen_q};
+}
+// Keys that some of the queries [begin, end) see, by position.
+DEVICE Range visible_keys(const AttentionInputs& in, i64 begin, i64 end) {
+    const i64 first = saturating_subtract(in.lowest_distance, in.first_distance - begin);
+    const i64 last = saturating_subtract(in.highest_distance, in.first_distance - (end - 1));
+    return {greatest(first, 0), last < in.seqlen_k ? greatest(last + 1, 0) : in.seqlen_k};
+}
+
+// Offset of the statistics of one (batch, row, head).
+DEVICE i64 statistics_row(const BackwardParams& params, const Position& at) {
+    return ((at.batch * params.inputs.rows + at.row) * params.inputs.heads + at.head) * params.padded_queries;
+}
+// A walk over lse, its low part and -delta of the queries of a row, tile by tile; those beyond the padded end are 0.
+template <int queries, int threads> struct StatisticsWalk {
+    static_assert(3 * queries / 4 <= threads, "a piece for each thread at most");
+    const float* source;
+
+    DEVICE void start(const BackwardParams& params, const Position& at, i64 first) {
+        const i64 plane = params.inputs.batch * params.inputs.rows * params.inputs.heads * params.padded_queries;
+        const int kind = thread_index() / (queries / 4), piece = thread_index() % (queries / 4);
+        source = (const float*)params.statistics + kind * plane + statistics_row(params, at) + first + 4 * piece;
+    }
+    DEVICE void shift(i64 elements) { source += elements; }
+    // Starts the copy of the tile, before the padded end of which there are `left` queries.
+    DEVICE void fetch(u32 to, i64 left) {
+        if (thread_index() >= 3 * queries / 4) return;
+        copy_async(to + thread_index() * 16, source, 4 * (thread_index() % (queries / 4)) < left ? 16 : 0);
+    }
+    // The same, and on to the next tile.
+    DEVICE void next(u32 to, i64 left) {
+        fetch(to, left);
+        shift(queries);
+    }
+};
+
+// Whether the plain way may be taken next to this lse. f32 never does: its P is to be exact to f32.
+constexpr float PLAIN_LIMIT = 1024.0f;
+DEVICE bool allows_plain(float lse) { return sizeof(ELEMENT) == 2 && (lse < 0.0f ? -lse <= PLAIN_LIMIT : lse <= PLAIN_LIMIT || lse == INFINITE); }
+
+// The sum so far and one more bias: base 2.
+template <bool plain> DEVICE float with_bias(float sum, float bias) {
+    return plain ? fused_multiply_add(bias, LOG2_E, sum) : sum + bias_base2(bias);
+}
+
+// Neighbouring numbers that are read at once; an even number of halves.
+template <class T, int count> struct alignas(count * sizeof(T) < 16 ? count * sizeof(T) : 16) Run {
+    u32 words[count * (int)sizeof(T) / 4];
+    DEVICE float operator[](int i) const {
+        if constexpr (sizeof(T) == 4) {
+            return float_of(words[i]);
+        } else {
+            return i % 2 == 0 ? unpack_low<T>(words[i / 2]) : unpack_high<T>(words[i / 2]);
+        }
+    }
+};
+
+// A bias of a lane's keys (rows of the accumulators) and queries (columns), one tile of queries at a time.
+template <int index, int m, int n> struct KeyBias {
+    using T = typename Bias<index>::T;
+    static constexpr int kind = Bias<index>::kind;
+    static constexpr bool ahead = kind == PIECES && RUNS;
+    const T* data;
+    Run<T, 2 * m> runs[ahead ? n : 1][2];
+    float of_keys[m][2];
+
+    DEVICE void start_head(const AttentionInputs& in, const Position& at, i64 key) {
+        if constexpr (kind == ABSENT) return;
+        data = bias_data<index>(in, at);
+        if constexpr (kind == KEYS) {
+#pragma unroll
+            for (int i = 0; i < m; i++) {
+#pragma unroll
+                for (int half = 0; half < 2; half++) of_keys[i][half] = to_f32(data[least(key + 2 * i + half, in.seqlen_k - 1)]);
+            }
+        } else if constexpr (ahead) {
+            data += least(key, in.seqlen_k - 2 * m);
+        }
+    }
+    // Reads what the tile of queries from `first` on needs. Queries that do not exist read the last one that does.
+    DEVICE void fetch(const AttentionInputs& in, i64 first) {
+        if constexpr (ahead) {
+            const i64 stride = in.biases[index].strides[3];
+            const i64 query = first + 2 * (lane_index() % 4);
+            if (first + 8 * n <= in.seqlen_q) {
+                const T* from = data + query * stride;
+#pragma unroll
+                for (int j = 0; j < n; j++) {
+                    runs[j][0] = *(const Run<T, 2 * m>*)from;
+                    runs[j][1] = *(const Run<T, 2 * m>*)(from + stride);
+                    from += 8 * stride;
+                }
+            } else {
+#pragma unroll
+                for (int j = 0; j < n; j++) {
+#pragma unroll
+                    for (int e = 0; e < 2; e++) {
+                        runs[j][e] = *(const Run<T, 2 * m>*)(data + least(query + 8 * j + e, in.seqlen_q - 1) * stride);
+                    }
+                }
+            }
+        }
+    }
+    template <bool plain> DEVICE float add(float sum, const AttentionInputs& in, i64 key, i64 first, int i, int half, int j, int e) const {
+        if constexpr (kind == ABSENT) return sum;
+        if constexpr (ahead) return with_bias<plain>(sum, runs[j][e][2 * i + half]);
+        if constexpr (kind == KEYS) return with_bias<plain>(sum, of_keys[i][half]);
+        const Operand& bias = in.biases[index];
+        const i64 query = least(first + 8 * j + 2 * (lane_index() % 4) + e, in.seqlen_q - 1);
+        return with_bias<plain>(sum, to_f32(data[query * bias.strides[3] + least(key + 2 * i + half, in.seqlen_k - 1) * bias.strides[4]]));
+    }
+};
+
+// Every bias of a lane's tile with keys for rows.
+template <int m, int n> struct KeyBiases {
+    KeyBias<0, m, n> bias0;
+    KeyBias<1, m, n> bias1;
+    KeyBias<2, m, n> bias2;
+    KeyBias<3, m, n> bias3;
+    i64 key;
+    float slope;
+
+    DEVICE void start_head(const AttentionInputs& in, const Position& at, i64 first_key) {
+        key = first_key;
+        if (ALIBI) slope = ((const float*)in.alibi_slopes)[at.head];
+        bias0.start_head(in, at, key);
+        bias1.start_head(in, at, key);
+        bias2.start_head(in, at, key);
+        bias3.start_head(in, at, key);
+    }
+    DEVICE void fetch(const AttentionInputs& in, i64 first) {
+        bias0.fetch(in, first);
+        bias1.fetch(in, first);
+        bias2.fetch(in, first);
+        bias3.fetch(in, first);
+    }
+    // s = scale s + biases - lse
+    template <bool plain>
+    DEVICE void take(Accumulator (&s)[m][n], const AttentionInputs& in, i64 first, const float (&lse)[n][2], const float (&low)[n][2]) const {
+#pragma unroll
+        for (int i = 0; i < m; i++) {
+#pragma unroll
+            for (int j = 0; j < n; j++) {
+#pragma unroll
+                for (int x = 0; x < 4; x++) {
+                    const int half = x / 2, e = x % 2;
+                    float sum = plain ? -lse[j][e] : 0.0f;
+                    sum = bias0.template add<plain>(sum, in, key, first, i, half, j, e);
+                    sum = bias1.template add<plain>(sum, in, key, first, i, half, j, e);
+                    sum = bias2.template add<plain>(sum, in, key, first, i, half, j, e);
+                    sum = bias3.template add<plain>(sum, in, key, first, i, half, j, e);
+                    if (ALIBI) sum += alibi_base2(slope, distance(in, first + 8 * j + 2 * (lane_index() % 4) + e, key + 2 * i + half));
+                    const float logit = fused_multiply_add(s[i][j][x], in.scale_base2, sum);
+                    s[i][j][x] = plain ? logit : add(add(logit, -lse[j][e]), -low[j][e]);
+                }
+            }
+        }
+    }
+};
+
+// A bias of a lane's queries (rows of the accumulators) and keys (columns), one step of keys at a time.
+template <int index, int m, int n> struct QueryBias {
+    using T = typename Bias<index>::T;
+    static constexpr int kind = Bias<index>::kind;
+    static constexpr bool ahead = kind >= PIECES && RUNS;
+    static constexpr bool by_query = kind == PIECES;
+    const T* data;
+    const T* rows[ahead && by_query ? m : 1][2];
+    Run<T, 2 * n> runs[ahead && by_query ? m : 1][ahead && by_query ? 2 : 1];
+
+    // A lane's first query. Queries that do not exist read the last one that does.
+    DEVICE void start(const AttentionInputs& in, const Position& at, i64 query) {
+        if constexpr (kind != ABSENT) data = bias_data<index>(in, at);
+        if constexpr (ahead && by_query) {
+#pragma unroll
+            for (int i = 0; i < m; i++) {
+#pragma unroll
+                for (int half = 0; half < 2; half++) {
+                    rows[i][half] = data + least(query + 16 * i + 8 * half, in.seqlen_q - 1) * in.biases[index].strides[3];
+                }
+            }
+        }
+    }
+    // To the next row of the batch.
+    DEVICE void advance_row(const AttentionInputs& in) {
+        if constexpr (kind == ABSENT) return;
+        const i64 step = in.biases[index].strides[1];
+        data += step;
+        if constexpr (ahead && by_query) {
+#pragma unroll
+            for (int i = 0; i < m; i++) {
+                rows[i][0] += step;
+                rows[i][1] += step;
+            }
+        }
+    }
+    // Reads what the lane's run of keys from `key` on needs.
+    DEVICE void fetch(const AttentionInputs& in, i64 key) {
+        if constexpr (ahead) {
+            const i64 first = least(key, in.seqlen_k - 2 * n);
+#pragma unroll
+            for (int i = 0; i < (by_query ? m : 1); i++) {
+#pragma unroll
+                for (int half = 0; half < (by_query ? 2 : 1); half++) {
+                    runs[i][half] = *(const Run<T, 2 * n>*)((by_query ? rows[i][half] : data) + first);
+                }
+            }
+        }
+    }
+    template <bool plain> DEVICE float add(float sum, const AttentionInputs& in, i64 query, i64 key, int i, int half, int j, int e) const {
+        if constexpr (kind == ABSENT) return sum;
+        if constexpr (ahead) return with_bias<plain>(sum, runs[by_query ? i : 0][by_query ? half : 0][2 * j + e]);
+        const Operand& bias = in.biases[index];
+        const i64 row = least(query + 16 * i + 8 * half, in.seqlen_q - 1), column = least(key + 2 * j + e, in.seqlen_k - 1);
+        return with_bias<plain>(sum, to_f32(data[row * bias.strides[3] + column * bias.strides[4]]));
+    }
+};
+
+// Every bias of a lane's tile with queries for rows.
+template <int m, int n> struct QueryBiases {
+    QueryBias<0, m, n> bias0;
+    QueryBias<1, m, n> bias1;
+    QueryBias<2, m, n> bias2;
+    QueryBias<3, m, n> bias3;
+    i64 query;
+    float slope;
+
+    DEVICE void start(const AttentionInputs& in, const Position& at, i64 first_query) {
+        query = first_query;
+        if (ALIBI) slope = ((const float*)in.alibi_slopes)[at.head];
+        bias0.start(in, at, query);
+        bias1.start(in, at, query);
+        bias2.start(in, at, query);
+        bias3.start(in, at, query);
+    }
+    DEVICE void advance_row(const AttentionInputs& in) {
+        bias0.advance_row(in);
+        bias1.advance_row(in);
+        bias2.advance_row(in);
+        bias3.advance_row(in);
+    }
+    DEVICE void fetch(const AttentionInputs& in, i64 key) {
+        bias0.fetch(in, key);
+        bias1.fetch(in, key);
+        bias2.fetch(in, key);
+        bias3.fetch(in, key);
+    }
+    // s = scale s + biases - lse
+    template <bool plain>
+    DEVICE void take(Accumulator (&s)[m][n], const AttentionInputs& in, i64 key, const float (&lse)[m][2], const float (&low)[m][2]) const {
+#pragma unroll
+        for (int i = 0; i < m; i++) {
+#pragma unroll
+            for (int j = 0; j < n; j++) {
+#pragma unroll
+                for (int x = 0; x < 4; x++) {
+                    const int half = x / 2, e = x % 2;
+                    float sum = plain ? -lse[i][half] : 0.0f;
+                    sum = bias0.template add<plain>(sum, in, query, key, i, half, j, e);
+                    sum = bias1.template add<plain>(sum, in, query, key, i, half, j, e);
+                    sum = bias2.template add<plain>(sum, in, query, key, i, half, j, e);
+                    sum = bias3.template add<plain>(sum, in, query, key, i, half, j, e);
+                    if (ALIBI) sum += alibi_base2(slope, distance(in, query + 16 * i + 8 * half, key + 2 * j + e));
+                    const float logit = fused_multiply_add(s[i][j][x], in.scale_base2, sum);
+                    s[i][j][x] = plain ? logit : add(add(logit, -lse[i][half]), -low[i][half]);
+                }
+            }
+        }
+    }
+};
+
+// Bounds of key position minus query position in a tile, as offsets inside the tile.
+struct Band {
+    int low;
+    int high;
+};
+DEVICE int as_offset(i64 x) { return (int)least(greatest(x, -(1 << 20)), 1 << 20); }
+DEVICE Band band(const AttentionInputs& in, i64 first_query, i64 first_key) {
+    const i64 distance = in.first_distance + first_key - first_query;
+    return {as_offset(saturating_subtract(in.lowest_distance, distance)),
+            as_offset(saturating_subtract(in.highest_distance, distance))};
+}
+// Whether some pair of a tile lies outside.
+DEVICE bool cuts(const Band& band, int queries, int keys) { return band.low > 1 - queries || band.high < keys - 1; }
+
+// P = 0 and dS = 0 for pairs that segments or positions exclude; keys are rows, the lane's from `key` on.
+template <int m, int n>
+DEVICE void exclude_by_key(Accumulator (&s)[m][n], Accumulator (&dp)[m][n], const AttentionInputs& in, const Position& at,
+                           i64 key, i64 first_query, i64 first_key, int tile_k) {
+    const Band bounds = POSITIONS ? band(in, first_query, first_key) : Band{0, 0};
+    const bool cut = POSITIONS && cuts(bounds, 8 * n, tile_k);
+    if (!SEGMENTS && !cut) return;
+    const int first_offset = (int)(key - first_key);
+#pragma unroll
+    for (int j = 0; j < n; j++) {
+#pragma unroll
+        for (int e = 0; e < 2; e++) {
+            const int query = 8 * j + 2 * (lane_index() % 4) + e;
+            const i32 of_query = SEGMENTS ? segment(in.q_segments, at, least(first_query + query, in.seqlen_q - 1)) : 0;
+#pragma unroll
+            for (int i = 0; i < m; i++) {
+#pragma unroll
+                for (int half = 0; half < 2; half++) {
+                    const int offset = first_offset + 2 * i + half, distance = offset - query;
+                    bool keep = !cut || (distance >= bounds.low && distance <= bounds.high);
+                    if (SEGMENTS) keep = keep && segment(in.k_segments, at, least(first_key + offset, in.seqlen_k - 1)) == of_query;
+                    s[i][j][2 * half + e] = keep ? s[i][j][2 * half + e] : -INFINITE;
+                    dp[i][j][2 * half + e] = keep ? dp[i][j][2 * half + e] : 0.0f;
+                }
+            }
+        }
+    }
+}
+
+// The same with queries for rows, the lane's from `query` on; bit 2 j + e of `kept` says whether mask and length keep
+// the key of that column, the lane's from `key` on.
+template <int m, int n>
+DEVICE void exclude_by_query(Accumulator (&s)[m][n], Accumulator (&dp)[m][n], const AttentionInputs& in, const Position& at,
+                             i64 query, i64 key, i64 first_query, i64 first_key, int tile_q, int tile_k, u32 kept) {
+    const Band bounds = POSITIONS ? band(in, first_query, first_key) : Band{0, 0};
+    const bool cut = POSITIONS && cuts(bounds, tile_q, tile_k);
+    const u32 all = (u32)((1ull << 2 * n) - 1);
+    if (!SEGMENTS && !cut && warp_all(kept == all)) return;
+    const int first_offset = (int)(key - first_key), first_row = (int)(query - first_query);
+#pragma unroll
+    for (int j = 0; j < n; j++) {
+#pragma unroll
+        for (int e = 0; e < 2; e++) {
+            const int offset = first_offset + 2 * j + e;
+            const i32 of_key = SEGMENTS ? segment(in.k_segments, at, least(first_key + offset, in.seqlen_k - 1)) : 0;
+#pragma unroll
+            for (int i = 0; i < m; i++) {
+#pragma unroll
+                for (int half = 0; half < 2; half++) {
+                    const int distance = offset - (first_row + 16 * i + 8 * half);
+                    bool keep = (kept >> (2 * j + e) & 1) != 0 && (!cut || (distance >= bounds.low && distance <= bounds.high));
+                    if (SEGMENTS) keep = keep && segment(in.q_segments, at, least(query + 16 * i + 8 * half, in.seqlen_q - 1)) == of_key;
+                    s[i][j][2 * half + e] = keep ? s[i][j][2 * half + e] : -INFINITE;
+                    dp[i][j][2 * half + e] = keep ? dp[i][j][2 * half + e] : 0.0f;
+                }
+            }
+        }
+    }
+}

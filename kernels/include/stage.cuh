@@ -1,0 +1,116 @@
+// Tiles on their way from global to shared memory.
+//
+// A tile has rows of one operand: its channels are read in 16-byte pieces, asynchronously, where `pieces` says that the
+// operand allows it, and one by one otherwise. Each thread copies the same pieces every time, and may touch them up, once
+// they have arrived, before other threads see them.
+#pragma once
+
+#include "fragment.cuh"
+
+// Rows of an operand: one entry of its outer axes, the row axis, the channel axis.
+template <class T> struct Rows {
+    const T* data;
+    i64 row_stride;
+    i64 channel_stride;
+};
+
+// Rows in their own order.
+struct InOrder {
+    static constexpr int period = 1;
+    DEVICE int operator()(int row) const { return row; }
+};
+
+// `order(i)` is the row of the operand, counted from the tile's first, that becomes row i of the tile.
+template <class T, int channels, int rows, int threads, bool pieces> struct Stage {
+    using Layout = Tile<T, channels>;
+    static constexpr int per_piece = 16 / (int)sizeof(T);
+    static constexpr int count = rows * Layout::pieces;
+    static constexpr int turns = (count + threads - 1) / threads;
+
+    // Calls f(turn, row, piece) for each piece of this thread.
+    template <class F> static DEVICE void each(F f) {
+#pragma unroll
+        for (int turn = 0; turn < turns; turn++) {
+            const int index = thread_index() + turn * threads;
+            if (count % threads == 0 || index < count) f(turn, index / Layout::pieces, index % Layout::pieces);
+        }
+    }
+
+    // Starts the copy of rows `first` .. of which those from `end` on are zeros.
+    template <class Order> static DEVICE void start(u32 tile, const Rows<T>& from, i64 first, i64 end, Order order) {
+        each([&](int, int row, int piece) {
+            const i64 source = first + order(row);
+            const bool inside = source < end;
+            const u32 to = tile + row * Layout::pitch + piece * 16;
+            const T* data = from.data + (inside ? source : 0) * from.row_stride;
+            if constexpr (pieces) {
+                const bool read = inside && piece * per_piece < channels;
+                copy_async(to, read ? data + piece * per_piece : data, read ? 16 : 0);
+            } else {
+                T elements[per_piece];
+#pragma unroll
+                for (int i = 0; i < per_piece; i++) {
+                    const int channel = piece * per_piece + i;
+                    elements[i] = inside && channel < channels ? data[channel * from.channel_stride] : from_f32<T>(0.0f);
+                }
+                store_shared_piece(to, join(elements));
+            }
+        });
+    }
+
+    static DEVICE Piece join(const float (&x)[4]) { return {{bits_of(x[0]), bits_of(x[1]), bits_of(x[2]), bits_of(x[3])}}; }
+    template <class U> static DEVICE Piece join(const U (&x)[8]) {
+        Piece y;
+#pragma unroll
+        for (int i = 0; i < 4; i++) y.words[i] = x[2 * i].bits | (u32)x[2 * i + 1].bits << 16;
+        return y;
+    }
+
+    // Writes zeros over the pieces of this thread whose row `excluded` names.
+    template <class Excluded> static DEVICE void clear(u32 tile, Excluded excluded) {
+        each([&](int turn, int row, int piece) {
+            if (excluded(turn)) store_shared_piece(tile + row * Layout::pitch + piece * 16, Piece{{0, 0, 0, 0}});
+        });
+    }
+};
+
+// A walk over tiles of neighbouring rows. A thread's pieces lie whole periods of the order apart, or it computes each
+// address anew: it keeps the address of its first piece alone.
+template <class Stage, class T, int channels, int rows, int threads, bool pieces, class Order = InOrder> struct StageWalk {
+    static constexpr int turn_rows = threads / Stage::Layout::pieces;
+    static constexpr bool even = threads % Stage::Layout::pieces == 0 && turn_rows % Order::period == 0;
+    Rows<T> from;
+    const T* source;
+
+    // From row `first` on.
+    DEVICE void start(const Rows<T>& at, i64 first) {
+        from = at;
+        from.data += first * from.row_stride;
+        source = from.data;
+        if constexpr (pieces && even) {
+            const int row = thread_index() / Stage::Layout::pieces, piece = thread_index() % Stage::Layout::pieces;
+            source += Order()(row) * from.row_stride + piece * Stage::per_piece;
+        }
+    }
+    // To other rows, elements further on.
+    DEVICE void shift(i64 elements) { source += elements; }
+    // Starts the copy of the tile, of which `left` rows exist.
+    DEVICE void fetch(u32 tile, i64 left) {
+        const int there = left < rows ? (int)left : rows;
+        if constexpr (pieces) {
+            Stage::each([&](int turn, int row, int piece) {
+                const bool read = Order()(row) < there && piece * Stage::per_piece < channels;
+                const T* at = even ? source + turn * turn_rows * from.row_stride
+                                   : source + Order()(row) * from.row_stride + piece * Stage::per_piece;
+                copy_async(tile + row * Stage::Layout::pitch + piece * 16, at, read ? 16 : 0);
+            });
+        } else {
+            Stage::start(tile, {source, from.row_stride, from.channel_stride}, 0, there, Order());
+        }
+    }
+    // The same, and on to the next tile.
+    DEVICE void next(u32 tile, i64 left) {
+        fetch(tile, left);
+        shift(rows * from.row_stride);
+    }
+};
