@@ -14,24 +14,27 @@ from machines import ARCHS, CHIPS, DEFAULT_CHIP, PARTS, Amd
 from tally import Tally, occupancy
 
 
+# Instructions a branch has to pass over to be a path of its own.
+SHORTEST_PATH = 12
+
+
 @dataclass(frozen=True)
 class Shape:
     """What the source says of the kernel, and the code does not.
 
-    `tile` is (queries, keys) whose scores a block handles in one trip of the source's loop; `products` the matrix
-    products of each score in that loop (forward 2) and `head_dim` their padded depth, which together tell how far the
-    compiler unrolled; `over` what the loop walks: keys `k`, queries `q`, or rows `n`. `rows` is how many rows of the
-    batch share a block's tile.
+    `tile` is (queries, keys) whose scores a block handles in one step; `products` the matrix products of each score
+    (forward 2) and `head_dim` their padded depth, which together tell how many steps the compiler put into a trip of its
+    loop. `walk` is what a block walks over: `keys`, `queries`, or `rows`, with so many `steps` for each entry.
     """
 
     tile: tuple[int, int] | None = None
     warps: int = 4
     products: float | None = None
     head_dim: int | None = None
-    over: str = "k"
-    rows: int = 1
+    walk: str = "keys"
+    steps: int = 1
     shared_bytes: int | None = None
-    unroll: int | None = None
+    unroll: float | None = None
 
 
 @dataclass
@@ -49,6 +52,7 @@ class Model:
     def __init__(self, kernel: Kernel, shape: Shape, choice: Choice | None = None) -> None:
         choice = choice or Choice()
         self.kernel, self.shape, self.arch = kernel, shape, kernel.arch
+        self.skipped: list[tuple[int, int]] = []
         if choice.skip:
             kernel.instructions = [
                 each for each in kernel.instructions if not any(low <= each.address < high for low, high in choice.skip)
@@ -56,6 +60,7 @@ class Model:
         self.loops = loops.find(kernel)
         self.trips = choice.trips
         self.loop = self._choose(choice.loop)
+        self._leave_out_repeated_work()
         if self.loop:
             self.body = self._tally(self.loop)
             self.rest = Tally(self.arch, [i for i in kernel.instructions if not self.loop.holds(i.address)])
@@ -74,6 +79,38 @@ class Model:
                 return loop
         raise UnreadableCode(f"{self.kernel.name}: no loop starts at {address:#x}")
 
+    def _needed(self) -> float:
+        """Multiply-adds of one warp in one step; 0 where that is not known."""
+        if not self.shape.tile:
+            return 0.0
+        scores = self.shape.tile[0] * self.shape.tile[1] / self.shape.warps
+        return scores * (self.shape.products or 0) * (self.shape.head_dim or 0)
+
+    def _leave_out_repeated_work(self) -> None:
+        """Takes branches over a second path that does the same products: the general one beside that of whole tiles.
+
+        The steady state takes one of them. Of those that can be jumped over, the longest goes first, as long as the
+        rest of the loop has the products of a step.
+        """
+        while self.loop and (needed := self._needed()):
+            work = loops.matrix_work(self.loop.instructions)
+            spans = []
+            for each in self.loop.instructions:
+                if each.target is None or not each.address < each.target <= self.loop.high:
+                    continue
+                inside = [i for i in self.loop.instructions if each.address < i.address < each.target]
+                repeated = loops.matrix_work(inside)
+                if len(inside) >= SHORTEST_PATH and repeated and work - repeated >= 0.9 * needed:
+                    spans.append((len(inside), each.address + 1, each.target))
+            if not spans:
+                return
+            _, low, high = max(spans)
+            keep = [each for each in self.kernel.instructions if not low <= each.address < high]
+            self.skipped.append((low, high))
+            self.kernel.instructions = keep
+            for loop in self.loops:
+                loop.instructions = [each for each in loop.instructions if not low <= each.address < high]
+
     def _tally(self, loop: Loop) -> Tally:
         """Instructions of inner loops named in `trips` count that often, all others once."""
         inner = [each for each in loop.inner if each.low in self.trips]
@@ -86,19 +123,20 @@ class Model:
         return total
 
     def _count_scores(self) -> None:
-        """Scores of one warp in one trip of the compiled loop, which may be several of the source's."""
-        self.unroll, self.scores, self.redundancy = 1, None, None
+        """Scores of one warp in one trip of the compiled loop: those of several steps, or of a part of one."""
+        self.unroll, self.scores, self.redundancy = 1.0, None, None
         if not self.shape.tile:
             return
-        source_trip = self.shape.tile[0] * self.shape.tile[1] / self.shape.warps
-        needed = source_trip * (self.shape.products or 0) * (self.shape.head_dim or 0)
+        needed = self._needed()
+        ratio = self.body.matrix_fma / needed if needed else 1.0
         if self.shape.unroll:
             self.unroll = self.shape.unroll
-        elif needed:
-            self.unroll = max(1, round(self.body.matrix_fma / needed))
-        self.scores = source_trip * self.unroll
+        elif ratio > 0:
+            # Several steps in a trip, or several trips for a step.
+            self.unroll = float(round(ratio)) if ratio >= 0.75 else 1 / round(1 / ratio)
+        self.scores = self.shape.tile[0] * self.shape.tile[1] / self.shape.warps * self.unroll
         if needed:
-            self.redundancy = self.body.matrix_fma / (needed * self.unroll)
+            self.redundancy = ratio / self.unroll
 
     @property
     def per_1024(self) -> float:
@@ -124,14 +162,18 @@ class Model:
         """A time that no launch of this code over this work can beat: prologue and epilogue too, all else overlapped."""
         if not self.shape.tile:
             raise UnreadableCode(f"{self.kernel.name}: a launch's time needs a tile")
-        queries, keys = self.shape.tile
-        over_q, over_k = math.ceil(work.seqlen_q / queries), math.ceil(work.seqlen_k / keys)
-        rows = math.ceil(work.rows / self.shape.rows)
-        trips = {"k": over_k * self.shape.rows, "q": over_q * self.shape.rows, "n": work.rows}[self.shape.over]
-        blocks = {"k": over_q * rows, "q": over_k * rows, "n": over_q * over_k}[self.shape.over] * work.heads
+        shape = self.shape
+        queries, keys = shape.tile
+        over_q, outer = math.ceil(work.seqlen_q / queries), work.rows * work.heads
+        if shape.walk == "rows":
+            blocks = over_q * math.ceil(work.seqlen_k / (keys * shape.steps)) * work.heads
+            steps = float(work.rows * shape.steps)
+        else:
+            over_k = math.ceil(work.seqlen_k / keys)
+            blocks, steps = (over_q * outer, over_k) if shape.walk == "keys" else (over_k * outer, over_q)
         if work.causal:
-            trips /= 2
-        whole = Tally(self.arch).add(self.rest).add(self.body, trips / self.unroll)
+            steps /= 2
+        whole = Tally(self.arch).add(self.rest).add(self.body, steps / self.unroll)
         pipe, cycles = whole.bound()
         of = CHIPS[chip or DEFAULT_CHIP[self.arch]]
         # Warp-cycles that the chip offers in a millisecond.

@@ -5,6 +5,11 @@
 //! values, and the combinations that models use, in the way in which the plan itself chooses them.
 
 mod attention;
+mod scores;
+
+pub use scores::{Pass, Scores, Walk};
+
+use tilefold_core::DType;
 
 use crate::kernel::{Kernel, KernelError};
 use crate::{backward, fill, merge, relayout};
@@ -16,43 +21,8 @@ pub struct Entry {
     pub kernel: Kernel,
     /// The work of its hot loop, where that is attention.
     pub scores: Option<Scores>,
-}
-
-/// What a kernel's hot loop does, as the source says and compiled code does not.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Scores {
-    /// The part of attention.
-    pub pass: Pass,
-    /// The problem, in a word or two: `pair+mask`.
-    pub case: &'static str,
-    /// Queries whose scores a block handles in one trip.
-    pub tile_q: usize,
-    /// Keys of a trip.
-    pub tile_k: usize,
-    /// Warps of a block.
-    pub warps: usize,
-    /// Matrix products of each score.
-    pub products: usize,
-    /// Channels that a product goes over, padding included: the mean over the products.
-    pub depth: usize,
-    /// Channels of q and k by the problem.
-    pub head_dim: usize,
-    /// Type of the operands.
-    pub dtype: tilefold_core::DType,
-    /// Whether tiles come by asynchronous copies.
-    pub async_copies: bool,
-}
-
-/// A part of attention with a kernel of its own.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[non_exhaustive]
-pub enum Pass {
-    /// out and lse: blocks own queries and walk keys.
-    Forward,
-    /// Gradients of k and v: blocks own keys and walk queries.
-    BackwardKeys,
-    /// Gradients of q and of biases: blocks own queries, or a tile of a bias whose rows they walk.
-    BackwardQueries,
+    /// Whether it is one of those whose speed is followed: bf16, with the operands that models give it.
+    pub followed: bool,
 }
 
 /// All kernels: those of copies, fills and merges in every dtype, those of attention.
@@ -61,9 +31,23 @@ pub enum Pass {
 /// [`KernelError::MissingSource`].
 pub fn catalogue() -> Result<Vec<Entry>, KernelError> {
     let moves = fill::kernels().chain(relayout::kernels()).chain(merge::kernels());
-    let plain = moves.map(|kernel| kernel.map(|kernel| Entry { kernel, scores: None }));
-    let mut entries = plain.collect::<Result<Vec<_>, _>>()?;
-    entries.extend(attention::forward()?);
+    let mut entries: Vec<Entry> = Vec::new();
+    let mut add = |kernel: Kernel, followed| {
+        if !entries.iter().any(|entry| entry.kernel.hash == kernel.hash) {
+            let scores = Scores::of(&kernel);
+            let followed = followed && scores.as_ref().is_some_and(|scores| scores.dtype == DType::BF16);
+            entries.push(Entry { kernel, scores, followed });
+        }
+    };
+    for kernel in moves {
+        add(kernel?, false);
+    }
+    for (kernel, followed) in attention::forward()? {
+        add(kernel, followed);
+    }
+    for kernel in backward::kernels() {
+        add(kernel?, true);
+    }
     Ok(entries)
 }
 
@@ -78,5 +62,18 @@ mod tests {
         hashes.sort_unstable();
         hashes.dedup();
         assert_eq!(hashes.len(), entries);
+    }
+
+    #[test]
+    fn the_work_of_every_pass_is_known() {
+        let entries = catalogue().unwrap();
+        for pass in [Pass::Forward, Pass::BackwardKeys, Pass::BackwardQueries] {
+            let of_pass = |entry: &&Entry| entry.scores.as_ref().is_some_and(|scores| scores.pass == pass);
+            assert!(entries.iter().filter(of_pass).any(|entry| entry.followed), "{pass:?}");
+        }
+        let forward = entries.iter().find(|entry| entry.kernel.name.starts_with("forward bf16 32x32")).unwrap();
+        let scores = forward.scores.as_ref().unwrap();
+        assert_eq!((scores.products, scores.depth, scores.head_dim, scores.async_copies), (2, 32, 32, true));
+        assert!(forward.kernel.name.ends_with(&format!("tile {}x{}", scores.tile_q, scores.tile_k)));
     }
 }

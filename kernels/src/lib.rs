@@ -26,7 +26,7 @@ mod source;
 mod tile;
 
 pub use backward::{BackwardLaunch, BackwardOperands, backward, backward_workspace_bytes};
-pub use catalogue::{Entry, Pass, Scores, catalogue};
+pub use catalogue::{Entry, Pass, Scores, Walk, catalogue};
 pub use constants::{AttentionConstants, BiasKind};
 pub use fill::{fill, fill_view};
 pub use forward::{ForwardKernel, ForwardOutputs, ForwardTile, forward};

@@ -2,9 +2,8 @@
 
 use tilefold_core::{AttentionProblem, AttentionSpec, BiasSpec, DType, EmptyRows, StructuralMask, Window};
 
-use super::{Entry, Pass, Scores};
 use crate::forward::{ForwardKernel, ForwardOutputs};
-use crate::kernel::KernelError;
+use crate::kernel::{Kernel, KernelError};
 use crate::operands::AttentionOperands;
 use crate::params::Operand;
 
@@ -21,46 +20,26 @@ const HEADS: usize = 4;
 /// An address that is aligned to pieces; nothing is read from it.
 const ADDRESS: u64 = 1 << 20;
 
-/// A problem and what is not dense about its operands.
+/// A problem, and what is not dense about its operands.
 struct Case {
-    name: &'static str,
     spec: AttentionSpec,
     /// Elements between neighbouring channels: 2 forbids moves in pieces.
     channel_stride: i64,
     /// Whether the biases' keys are neighbours.
     strided_biases: bool,
     lse: bool,
+    followed: bool,
 }
 
-/// Forward kernels, each once.
-pub(super) fn forward() -> Result<Vec<Entry>, KernelError> {
-    let mut entries: Vec<Entry> = Vec::new();
+/// Forward kernels, and whether their speed is followed.
+pub(super) fn forward() -> Result<Vec<(Kernel, bool)>, KernelError> {
+    let mut kernels = Vec::new();
     for case in cases() {
         let Ok(problem) = AttentionProblem::new(case.spec.clone()) else { continue };
         let (operands, outputs) = case.operands(&problem);
-        let plan = ForwardKernel::new(&problem, &operands, &outputs);
-        let kernel = plan.kernel()?;
-        if entries.iter().any(|entry| entry.kernel.hash == kernel.hash) {
-            continue;
-        }
-        let spec = problem.spec();
-        let padded = |channels: usize| channels.next_multiple_of(8);
-        let scores = Scores {
-            pass: Pass::Forward,
-            case: case.name,
-            tile_q: plan.tile.tile_q(),
-            tile_k: plan.tile.tile_k,
-            warps: plan.tile.warps,
-            // f32 is multiplied as three products of tf32.
-            products: if spec.dtype == DType::F32 { 6 } else { 2 },
-            depth: usize::midpoint(padded(spec.head_dim), padded(spec.head_dim_v)),
-            head_dim: spec.head_dim,
-            dtype: spec.dtype,
-            async_copies: plan.pieces[1] || plan.pieces[2],
-        };
-        entries.push(Entry { kernel, scores: Some(scores) });
+        kernels.push((ForwardKernel::new(&problem, &operands, &outputs).kernel()?, case.followed));
     }
-    Ok(entries)
+    Ok(kernels)
 }
 
 fn cases() -> Vec<Case> {
@@ -69,10 +48,12 @@ fn cases() -> Vec<Case> {
         for head_dim in HEAD_DIMS {
             let base = || AttentionSpec::new(dtype, 1, ROWS, SEQLEN, HEADS, head_dim);
             let pair = || AttentionSpec { biases: vec![pair_bias(dtype)], ..base() };
-            cases.push(Case::new("plain", base()));
-            cases.push(Case::new("pair", pair()));
-            cases.push(Case::new("pair+mask", AttentionSpec { key_mask: true, ..pair() }));
-            cases.push(Case::new("causal", AttentionSpec { mask: causal(), ..base() }));
+            cases.push(Case::new(base()));
+            for followed in
+                [pair(), AttentionSpec { key_mask: true, ..pair() }, AttentionSpec { mask: causal(), ..base() }]
+            {
+                cases.push(Case { followed: true, ..Case::new(followed) });
+            }
         }
         // Each switch by itself and all of them.
         for head_dim in [8, 32] {
@@ -83,17 +64,17 @@ fn cases() -> Vec<Case> {
             [(5, 5, SEQLEN), (20, 40, SEQLEN), (32, 32, 9), (64, 64, 40), (8, 8, 40)]
         {
             let base = AttentionSpec::new(dtype, 1, ROWS, SEQLEN, HEADS, head_dim);
-            cases.push(Case::new("sizes", AttentionSpec { head_dim_v, seqlen_q, ..base }));
+            cases.push(Case::new(AttentionSpec { head_dim_v, seqlen_q, ..base }));
         }
     }
     cases
 }
 
 fn switches(base: &AttentionSpec) -> Vec<Case> {
-    let with = |name, change: &dyn Fn(&mut AttentionSpec)| {
+    let with = |change: &dyn Fn(&mut AttentionSpec)| {
         let mut spec = base.clone();
         change(&mut spec);
-        Case::new(name, spec)
+        Case::new(spec)
     };
     let positions =
         StructuralMask { window: Some(Window { left: Some(64), right: Some(8) }), ..StructuralMask::default() };
@@ -105,22 +86,22 @@ fn switches(base: &AttentionSpec) -> Vec<Case> {
         (spec.key_mask, spec.kv_lengths, spec.segments) = (true, Some(vec![300]), true);
         (spec.mask, spec.gate, spec.empty_rows) = (alibi.clone(), true, EmptyRows::Uniform);
     };
-    let mut strided = with("strided", &everything);
+    let mut strided = with(&everything);
     (strided.channel_stride, strided.strided_biases) = (2, true);
-    let mut without_lse = with("no lse", &|_| {});
+    let mut without_lse = with(&|_| {});
     without_lse.lse = false;
     vec![
-        with("mask", &|spec| spec.key_mask = true),
-        with("lengths", &|spec| spec.kv_lengths = Some(vec![300])),
-        with("segments", &|spec| spec.segments = true),
-        with("window", &|spec| spec.mask = positions.clone()),
-        with("alibi", &|spec| spec.mask = alibi.clone()),
-        with("gate", &|spec| spec.gate = true),
-        with("uniform rows", &|spec| (spec.key_mask, spec.empty_rows) = (true, EmptyRows::Uniform)),
-        with("key bias", &|spec| spec.biases = vec![keys(spec.dtype)]),
-        with("f32 bias", &|spec| spec.biases = vec![pair_bias(DType::F32)]),
-        with("two biases", &|spec| spec.biases = vec![keys(spec.dtype), pair_bias(spec.dtype)]),
-        with("everything", &everything),
+        with(&|spec| spec.key_mask = true),
+        with(&|spec| spec.kv_lengths = Some(vec![300])),
+        with(&|spec| spec.segments = true),
+        with(&|spec| spec.mask = positions.clone()),
+        with(&|spec| spec.mask = alibi.clone()),
+        with(&|spec| spec.gate = true),
+        with(&|spec| (spec.key_mask, spec.empty_rows) = (true, EmptyRows::Uniform)),
+        with(&|spec| spec.biases = vec![keys(spec.dtype)]),
+        with(&|spec| spec.biases = vec![pair_bias(DType::F32)]),
+        with(&|spec| spec.biases = vec![keys(spec.dtype), pair_bias(spec.dtype)]),
+        with(&everything),
         strided,
         without_lse,
     ]
@@ -136,13 +117,14 @@ fn causal() -> StructuralMask {
 
 impl Case {
     /// A problem with dense operands.
-    fn new(name: &'static str, spec: AttentionSpec) -> Self {
+    fn new(spec: AttentionSpec) -> Self {
         let biases = spec.biases.iter().map(|bias| {
             let queries = if bias.shape[3] == 1 { 1 } else { spec.seqlen_q };
             BiasSpec { shape: [bias.shape[0], bias.shape[1], bias.shape[2], queries, bias.shape[4]], ..*bias }
         });
         let biases = biases.collect();
-        Self { name, spec: AttentionSpec { biases, ..spec }, channel_stride: 1, strided_biases: false, lse: true }
+        let spec = AttentionSpec { biases, ..spec };
+        Self { spec, channel_stride: 1, strided_biases: false, lse: true, followed: false }
     }
 
     fn operands(&self, problem: &AttentionProblem) -> (AttentionOperands, ForwardOutputs) {
@@ -184,7 +166,7 @@ mod tests {
     #[test]
     fn every_case_is_a_problem() {
         for case in cases() {
-            assert!(AttentionProblem::new(case.spec.clone()).is_ok(), "{}: {:?}", case.name, case.spec);
+            assert!(AttentionProblem::new(case.spec.clone()).is_ok(), "{:?}", case.spec);
         }
     }
 }
