@@ -9,7 +9,7 @@ use serde::Deserialize;
 
 use crate::command::{output, run};
 use crate::report::{Count, Report};
-use crate::{cuda, files, licences, setup};
+use crate::{cuda, files, kernels, licences, setup};
 
 /// Runs everything; with `quick` what takes long is left out. Whether all passed.
 pub(crate) fn run_suite(quick: bool) -> bool {
@@ -37,6 +37,7 @@ fn steps(report: &mut Report, quick: bool) -> Result<()> {
     tests(report)?;
     examples(report)?;
     if !quick {
+        kernels(report)?;
         for features in others {
             lints(report, features)?;
             unit_tests(report, features)?;
@@ -63,6 +64,17 @@ fn cargo(arguments: &[&str]) -> Result<Count> {
     run(&[], &[&["cargo"], arguments].concat())
 }
 
+/// The kernels without a GPU: what the compilers make of them, and what that costs by the static instrument.
+fn kernels(report: &mut Report) -> Result<()> {
+    if !cuda::SUPPORTED {
+        return Ok(());
+    }
+    report.step("tests of the static instrument", || {
+        run(&[], &["python3", "-m", "unittest", "discover", "-s", "benches/static/tests"])
+    })?;
+    report.step("kernels: registers, spills, instructions, cost", kernels::quick)
+}
+
 /// Every target of every crate.
 fn lints(report: &mut Report, features: &str) -> Result<()> {
     report.step(&format!("lints, features: {}", named(features)), || {
@@ -81,11 +93,11 @@ fn tests(report: &mut Report) -> Result<()> {
 /// A device that is not there makes conformance fail.
 const REQUIRED: (&str, &str) = ("TILEFOLD_REQUIRE", "cpu");
 
-/// Unit tests with fewer features.
+/// Unit tests of the crate whose features they are, with fewer of them.
 fn unit_tests(report: &mut Report, features: &str) -> Result<()> {
     report.step(&format!("unit tests, features: {}", named(features)), || {
         let features = format!("--features={features}");
-        cargo(&["test", "--workspace", "--lib", &features, "--", "--quiet"])
+        cargo(&["test", "--package", "tilefold", "--lib", &features, "--", "--quiet"])
     })
 }
 

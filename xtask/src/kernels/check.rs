@@ -7,40 +7,36 @@ use anyhow::{Context, Result, ensure};
 use comfy_table::{Cell, CellAlignment, ContentArrangement, Row, Table};
 use rayon::prelude::*;
 use tilefold_core::DType;
-use tilefold_emulator_nvrtc::{Nvrtc, Release, tool};
-use tilefold_kernels::{Entry, Scores, catalogue};
+use tilefold_emulator_nvrtc::tool;
+use tilefold_kernels::Scores;
 
-use super::compile::{Compiled, cubins, to_ptx};
-use super::resources::ARCHS;
+use super::Chosen;
+use super::compile::{Compiled, cubins, to_oldest_ptx};
+use super::resources::Arch;
 use crate::command::output;
 use crate::cuda;
 use crate::report::Count;
 
-/// Compiles the catalogue and prints a table; an error lists everything that is wrong.
-pub(crate) fn check(only: Option<&str>) -> Result<Count> {
+/// Compiles kernels and prints a table; an error lists everything that is wrong.
+pub(crate) fn check(chosen: &Chosen) -> Result<Count> {
     cuda::fetch()?;
     let start = Instant::now();
-    let catalogue = catalogue()?;
-    let entries: Vec<&Entry> = catalogue.iter().filter(|entry| chosen(entry, only)).collect();
-    ensure!(!entries.is_empty(), "no kernel's name holds {only:?}");
-    let compiled = cubins(&Nvrtc::fetched(Release::Newest)?, &entries)?;
-    to_ptx(&Nvrtc::fetched(Release::Oldest)?, &entries).context("NVRTC 12.0 cannot compile a kernel")?;
-    println!("{}", table(&compiled));
+    let entries = chosen.entries()?;
+    let compiled = cubins(&entries, chosen.archs())?;
+    to_oldest_ptx(&entries).context("NVRTC 12.0 cannot compile a kernel")?;
+    println!("{}", table(&compiled, chosen.archs()));
     let mut wrong: Vec<String> = compiled.iter().flat_map(resource_complaints).collect();
     let missing = compiled.par_iter().map(missing_instructions).collect::<Result<Vec<_>>>()?;
     wrong.extend(missing.into_iter().flatten());
+    let archs: Vec<&str> = chosen.archs().iter().map(|arch| arch.name).collect();
     println!(
         "{} kernels for {} with NVRTC 13.5, to PTX with 12.0, in {:.0} s",
         entries.len(),
-        ARCHS.map(|arch| arch.name).join(", "),
+        archs.join(", "),
         start.elapsed().as_secs_f64()
     );
     ensure!(wrong.is_empty(), "{}", wrong.join("\n"));
     Ok(Count::one())
-}
-
-pub(super) fn chosen(entry: &Entry, only: Option<&str>) -> bool {
-    only.is_none_or(|text| entry.kernel.name.contains(text))
 }
 
 /// Resident warps of a sub-partition below which latency is not hidden, whatever the loop: by type and head dimension.
@@ -66,7 +62,7 @@ fn resource_complaints(compiled: &Compiled<'_>) -> Vec<String> {
     if resources.spilled_bytes + resources.stack_bytes > 0 {
         complain(format!("{} bytes spilled, {} bytes of stack", resources.spilled_bytes, resources.stack_bytes));
     }
-    let warps = resources.warps(*arch, kernel.block_threads, kernel.dynamic_shared_bytes);
+    let warps = warps(compiled);
     // A block of one warp or less is a small problem's, or serial: blocks limit it, not registers.
     let least = entry.scores.as_ref().map_or(LEAST_WARPS_OF_MOVES, least_warps);
     if warps < least && kernel.block_threads > 32 {
@@ -90,44 +86,40 @@ fn missing_instructions(compiled: &Compiled<'_>) -> Result<Vec<String>> {
     Ok(absent.map(|(op, _)| format!("{} for {}: no {op}", entry.kernel.name, arch.name)).collect())
 }
 
-/// One line for each kernel of attention, one for each file of the others.
-fn table(compiled: &[Compiled<'_>]) -> Table {
-    let mut groups: BTreeMap<(bool, &str), BTreeMap<&str, Vec<&Compiled<'_>>>> = BTreeMap::new();
+/// One line for each kernel of attention, one for each file of the others with the most registers and fewest warps.
+fn table(compiled: &[Compiled<'_>], archs: &[Arch]) -> Table {
+    let mut groups: BTreeMap<(bool, &str), Vec<&Compiled<'_>>> = BTreeMap::new();
     for each in compiled {
         let attention = each.entry.scores.is_some();
         let name = if attention { &each.entry.kernel.name } else { each.entry.kernel.entry };
-        groups.entry((attention, name)).or_default().entry(each.arch.name).or_default().push(each);
+        groups.entry((attention, name)).or_default().push(each);
     }
     let mut table = Table::new();
     table.load_style(comfy_table::presets::NOTHING).set_content_arrangement(ContentArrangement::Disabled);
-    let mut header = vec!["kernel".to_owned(), "variants".to_owned(), "threads".to_owned(), "shared".to_owned()];
-    header.extend(
-        ARCHS.iter().flat_map(|arch| [format!("{} registers", arch.name), "warps".to_owned(), "spills".to_owned()]),
-    );
-    table.set_header(header);
-    for ((_, name), archs) in groups {
+    let of_archs = archs.iter().flat_map(|arch| [arch.name, "warps"]);
+    table.set_header(["shared"].into_iter().chain(of_archs).chain(["spilled", "kernels", "registers and warps of"]));
+    for ((_, name), all) in groups {
+        let most = |field: fn(&Compiled<'_>) -> u32| all.iter().map(|one| field(one)).max().unwrap_or(0);
         let mut row = Row::new();
-        let any = archs.values().next().and_then(|all| all.first());
-        let variants = archs.values().map(Vec::len).max().unwrap_or(0);
-        row.add_cell(Cell::new(name));
-        row.add_cell(number(variants));
-        row.add_cell(number(any.map_or(0, |one| one.entry.kernel.block_threads)));
-        row.add_cell(number(any.map_or(0, |one| one.entry.kernel.dynamic_shared_bytes)));
-        for arch in ARCHS {
-            let all = archs.get(arch.name).map_or(&[][..], Vec::as_slice);
-            row.add_cell(number(all.iter().map(|one| one.resources.registers).max().unwrap_or(0)));
-            let warps = all.iter().filter(|one| one.entry.kernel.block_threads > 1).map(|one| {
-                let kernel = &one.entry.kernel;
-                one.resources.warps(arch, kernel.block_threads, kernel.dynamic_shared_bytes)
-            });
-            row.add_cell(number(warps.fold(f64::INFINITY, f64::min)));
-            row.add_cell(number(all.iter().map(|one| one.resources.spilled_bytes).sum::<u32>()));
+        row.add_cell(number(most(|one| one.entry.kernel.dynamic_shared_bytes)));
+        for arch in archs {
+            let of_arch = || all.iter().filter(|one| one.arch.name == arch.name);
+            row.add_cell(number(of_arch().map(|one| one.resources.registers).max().unwrap_or(0)));
+            row.add_cell(number(of_arch().map(|one| warps(one)).fold(f64::INFINITY, f64::min)));
         }
+        row.add_cell(number(most(|one| one.resources.spilled_bytes)));
+        row.add_cell(number(all.len() / archs.len()));
+        row.add_cell(Cell::new(name));
         table.add_row(row);
     }
     table
 }
 
-fn number(value: impl ToString) -> Cell {
+fn warps(compiled: &Compiled<'_>) -> f64 {
+    let kernel = &compiled.entry.kernel;
+    compiled.resources.warps(compiled.arch, kernel.block_threads, kernel.dynamic_shared_bytes)
+}
+
+pub(super) fn number(value: impl ToString) -> Cell {
     Cell::new(value.to_string()).set_alignment(CellAlignment::Right)
 }

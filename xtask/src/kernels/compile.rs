@@ -1,14 +1,14 @@
-//! Compiling kernels side by side.
+//! Compiling kernels side by side; what was compiled before is read back.
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result};
 use rayon::prelude::*;
-use tilefold_emulator_nvrtc::{Nvrtc, Target, cuda_folder};
-use tilefold_kernels::Entry;
+use tilefold_emulator_nvrtc::{Nvrtc, Release, Target, cuda_folder};
+use tilefold_kernels::{Entry, Kernel};
 
-use super::resources::{ARCHS, Arch, Resources};
+use super::resources::{Arch, Resources};
 
 /// Options besides the architecture: those of the backend, and ptxas's report.
 const OPTIONS: [&str; 2] = ["--std=c++17", "--ptxas-options=-v"];
@@ -22,30 +22,49 @@ pub(super) struct Compiled<'a> {
     pub(super) path: PathBuf,
 }
 
-/// Cubins of all entries for all architectures, in the order of the entries.
-pub(super) fn cubins<'a>(nvrtc: &Nvrtc, entries: &[&'a Entry]) -> Result<Vec<Compiled<'a>>> {
-    let folder = cuda_folder().join("kernels");
-    for arch in ARCHS {
-        let folder = folder.join(arch.name);
-        fs::create_dir_all(&folder).with_context(|| format!("cannot make {}", folder.display()))?;
-    }
-    let jobs: Vec<_> = entries.iter().flat_map(|entry| ARCHS.map(|arch| (*entry, arch))).collect();
+/// Cubins of all entries for some architectures, in the order of the entries.
+pub(super) fn cubins<'a>(entries: &'a [Entry], archs: &[Arch]) -> Result<Vec<Compiled<'a>>> {
+    let nvrtc = Nvrtc::fetched(Release::Newest)?;
+    let folder = folder(Release::Newest)?;
+    let jobs: Vec<_> = entries.iter().flat_map(|entry| archs.iter().map(move |arch| (entry, *arch))).collect();
     jobs.into_par_iter()
         .map(|(entry, arch)| {
-            let kernel = &entry.kernel;
-            let named = || format!("{} for {}", kernel.name, arch.name);
-            let compiled = nvrtc.compile(&kernel.source, Target::Cubin(arch.name), &OPTIONS).with_context(named)?;
-            let path = folder.join(arch.name).join(format!("{}.cubin", &kernel.hash[..16]));
-            fs::write(&path, &compiled.code).with_context(|| format!("cannot write {}", path.display()))?;
-            Ok(Compiled { entry, arch, resources: Resources::read(&compiled.log).with_context(named)?, path })
+            let target = Target::Cubin(arch.name);
+            let path = folder.join(format!("{}.{}.cubin", entry.kernel.hash, arch.name));
+            let log = compiled(&nvrtc, &entry.kernel, target, &path)
+                .with_context(|| format!("{} for {}", entry.kernel.name, arch.name))?;
+            Ok(Compiled { entry, arch, resources: Resources::read(&log)?, path })
         })
         .collect()
 }
 
-/// Refuses what a compiler cannot turn into PTX.
-pub(super) fn to_ptx(nvrtc: &Nvrtc, entries: &[&Entry]) -> Result<()> {
+/// Refuses what the oldest compiler cannot turn into PTX.
+pub(super) fn to_oldest_ptx(entries: &[Entry]) -> Result<()> {
+    let nvrtc = Nvrtc::fetched(Release::Oldest)?;
+    let folder = folder(Release::Oldest)?;
     entries.par_iter().try_for_each(|entry| {
-        let compiled = nvrtc.compile(&entry.kernel.source, Target::Ptx("compute_80"), &OPTIONS[..1]);
-        compiled.map(drop).with_context(|| entry.kernel.name.clone())
+        let path = folder.join(format!("{}.ptx", entry.kernel.hash));
+        compiled(&nvrtc, &entry.kernel, Target::Ptx("compute_80"), &path).map(drop).context(entry.kernel.name.clone())
     })
+}
+
+/// Where a release's code is kept.
+fn folder(release: Release) -> Result<PathBuf> {
+    let folder = cuda_folder().join("compiled").join(release.folder());
+    fs::create_dir_all(&folder).with_context(|| format!("cannot make {}", folder.display()))?;
+    Ok(folder)
+}
+
+/// The log of a compilation whose code is in `path`: done now, or before with the same source and compiler.
+fn compiled(nvrtc: &Nvrtc, kernel: &Kernel, target: Target<'_>, path: &Path) -> Result<String> {
+    let log_path = path.with_extension("log");
+    if let (Ok(log), true) = (fs::read_to_string(&log_path), path.is_file()) {
+        return Ok(log);
+    }
+    let options = if matches!(target, Target::Cubin(_)) { &OPTIONS[..] } else { &OPTIONS[..1] };
+    let compiled = nvrtc.compile(&kernel.source, target, options)?;
+    fs::write(path, &compiled.code).with_context(|| format!("cannot write {}", path.display()))?;
+    // The log comes last: where it is, the code is whole.
+    fs::write(&log_path, &compiled.log).with_context(|| format!("cannot write {}", log_path.display()))?;
+    Ok(compiled.log)
 }
