@@ -7,15 +7,12 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 
 import loops
+import path
 from floor import Workload
 from loops import Loop
 from machine_code import Kernel, UnreadableCode
 from machines import ARCHS, CHIPS, DEFAULT_CHIP, PARTS, Amd
 from tally import Tally, occupancy
-
-
-# Instructions a branch has to pass over to be a path of its own.
-SHORTEST_PATH = 12
 
 
 @dataclass(frozen=True)
@@ -52,7 +49,7 @@ class Model:
     def __init__(self, kernel: Kernel, shape: Shape, choice: Choice | None = None) -> None:
         choice = choice or Choice()
         self.kernel, self.shape, self.arch = kernel, shape, kernel.arch
-        self.skipped: list[tuple[int, int]] = []
+        self.left_out = 0
         if choice.skip:
             kernel.instructions = [
                 each for each in kernel.instructions if not any(low <= each.address < high for low, high in choice.skip)
@@ -60,10 +57,11 @@ class Model:
         self.loops = loops.find(kernel)
         self.trips = choice.trips
         self.loop = self._choose(choice.loop)
-        self._leave_out_repeated_work()
+        self._keep_to_the_steady_path()
         if self.loop:
             self.body = self._tally(self.loop)
-            self.rest = Tally(self.arch, [i for i in kernel.instructions if not self.loop.holds(i.address)])
+            inside = {each.address for each in self.loop.instructions}
+            self.rest = Tally(self.arch, [each for each in kernel.instructions if each.address not in inside])
         else:
             self.body, self.rest = Tally(self.arch, kernel.instructions), Tally(self.arch)
         shared = shape.shared_bytes if shape.shared_bytes is not None else kernel.resources.shared_bytes
@@ -86,30 +84,17 @@ class Model:
         scores = self.shape.tile[0] * self.shape.tile[1] / self.shape.warps
         return scores * (self.shape.products or 0) * (self.shape.head_dim or 0)
 
-    def _leave_out_repeated_work(self) -> None:
-        """Takes branches over a second path that does the same products: the general one beside that of whole tiles.
-
-        The steady state takes one of them. Of those that can be jumped over, the longest goes first, as long as the
-        rest of the loop has the products of a step.
-        """
-        while self.loop and (needed := self._needed()):
-            work = loops.matrix_work(self.loop.instructions)
-            spans = []
-            for each in self.loop.instructions:
-                if each.target is None or not each.address < each.target <= self.loop.high:
-                    continue
-                inside = [i for i in self.loop.instructions if each.address < i.address < each.target]
-                repeated = loops.matrix_work(inside)
-                if len(inside) >= SHORTEST_PATH and repeated and work - repeated >= 0.9 * needed:
-                    spans.append((len(inside), each.address + 1, each.target))
-            if not spans:
-                return
-            _, low, high = max(spans)
-            keep = [each for each in self.kernel.instructions if not low <= each.address < high]
-            self.skipped.append((low, high))
-            self.kernel.instructions = keep
-            for loop in self.loops:
-                loop.instructions = [each for each in loop.instructions if not low <= each.address < high]
+    def _keep_to_the_steady_path(self) -> None:
+        """Takes what few trips run out of the hot loop and out of the kernel."""
+        if not self.loop or not (needed := self._needed()):
+            return
+        if not (found := path.steady(self.kernel, self.loop, needed)):
+            return
+        kept, whole = found
+        left_out = whole - {each.address for each in kept}
+        self.left_out = len(left_out)
+        self.kernel.instructions = [each for each in self.kernel.instructions if each.address not in left_out]
+        self.loop.instructions = kept
 
     def _tally(self, loop: Loop) -> Tally:
         """Instructions of inner loops named in `trips` count that often, all others once."""

@@ -21,7 +21,8 @@ def words(model: Model, work: Workload | None = None, chip: str | None = None) -
     ]
     if model.loop:
         lines.append(f"hot loop {model.loop.low:#x}..{model.loop.high:#x}, {len(model.loop.instructions)} instructions")
-    lines += [f"left out {low:#x}..{high:#x}: a second path with the same products" for low, high in model.skipped]
+    if model.left_out:
+        lines.append(f"{model.left_out} instructions of the loop are not on its steady path")
     lines.append("classes: " + "  ".join(f"{kind} {count:g}" for kind, count in body.classes.most_common()))
     if unpriced := body.unpriced():
         lines.append("WARNING: without a price: " + " ".join(unpriced))

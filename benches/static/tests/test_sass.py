@@ -105,17 +105,41 @@ class TheModel(unittest.TestCase):
         with self.assertRaises(UnreadableCode):
             Model(probe(), SHAPE, Choice(loop=0x10))
 
-    def test_a_second_path_is_left_out(self) -> None:
+    def test_a_second_path_with_the_same_products_is_left_out(self) -> None:
         product = lambda at: Instruction(at, "HMMA", ("16816", "F32", "BF16"))  # noqa: E731
-        plain = [product(0x10), Instruction(0x20, "BRA", target=0x200)]
+        plain = [product(0x10), Instruction(0x20, "BRA", predicate="@P0", target=0x200)]
         general = [Instruction(at, "FSEL") for at in range(0x30, 0x130, 0x10)] + [product(0x130)]
         rest = [Instruction(0x200, "FADD"), Instruction(0x210, "BRA", target=0x10)]
         model = Model(Kernel("two", "sm_80", plain + general + rest), SHAPE)
-        self.assertEqual(model.skipped, [(0x21, 0x200)])
+        self.assertEqual(model.left_out, len(general))
         self.assertEqual((model.body.pipes["tensor"], model.body.pipes["alu"]), (8, 0))
         # With the products of two steps, nothing is repeated.
         both = Model(Kernel("two", "sm_80", plain + general + rest), Shape((128, 8), 4, 1, 16))
-        self.assertEqual((both.skipped, both.body.pipes["tensor"]), ([], 16))
+        self.assertEqual((both.left_out, both.body.pipes["tensor"]), (0, 16))
+
+    def test_what_may_be_jumped_over_counts(self) -> None:
+        code = [
+            Instruction(0x10, "HMMA", ("16816", "F32", "BF16")),
+            Instruction(0x20, "BRA", predicate="@P0", target=0x40),
+            Instruction(0x30, "LDGSTS", ("E", "BYPASS", "128")),
+            Instruction(0x40, "BRA", predicate="@P1", target=0x60),
+            Instruction(0x50, "FSEL"),
+            Instruction(0x60, "BRA", predicate="@P2", target=0x10),
+        ]
+        model = Model(Kernel("next", "sm_80", code), SHAPE)
+        self.assertEqual((model.body.classes["cp.async"], model.body.classes["alu"]), (1, 1))
+
+    def test_the_cheaper_of_two_branches_is_taken(self) -> None:
+        code = [
+            Instruction(0x10, "HMMA", ("16816", "F32", "BF16")),
+            Instruction(0x20, "BRA", predicate="@P0", target=0x60),
+            *[Instruction(at, "FSEL") for at in (0x30, 0x40)],
+            Instruction(0x50, "BRA", target=0x70),
+            Instruction(0x60, "FADD"),
+            Instruction(0x70, "BRA", predicate="@P1", target=0x10),
+        ]
+        model = Model(Kernel("either", "sm_80", code), SHAPE)
+        self.assertEqual((model.body.classes["alu"], model.body.classes["fp32"]), (0, 1))
 
 
 class TheReplay(unittest.TestCase):

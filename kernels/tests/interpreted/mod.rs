@@ -14,7 +14,7 @@ use tilefold_emulator_ptx::{Launch as Run, Memory, Module, run};
 use tilefold_kernels::params::{Operand, Params};
 use tilefold_kernels::{
     AttentionOperands, BackwardLaunch, BackwardOperands, ForwardOutputs, Kernel, Launch, backward,
-    backward_workspace_bytes, forward, kv_lengths_strides,
+    backward_workspace_bytes, fill_view, forward, kv_lengths_strides, merge, relayout,
 };
 
 const ID: DeviceId = DeviceId { kind: DeviceKind::Custom, ordinal: 0 };
@@ -81,7 +81,8 @@ impl Interpreted {
         Ok(module)
     }
 
-    fn launch<P: Params>(&self, launch: &Launch<P>) -> DeviceResult<()> {
+    /// Compiles and runs one launch.
+    pub(crate) fn launch<P: Params>(&self, launch: &Launch<P>) -> DeviceResult<()> {
         let module = self.module(&launch.kernel)?;
         let kernel = module.kernel(launch.kernel.entry).ok_or_else(|| failed("cuModuleGetFunction", "not found"))?;
         for (blocks, params) in launch.parts() {
@@ -177,12 +178,13 @@ impl Backend for Interpreted {
         self.memory.read(address(source), destination).map_err(|e| failed("cuMemcpyDtoH", e))
     }
 
-    fn fill(&self, _: &Stream, _: TensorViewMut<'_>, _: f64) -> DeviceResult<()> {
-        Err(failed("fill", "not part of these tests"))
+    fn fill(&self, _: &Stream, destination: TensorViewMut<'_>, value: f64) -> DeviceResult<()> {
+        self.launch(&fill_view(destination.as_view(), value).map_err(|e| failed("plan", e))?)
     }
 
-    fn relayout(&self, _: &Stream, _: RelayoutArgs<'_>) -> DeviceResult<()> {
-        Err(failed("relayout", "not part of these tests"))
+    fn relayout(&self, _: &Stream, args: RelayoutArgs<'_>) -> DeviceResult<()> {
+        let (source, destination) = args.into_parts();
+        self.launch(&relayout(&source, destination.as_view()).map_err(|e| failed("plan", e))?)
     }
 
     fn record(&self, _: &Stream) -> DeviceResult<Event> {
@@ -262,7 +264,7 @@ impl Backend for Interpreted {
         Ok(())
     }
 
-    fn merge(&self, _: &Stream, _: MergeArgs<'_>) -> DeviceResult<()> {
-        Err(failed("merge", "not part of these tests"))
+    fn merge(&self, _: &Stream, args: MergeArgs<'_>) -> DeviceResult<()> {
+        self.launch(&merge(&args.into_operands()).map_err(|e| failed("plan", e))?)
     }
 }
