@@ -102,13 +102,17 @@ fn strides_are_64_bits_wide() {
     let [first, second] = rows.each_ref().map(|row| row.view().origin().addr() as u64);
     let stride = i64::try_from((second - first) / 4).unwrap();
     assert!(stride > i64::from(i32::MAX), "allocations are {stride} elements apart");
-    // The launch of a dense copy, given a source whose two rows are two allocations.
-    let dense = |strides: &[i64]| Layout::new(&[2, 4], strides, 0).unwrap();
-    let source = tensor(&device, &stream, &[0; 48], DType::I32, dense(&[8, 1]));
-    let destination = tensor(&device, &stream, &[0; 32], DType::I32, dense(&[4, 1]));
-    let mut launch = relayout(&source.view(), &destination.view()).unwrap();
-    let outer = launch.params.source_strides.iter().position(|&stride| stride == 8).unwrap();
-    (launch.params.source, launch.params.source_strides[outer]) = (first, stride);
-    device.launch(&launch).unwrap();
-    assert_eq!(download(&device, &stream, destination.storage()), [[1; 16], [2; 16]].concat());
+    // The launch of a copy from rows 8 elements apart, given rows that are two allocations: as the outer axis of the
+    // destination and as the inner one.
+    for (shape, source, expected) in
+        [([2, 4], [8, 1], [[1_u8; 16], [2; 16]].concat()), ([4, 2], [1, 8], [[1; 4], [2; 4]].concat().repeat(4))]
+    {
+        let source = tensor(&device, &stream, &[0; 48], DType::I32, Layout::new(&shape, &source, 0).unwrap());
+        let destination = tensor(&device, &stream, &[0; 32], DType::I32, Layout::contiguous(&shape).unwrap());
+        let mut launch = relayout(&source.view(), &destination.view()).unwrap();
+        let apart = launch.params.source_strides.iter().position(|&stride| stride == 8).unwrap();
+        (launch.params.source, launch.params.source_strides[apart]) = (first, stride);
+        device.launch(&launch).unwrap();
+        assert_eq!(download(&device, &stream, destination.storage()), expected, "{shape:?}");
+    }
 }
