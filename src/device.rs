@@ -4,6 +4,8 @@ use std::env;
 use std::ffi::OsStr;
 use std::sync::Arc;
 
+#[cfg(feature = "cuda")]
+use crate::CudaBackend;
 use crate::{
     AttentionPlan, AttentionProblem, Backend, BackwardArgs, CpuBackend, DType, DeviceInfo, DeviceResult, Error, Event,
     ForwardArgs, Layout, MergeArgs, OpenError, ProblemError, RelayoutArgs, Storage, Stream, Tensor, TensorViewMut,
@@ -28,6 +30,9 @@ const KINDS: [&str; 4] = ["cuda", "rocm", "wgpu", "cpu"];
 pub enum Device {
     /// The host's processors.
     Cpu(CpuBackend),
+    /// An NVIDIA GPU.
+    #[cfg(feature = "cuda")]
+    Cuda(CudaBackend),
     /// A backend of the caller's own; `docs/adding-a-backend.md` shows how to write one.
     Custom(Arc<dyn Backend>),
 }
@@ -42,7 +47,9 @@ pub struct Discovery {
 }
 
 impl Device {
-    /// Every kind of device this crate knows, best first: the device, or why there is none.
+    /// Every kind of device this crate knows, best first: its devices, or why there is none.
+    ///
+    /// The first device of a kind has the kind's name, further ones a number: `cuda`, `cuda:1`.
     ///
     /// ```
     /// for found in tilefold::Device::all() {
@@ -54,7 +61,11 @@ impl Device {
     /// ```
     #[must_use]
     pub fn all() -> Vec<Discovery> {
-        KINDS.iter().map(|&kind| Discovery { name: kind.to_owned(), device: Self::open(kind) }).collect()
+        let names = KINDS.iter().flat_map(|&kind| {
+            let further = (1..count(kind)).map(move |ordinal| format!("{kind}:{ordinal}"));
+            std::iter::once(kind.to_owned()).chain(further)
+        });
+        names.map(|name| Discovery { device: Self::open(&name), name }).collect()
     }
 
     /// The device with a name: `cpu`, `cpu:0`, `cuda:0`, ...; a name without a number means number 0.
@@ -66,8 +77,8 @@ impl Device {
     /// ```
     ///
     /// # Errors
-    /// [`OpenError::NoSuchDevice`] for an unknown name, [`OpenError::NoBackend`] for a kind of device this version has
-    /// no backend for, and what the backend reports.
+    /// [`OpenError::NoSuchDevice`] for an unknown name, [`OpenError::NotCompiled`] for a kind of device this build leaves
+    /// out, [`OpenError::NoBackend`] for one this version has no backend for, and what the backend reports.
     pub fn open(name: &str) -> Result<Self, OpenError> {
         let unknown = || OpenError::NoSuchDevice { name: name.to_owned(), known: known_names() };
         let (kind, ordinal) = match name.split_once(':') {
@@ -77,6 +88,7 @@ impl Device {
         match KINDS.iter().find(|&&known| known == kind) {
             Some(&"cpu") if ordinal == 0 => Self::cpu(),
             Some(&"cpu") | None => Err(unknown()),
+            Some(&"cuda") => cuda(ordinal),
             Some(kind) => Err(OpenError::NoBackend { kind, version: env!("CARGO_PKG_VERSION") }),
         }
     }
@@ -133,20 +145,50 @@ impl Device {
         let layout = Layout::contiguous(shape)?;
         let overflow = ProblemError::Overflow { tensor: "tensor", quantity: "size in bytes" };
         let bytes = layout.len().checked_mul(dtype.size_bytes()).ok_or(overflow)?;
-        let storage = self.alloc(&self.stream()?, bytes)?;
+        let stream = self.stream()?;
+        let storage = self.alloc(&stream, bytes)?;
+        // The stream ends here: what is to come on others must find zeros.
+        self.synchronize(&stream)?;
         Ok(Tensor::new(storage, dtype, layout)?)
+    }
+}
+
+#[cfg(feature = "cuda")]
+fn cuda(ordinal: usize) -> Result<Device, OpenError> {
+    CudaBackend::new(ordinal).map(Device::Cuda)
+}
+
+#[cfg(not(feature = "cuda"))]
+fn cuda(_: usize) -> Result<Device, OpenError> {
+    Err(OpenError::NotCompiled { kind: "cuda" })
+}
+
+/// Devices of a kind, as far as this build can tell.
+fn count(kind: &str) -> usize {
+    match kind {
+        #[cfg(feature = "cuda")]
+        "cuda" => CudaBackend::count().unwrap_or(0),
+        _ => 1,
     }
 }
 
 /// Names that may be given to [`Device::open`] in this build.
 fn known_names() -> String {
-    "cpu".to_owned()
+    let names = KINDS.iter().flat_map(|&kind| match kind {
+        "cpu" => vec!["cpu".to_owned()],
+        #[cfg(feature = "cuda")]
+        "cuda" => (0..count(kind)).map(|ordinal| format!("{kind}:{ordinal}")).collect(),
+        _ => Vec::new(),
+    });
+    names.collect::<Vec<_>>().join(", ")
 }
 
 macro_rules! dispatch {
     ($device:expr, $backend:ident => $call:expr) => {
         match $device {
             Device::Cpu($backend) => $call,
+            #[cfg(feature = "cuda")]
+            Device::Cuda($backend) => $call,
             Device::Custom($backend) => $call,
         }
     };
@@ -218,34 +260,60 @@ mod tests {
     fn names_open_or_say_why_not() {
         assert!(matches!(Device::open("cpu"), Ok(Device::Cpu(_))));
         assert!(matches!(Device::open("cpu:0"), Ok(Device::Cpu(_))));
-        for name in ["cuda", "cuda:0", "rocm:3", "wgpu"] {
+        for name in ["rocm:3", "wgpu"] {
             let error = Device::open(name).unwrap_err();
             assert!(matches!(error, OpenError::NoBackend { kind, .. } if name.starts_with(kind)), "{name}: {error}");
         }
         for name in ["", "cpu:1", "cpu:", "cpu:-1", "cuda:x", "CPU", "tpu"] {
             let error = Device::open(name).unwrap_err();
-            assert!(matches!(&error, OpenError::NoSuchDevice { known, .. } if known == "cpu"), "{name}: {error}");
+            assert!(
+                matches!(&error, OpenError::NoSuchDevice { known, .. } if known.ends_with("cpu")),
+                "{name}: {error}"
+            );
         }
+    }
+
+    #[test]
+    #[cfg(not(feature = "cuda"))]
+    fn a_backend_left_out_is_named_with_its_feature() {
+        for name in ["cuda", "cuda:0"] {
+            let error = Device::open(name).unwrap_err();
+            assert_eq!(error, OpenError::NotCompiled { kind: "cuda" });
+            assert!(error.to_string().ends_with("build it with the cargo feature `cuda`"), "{error}");
+        }
+    }
+
+    /// On a machine with or without a driver.
+    #[test]
+    #[cfg(feature = "cuda")]
+    fn a_device_that_is_not_there_is_a_typed_error() {
+        let error = Device::open("cuda:99").unwrap_err();
+        let typed =
+            matches!(error, OpenError::NoDriver { .. } | OpenError::TooOld { .. } | OpenError::NoSuchDevice { .. });
+        assert!(typed, "{error}");
     }
 
     #[test]
     fn all_lists_what_is_off_with_its_reason() {
         let all = Device::all();
-        assert_eq!(all.iter().map(|found| found.name.as_str()).collect::<Vec<_>>(), ["cuda", "rocm", "wgpu", "cpu"]);
-        assert!(all.iter().all(|found| found.device.is_ok() == (found.name == "cpu")));
+        let kinds = all.iter().filter(|found| !found.name.contains(':'));
+        assert_eq!(kinds.map(|found| found.name.as_str()).collect::<Vec<_>>(), ["cuda", "rocm", "wgpu", "cpu"]);
+        let is_off = |name: &str| all.iter().any(|found| found.name == name && found.device.is_err());
+        assert!(is_off("rocm") && is_off("wgpu") && !is_off("cpu"));
+        assert!(is_off("cuda") || cfg!(feature = "cuda"));
     }
 
     #[test]
     fn the_environment_is_never_ignored() {
-        assert!(matches!(Device::choose(None), Ok(Device::Cpu(_))));
+        assert!(Device::choose(None).is_ok());
         assert!(matches!(Device::choose(Some(OsStr::new("cpu"))), Ok(Device::Cpu(_))));
         assert_eq!(
-            Device::choose(Some(OsStr::new("cuda:0"))).unwrap_err(),
-            OpenError::NoBackend { kind: "cuda", version: "0.1.0" }
+            Device::choose(Some(OsStr::new("wgpu:0"))).unwrap_err(),
+            OpenError::NoBackend { kind: "wgpu", version: "0.1.0" }
         );
         for value in ["", "gpu", "cpu:7"] {
             let error = Device::choose(Some(OsStr::new(value))).unwrap_err();
-            assert_eq!(error.to_string(), format!("TILEFOLD_DEVICE={value}: expected one of cpu"));
+            assert_eq!(error.to_string(), format!("TILEFOLD_DEVICE={value}: expected one of {}", known_names()));
         }
     }
 

@@ -10,6 +10,8 @@ pub mod safetensors;
 
 pub use half;
 pub use tilefold_backend_cpu::{Arch, CpuBackend, HostMemory, host_memory};
+#[cfg(feature = "cuda")]
+pub use tilefold_backend_cuda::CudaBackend;
 pub use tilefold_core::attention::reference;
 pub use tilefold_core::{
     AttentionPlan, AttentionProblem, AttentionSpec, Backend, BackwardArgs, BackwardOperands, BiasSpec, DType,

@@ -47,6 +47,7 @@ impl CpuBackend {
             parallelism: rayon::current_num_threads(),
             lanes: arch.lanes(),
             dtypes: vec![DType::F32, DType::F16, DType::BF16],
+            is_virtual: false,
         };
         Ok(Self { info, arch, pool: None, caches: Arc::default() })
     }

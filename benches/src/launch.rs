@@ -29,7 +29,8 @@ impl Launch {
     /// Plans an attention and allocates everything it writes, each result with as many axes as its operand has.
     ///
     /// # Errors
-    /// [`Error::Problem`] for operands that do not fit each other, [`Error::Device`] for too little memory.
+    /// [`Error::Problem`] for operands that do not fit each other, `d_out` of gradients included, [`Error::Device`] for
+    /// too little memory.
     pub fn new(device: &Device, operands: Operands, options: &Options, gradients: Gradients) -> Result<Self, Error> {
         let stream = device.stream()?;
         let operands = operands.into_device(device, &stream)?;
@@ -38,6 +39,10 @@ impl Launch {
         let has_backward = gradients != Gradients::default();
         let mut backward = has_backward.then(|| gradient_results(device, &operands, gradients)).transpose()?;
         touch(device, &stream, &mut forward, backward.as_mut())?;
+        if let Some(backward) = &mut backward {
+            // What backward would refuse is refused before the work of forward.
+            backward_args(&plan, &operands, &forward, backward)?;
+        }
         Ok(Self { device: device.clone(), stream, plan, operands, forward, backward })
     }
 
@@ -102,21 +107,11 @@ impl Launch {
     /// # Errors
     /// [`ProblemError::Missing`] for a launch without `d_out` or gradients, and what the device reports.
     pub fn backward(&mut self) -> Result<(), Error> {
-        let (Some(d_out), Some(backward)) = (&self.operands.d_out, &mut self.backward) else {
-            let reason = "a backward pass needs it, and gradients to write";
-            return Err(ProblemError::Missing { tensor: "d_out", reason }.into());
+        let Some(backward) = &mut self.backward else {
+            return Err(ProblemError::Missing { tensor: "d_out", reason: NO_BACKWARD }.into());
         };
-        let omitted = self.operands.omitted;
-        let inputs = self.operands.inputs()?;
-        let mut operands = inputs.backward_operands(&self.forward, &self.operands.full(d_out)?, backward);
-        operands.out = omitted.lift(&operands.out, FULL_RANK)?;
-        operands.lse = omitted.lift(&operands.lse, LSE_RANK)?;
-        operands.lse_low = omitted.lift(&operands.lse_low, LSE_RANK)?;
-        for gradient in [&mut operands.dq, &mut operands.dk, &mut operands.dv, &mut operands.d_gate] {
-            lift_in_place(gradient, omitted)?;
-        }
-        operands.dbiases.iter_mut().try_for_each(|gradient| lift_in_place(gradient, omitted))?;
-        self.device.attention_backward(&self.stream, BackwardArgs::new(&self.plan, operands)?)?;
+        let args = backward_args(&self.plan, &self.operands, &self.forward, backward)?;
+        self.device.attention_backward(&self.stream, args)?;
         Ok(self.device.synchronize(&self.stream)?)
     }
 
@@ -134,6 +129,28 @@ impl Launch {
         }
         Ok(start.elapsed())
     }
+}
+
+const NO_BACKWARD: &str = "a backward pass needs it, and gradients to write";
+
+/// A backward launch, checked.
+fn backward_args<'a>(
+    plan: &'a AttentionPlan,
+    operands: &'a Operands,
+    forward: &'a Forward,
+    backward: &'a mut Backward,
+) -> Result<BackwardArgs<'a>, ProblemError> {
+    let omitted = operands.omitted;
+    let d_out = operands.d_out.as_ref().ok_or(ProblemError::Missing { tensor: "d_out", reason: NO_BACKWARD })?;
+    let mut views = operands.inputs()?.backward_operands(forward, &operands.full(d_out)?, backward);
+    views.out = omitted.lift(&views.out, FULL_RANK)?;
+    views.lse = omitted.lift(&views.lse, LSE_RANK)?;
+    views.lse_low = omitted.lift(&views.lse_low, LSE_RANK)?;
+    for gradient in [&mut views.dq, &mut views.dk, &mut views.dv, &mut views.d_gate] {
+        lift_in_place(gradient, omitted)?;
+    }
+    views.dbiases.iter_mut().try_for_each(|gradient| lift_in_place(gradient, omitted))?;
+    BackwardArgs::new(plan, views)
 }
 
 fn lift_in_place(view: &mut Option<TensorViewMut<'_>>, omitted: Omitted) -> Result<(), ProblemError> {
@@ -226,6 +243,16 @@ mod tests {
         assert_eq!(lifted.forward_results().out.to_f64(), full.forward_results().out.to_f64());
         let dbias = |launch: &Launch| launch.backward_results().unwrap().dbiases[0].as_ref().unwrap().to_f64();
         assert_eq!(dbias(&lifted), dbias(&full));
+    }
+
+    #[test]
+    fn a_wrong_d_out_is_refused_before_any_work() {
+        let launch = small(Pass::Both);
+        let mut operands = launch.operands;
+        operands.d_out = Some(Tensor::from_f64(&[0.0; 4], DType::F32, &[1, 1, 1, 1, 4]).unwrap());
+        let wanted = all_gradients(&operands.inputs().unwrap());
+        let refused = Launch::new(&launch.device, operands, &Options::default(), wanted).unwrap_err();
+        assert!(matches!(refused, Error::Problem(ProblemError::Shape { tensor: "d_out", .. })), "{refused}");
     }
 
     #[test]

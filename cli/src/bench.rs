@@ -85,6 +85,12 @@ pub(crate) fn run(args: &Args, global: &Global) -> Result<Outcome> {
     let json = args.json.as_deref().filter(|_| !to_stdout).map(|path| OutFile::new(path, "--json")).transpose()?;
     let plot = args.plot.as_deref().map(|path| OutFile::new(path, "--plot")).transpose()?;
     let device = global.open()?;
+    ensure!(
+        !device.info().is_virtual,
+        "{} is virtual ({}): its times say nothing about a GPU; choose another with --device",
+        device.info().id,
+        device.info().name
+    );
     let plans = args.plans(&device)?;
     let entries = measure(&device, &plans, args.repeats, args.warmup)?;
     let record = Record::new(&device, &entries);

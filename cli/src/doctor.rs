@@ -13,7 +13,18 @@ use crate::system::Machine;
 mod cache;
 
 /// Variables that change what the program does.
-const VARIABLES: [&str; 4] = [tilefold::DEVICE_VARIABLE, "TILEFOLD_CPU_ARCH", "TILEFOLD_REQUIRE", "RAYON_NUM_THREADS"];
+const VARIABLES: [&str; 6] = [
+    tilefold::DEVICE_VARIABLE,
+    "TILEFOLD_CPU_ARCH",
+    "TILEFOLD_CACHE_DIR",
+    "TILEFOLD_NVRTC",
+    "TILEFOLD_REQUIRE",
+    "RAYON_NUM_THREADS",
+];
+
+/// What a virtual device is.
+const VIRTUAL_NOTE: &str = "kernels are executed by an interpreter on the processor, not by a GPU; its results count, \
+its times mean nothing";
 
 /// Options of `doctor`.
 #[derive(Debug, clap::Args)]
@@ -45,6 +56,8 @@ struct DeviceReport {
     parallelism: Option<usize>,
     dtypes: Vec<String>,
     memory_bytes: Option<u64>,
+    /// Whether an interpreter stands in for the hardware.
+    is_virtual: bool,
     /// Why it is off.
     reason: Option<String>,
 }
@@ -114,6 +127,9 @@ impl Report {
         for device in self.devices.iter().filter(|device| !device.available) {
             say(&format!("  {} is off: {}", device.name, device.reason.as_deref().unwrap_or("unknown")))?;
         }
+        for device in self.devices.iter().filter(|device| device.is_virtual) {
+            say(&format!("  {} is VIRTUAL: {}", device.name, VIRTUAL_NOTE))?;
+        }
         if let Some(error) = &self.selected_error {
             say(&format!("  no device selected: {error}"))?;
         }
@@ -150,6 +166,7 @@ impl DeviceReport {
                     parallelism: Some(info.parallelism),
                     dtypes: info.dtypes.iter().map(ToString::to_string).collect(),
                     memory_bytes: Some(info.memory_bytes),
+                    is_virtual: info.is_virtual,
                     reason: None,
                 }
             }
@@ -161,6 +178,7 @@ impl DeviceReport {
                 parallelism: None,
                 dtypes: Vec::new(),
                 memory_bytes: None,
+                is_virtual: false,
                 reason: Some(reason),
             },
         }
@@ -169,7 +187,7 @@ impl DeviceReport {
     fn row(&self, selected: Option<&str>) -> [String; 6] {
         let state = match (self.available, selected) {
             (false, _) => "off",
-            (true, Some(id)) if id.split(':').next() == Some(self.name.as_str()) => "selected",
+            (true, Some(id)) if id == self.name || id.strip_suffix(":0") == Some(self.name.as_str()) => "selected",
             (true, _) => "ready",
         };
         [

@@ -71,4 +71,6 @@ pub struct DeviceInfo {
     pub lanes: usize,
     /// The dtypes q, k and v may have.
     pub dtypes: Vec<DType>,
+    /// Whether an interpreter stands in for the hardware: its results count, its times do not.
+    pub is_virtual: bool,
 }

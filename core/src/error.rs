@@ -274,6 +274,24 @@ pub enum OpenError {
         /// What to install.
         hint: String,
     },
+    /// This build leaves the backend out.
+    #[error("this build has no backend for {kind} devices; build it with the cargo feature `{kind}`")]
+    NotCompiled {
+        /// The kind of device, which is also the feature.
+        kind: &'static str,
+    },
+    /// A driver or compiler is there, but too old.
+    #[error("{what} is {found}, and {needed} or newer is needed; {hint}")]
+    TooOld {
+        /// The library.
+        what: String,
+        /// Its version.
+        found: String,
+        /// The oldest version that will do.
+        needed: String,
+        /// What to install.
+        hint: String,
+    },
     /// No device has this name.
     #[error("no device `{name}`; known: {known}")]
     NoSuchDevice {

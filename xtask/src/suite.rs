@@ -81,11 +81,11 @@ fn tests(report: &mut Report) -> Result<()> {
 /// A device that is not there makes conformance fail.
 const REQUIRED: (&str, &str) = ("TILEFOLD_REQUIRE", "cpu");
 
-/// Unit tests with fewer features.
+/// Unit tests of the crate whose features they are, with fewer of them.
 fn unit_tests(report: &mut Report, features: &str) -> Result<()> {
     report.step(&format!("unit tests, features: {}", named(features)), || {
         let features = format!("--features={features}");
-        cargo(&["test", "--workspace", "--lib", &features, "--", "--quiet"])
+        cargo(&["test", "--package", "tilefold", "--lib", &features, "--", "--quiet"])
     })
 }
 

@@ -61,6 +61,7 @@ impl Interpreted {
             parallelism: 1,
             lanes: 32,
             dtypes: vec![DType::F32, DType::F16, DType::BF16],
+            is_virtual: true,
         };
         let nvrtc = Nvrtc::fetched(release).unwrap();
         Self { info, nvrtc, memory: Arc::new(Memory::new(1 << 32)), modules: Mutex::default() }

@@ -1,0 +1,129 @@
+//! Attention: plan, forward, backward.
+
+use tilefold_core::{
+    AttentionPlan, AttentionProblem, BackwardArgs, DeviceError, DeviceId, DeviceResult, ForwardArgs, ForwardOperands,
+    TensorView,
+};
+use tilefold_kernels::params::Operand;
+use tilefold_kernels::{AttentionOperands, ForwardKernel, ForwardOutputs, kv_lengths_strides};
+
+use crate::device::Limits;
+use crate::memory::{Block, send};
+use crate::module::{launch_all, unsupported};
+use crate::stream::CudaStream;
+
+/// Tiles and workspace of a problem.
+///
+/// # Errors
+/// [`DeviceError::Unsupported`] naming the limit.
+pub(crate) fn plan(problem: &AttentionProblem, device: DeviceId, limits: Limits) -> DeviceResult<AttentionPlan> {
+    let spec = problem.spec();
+    let kernel = ForwardKernel::new(problem, &AttentionOperands::default(), &ForwardOutputs::default());
+    let (tile_q, tile_k, shared) = (kernel.tile.tile_q(), kernel.tile.tile_k, kernel.shared_bytes());
+    if shared > usize::try_from(limits.shared_bytes).unwrap_or(usize::MAX) {
+        let limit = format!(
+            "head_dim {} and head_dim_v {} in {} need {shared} bytes of shared memory, and {device} has {}; use smaller \
+heads or another dtype",
+            spec.head_dim, spec.head_dim_v, spec.dtype, limits.shared_bytes
+        );
+        return Err(DeviceError::Unsupported { limit });
+    }
+    let lists_bytes = Lists::of(problem).bytes();
+    Ok(AttentionPlan {
+        problem: problem.clone(),
+        device,
+        kernel: format!("cuda-sm_{}-{}", limits.arch, spec.dtype),
+        tile_q,
+        tile_k,
+        forward_workspace_bytes: lists_bytes,
+        backward_workspace_bytes: lists_bytes,
+        deterministic: true,
+    })
+}
+
+/// Enqueues a forward launch.
+///
+/// # Errors
+/// What compiler and driver report.
+pub(crate) fn forward(stream: &CudaStream, limits: Limits, args: ForwardArgs<'_>) -> DeviceResult<()> {
+    let problem = &args.plan().problem;
+    let ForwardOperands { q, k, v, biases, key_mask, q_segments, k_segments, gate, out, lse, lse_low } =
+        args.into_operands();
+    let lists = Lists::of(problem).upload(stream)?;
+    let of = |view: &Option<TensorView<'_>>| view.as_ref().map(Operand::of);
+    let operands = AttentionOperands {
+        q: Operand::of(&q),
+        k: Operand::of(&k),
+        v: Operand::of(&v),
+        biases: biases.iter().map(Operand::of).collect(),
+        key_mask: of(&key_mask),
+        segments: of(&q_segments).zip(of(&k_segments)).map(<[Operand; 2]>::from),
+        kv_lengths: lists.kv_lengths,
+        alibi_slopes: lists.alibi_slopes,
+        gate: of(&gate),
+    };
+    let outputs = ForwardOutputs {
+        out: Operand::of(out.as_view()),
+        lse: lse.map(|lse| Operand::of(lse.as_view())),
+        lse_low: lse_low.map(|lse_low| Operand::of(lse_low.as_view())),
+    };
+    launch_all(stream, limits, tilefold_kernels::forward(problem, &operands, &outputs))
+}
+
+/// Enqueues the launches of a backward pass.
+///
+/// # Errors
+/// What compiler and driver report.
+pub(crate) fn backward(_: &CudaStream, _: Limits, _: BackwardArgs<'_>) -> DeviceResult<()> {
+    Err(DeviceError::Unsupported { limit: "attention gradients on CUDA devices; compute on the CPU".to_owned() })
+}
+
+/// Lists of a problem that the kernels read from the device: the only workspace of a forward launch.
+#[derive(Debug, Default)]
+struct Lists {
+    /// `kv_lengths`, i64, then `alibi_slopes`, f32.
+    data: Vec<u8>,
+    kv_lengths: Option<[i64; 2]>,
+    slopes_at: Option<usize>,
+}
+
+/// Lists on the device, until dropped.
+#[derive(Debug, Default)]
+struct DeviceLists {
+    kv_lengths: Option<Operand>,
+    alibi_slopes: Option<u64>,
+    _block: Option<Block>,
+}
+
+impl Lists {
+    fn of(problem: &AttentionProblem) -> Self {
+        let spec = problem.spec();
+        let mut lists = Self::default();
+        if let Some(lengths) = &spec.kv_lengths {
+            lists.data.extend(bytemuck::cast_slice(lengths));
+            lists.kv_lengths = Some(kv_lengths_strides(problem));
+        }
+        if let Some(slopes) = &spec.mask.alibi_slopes {
+            lists.slopes_at = Some(lists.data.len());
+            lists.data.extend(bytemuck::cast_slice(slopes));
+        }
+        lists
+    }
+
+    fn bytes(&self) -> usize {
+        self.data.len()
+    }
+
+    fn upload(self, stream: &CudaStream) -> DeviceResult<DeviceLists> {
+        if self.data.is_empty() {
+            return Ok(DeviceLists::default());
+        }
+        let block = Block::new(stream, self.bytes())?;
+        let address = block.address();
+        let offset = |at| u64::try_from(at).map(|at| address + at);
+        let alibi_slopes = self.slopes_at.map(offset).transpose().map_err(unsupported)?;
+        let kv_lengths = self.kv_lengths.map(|[batch, row]| Operand { data: address, strides: [batch, row, 0, 0, 0] });
+        send(stream, self.data, address)?;
+        Ok(DeviceLists { kv_lengths, alibi_slopes, _block: Some(block) })
+    }
+}
