@@ -108,7 +108,10 @@ impl System {
     }
 
     fn new(settings: Settings) -> Self {
-        let device = |_| Device { memory: Memory::new(settings.memory_bytes), context: OnceLock::new() };
+        let device = |number: u64| {
+            let memory = Memory::of_device(usize::try_from(number).unwrap_or(usize::MAX), settings.memory_bytes);
+            Device { memory, context: OnceLock::new() }
+        };
         let devices: Vec<_> = (0..settings.devices).map(device).collect();
         let defaults = (0..devices.len()).map(Stream::new).collect();
         Self {

@@ -18,6 +18,8 @@ const START_IN_SLOT: u64 = (1 << (SLOT_BITS - 1)) + 256;
 const LARGEST: u64 = 1 << (SLOT_BITS - 2);
 /// Freed slots that wait before their addresses are given out again.
 const QUARANTINE: usize = 4096;
+/// Slots between the first ones of two devices: what one has in quarantine and as many live allocations.
+const DEVICE_SLOTS: usize = 4 * QUARANTINE;
 
 const _: () = assert!(BASE >= WINDOWS_END);
 
@@ -186,6 +188,14 @@ impl Memory {
     #[must_use]
     pub fn new(capacity_bytes: u64) -> Self {
         Self { capacity_bytes, table: RwLock::default(), loading: Mutex::new(()) }
+    }
+
+    /// Memory whose addresses no device with another number gives out, as devices share one space of addresses.
+    #[must_use]
+    pub fn of_device(number: usize, capacity_bytes: u64) -> Self {
+        let memory = Self::new(capacity_bytes);
+        memory.write_table().slots = vec![Slot::Freed { bytes: 0 }; number * DEVICE_SLOTS];
+        memory
     }
 
     /// All bytes of the device.
