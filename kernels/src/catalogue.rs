@@ -45,8 +45,8 @@ pub fn catalogue() -> Result<Vec<Entry>, KernelError> {
     for (kernel, followed) in attention::forward()? {
         add(kernel, followed);
     }
-    for kernel in backward::kernels() {
-        add(kernel?, true);
+    for (kernel, followed) in backward::kernels()? {
+        add(kernel, followed);
     }
     Ok(entries)
 }

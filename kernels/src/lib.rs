@@ -25,7 +25,7 @@ mod relayout;
 mod source;
 mod tile;
 
-pub use backward::{BackwardLaunch, BackwardOperands, backward, backward_workspace_bytes};
+pub use backward::{BackwardLaunch, BackwardOperands, backward, backward_shared_bytes, backward_workspace_bytes};
 pub use catalogue::{Entry, Pass, Scores, Walk, catalogue};
 pub use constants::{AttentionConstants, BiasKind};
 pub use fill::{fill, fill_view};

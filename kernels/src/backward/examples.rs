@@ -1,6 +1,6 @@
 //! Backward kernels of representative problems, for the checks of every kernel.
 
-use tilefold_core::{AttentionProblem, AttentionSpec, BiasSpec, DType, Layout};
+use tilefold_core::{AttentionProblem, AttentionSpec, BiasSpec, DType, EmptyRows, Layout, StructuralMask};
 
 use super::{BackwardOperands, backward};
 use crate::kernel::{Kernel, KernelError};
@@ -10,34 +10,58 @@ use crate::params::Operand;
 /// Head dimensions that kernels are tuned for, and the largest.
 const HEAD_DIMS: [usize; 8] = [8, 16, 24, 32, 48, 64, 128, 256];
 
-/// Every backward kernel of an Evoformer problem (a mask bias and a pair bias, a gate, all gradients) in every dtype, with
-/// key mask and without, short and long enough for each choice of passes.
-pub(crate) fn kernels() -> impl Iterator<Item = Result<Kernel, KernelError>> {
-    let problems = [DType::F32, DType::F16, DType::BF16].into_iter().flat_map(|dtype| {
-        HEAD_DIMS.into_iter().flat_map(move |head_dim| {
-            [(256, false), (2048, true)].into_iter().map(move |(seqlen, key_mask)| (dtype, head_dim, seqlen, key_mask))
-        })
-    });
-    let mut seen = std::collections::HashSet::new();
-    let all =
-        problems.flat_map(|(dtype, head_dim, seqlen, key_mask)| match launches(dtype, head_dim, seqlen, key_mask) {
-            Ok(kernels) => kernels.into_iter().map(Ok).collect(),
-            Err(error) => vec![Err(error)],
-        });
-    all.filter(move |kernel| kernel.as_ref().map_or(true, |kernel| seen.insert(kernel.hash.clone())))
+const ROWS: usize = 512;
+const HEADS: usize = 4;
+
+/// Every backward kernel of these problems, and whether its speed is followed.
+///
+/// In every dtype Evoformer problems (a mask bias and a pair bias, a gate, all gradients), with key mask and without,
+/// short and long enough for each choice of passes; and one problem with every switch and kind of bias. f16, whose kernels
+/// differ from those of bf16 in single instructions, has one head dimension.
+pub(crate) fn kernels() -> Result<Vec<(Kernel, bool)>, KernelError> {
+    let mut kernels = Vec::new();
+    for dtype in [DType::F32, DType::F16, DType::BF16] {
+        let head_dims = if dtype == DType::F16 { &[32][..] } else { &HEAD_DIMS };
+        for &head_dim in head_dims {
+            for (seqlen, key_mask) in [(256, false), (2048, true)] {
+                let evoformer = AttentionSpec { key_mask, ..evoformer(dtype, head_dim, seqlen) };
+                kernels.extend(launches(evoformer)?.into_iter().map(|kernel| (kernel, true)));
+            }
+        }
+        kernels.extend(launches(everything(dtype))?.into_iter().map(|kernel| (kernel, false)));
+    }
+    Ok(kernels)
 }
 
-fn launches(dtype: DType, head_dim: usize, seqlen: usize, key_mask: bool) -> Result<Vec<Kernel>, KernelError> {
-    let (rows, heads) = (512, 4);
-    let mut spec = AttentionSpec::new(dtype, 1, rows, seqlen, heads, head_dim);
+fn evoformer(dtype: DType, head_dim: usize, seqlen: usize) -> AttentionSpec {
+    let mut spec = AttentionSpec::new(dtype, 1, ROWS, seqlen, HEADS, head_dim);
     spec.biases = vec![
-        BiasSpec { shape: [1, rows, 1, 1, seqlen], dtype },
-        BiasSpec { shape: [1, 1, heads, seqlen, seqlen], dtype },
+        BiasSpec { shape: [1, ROWS, 1, 1, seqlen], dtype },
+        BiasSpec { shape: [1, 1, HEADS, seqlen, seqlen], dtype },
     ];
-    (spec.gate, spec.key_mask) = (true, key_mask);
-    // The mask bias has no gradient.
+    spec.gate = true;
     let mut spec = spec.with_all_gradients();
+    // The mask bias has no gradient.
     spec.gradients.biases[0] = false;
+    spec
+}
+
+fn everything(dtype: DType) -> AttentionSpec {
+    let seqlen = 384;
+    let mut spec = AttentionSpec::new(dtype, 1, ROWS, seqlen, HEADS, 32);
+    spec.biases = vec![
+        BiasSpec { shape: [1, ROWS, 1, 1, seqlen], dtype },
+        BiasSpec { shape: [1, 1, HEADS, seqlen, seqlen], dtype },
+        BiasSpec { shape: [1, ROWS, HEADS, seqlen, 1], dtype: DType::F32 },
+        BiasSpec { shape: [1, ROWS, HEADS, seqlen, seqlen], dtype },
+    ];
+    (spec.key_mask, spec.kv_lengths, spec.segments, spec.gate) = (true, Some(vec![300]), true, true);
+    spec.mask = StructuralMask { causal: true, alibi_slopes: Some(vec![0.5; HEADS]), ..StructuralMask::default() };
+    spec.empty_rows = EmptyRows::Uniform;
+    spec.with_all_gradients()
+}
+
+fn launches(spec: AttentionSpec) -> Result<Vec<Kernel>, KernelError> {
     let Ok(problem) = AttentionProblem::new(spec) else { return Ok(Vec::new()) };
     let spec = problem.spec();
     let dense = |shape: &[usize]| {
@@ -49,7 +73,10 @@ fn launches(dtype: DType, head_dim: usize, seqlen: usize, key_mask: bool) -> Res
         k: dense(&problem.k_shape()),
         v: dense(&problem.v_shape()),
         biases: spec.biases.iter().map(|bias| dense(&bias.shape)).collect(),
-        key_mask: key_mask.then(|| dense(&[1, rows, seqlen])),
+        key_mask: spec.key_mask.then(|| dense(&[1, ROWS, spec.seqlen_k])),
+        segments: spec.segments.then(|| [dense(&[1, ROWS, spec.seqlen_q]), dense(&[1, ROWS, spec.seqlen_k])]),
+        kv_lengths: spec.kv_lengths.is_some().then(Operand::default),
+        alibi_slopes: spec.mask.alibi_slopes.is_some().then_some(256),
         gate: Some(dense(&problem.out_shape())),
         ..AttentionOperands::default()
     };
@@ -62,8 +89,24 @@ fn launches(dtype: DType, head_dim: usize, seqlen: usize, key_mask: bool) -> Res
         dq: Some(dense(&problem.q_shape())),
         dk: Some(dense(&problem.k_shape())),
         dv: Some(dense(&problem.v_shape())),
-        dbiases: vec![None, Some((dense(&spec.biases[1].shape), dtype))],
+        dbiases: (spec.biases.iter().zip(spec.gradients.biases))
+            .map(|(bias, wanted)| wanted.then(|| (dense(&bias.shape), bias.dtype)))
+            .collect(),
         d_gate: Some(dense(&problem.out_shape())),
     };
     Ok(backward(&problem, &operands, 256)?.iter().map(|launch| launch.kernel().clone()).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_example_is_a_problem() {
+        for dtype in [DType::F32, DType::F16, DType::BF16] {
+            for spec in [everything(dtype), evoformer(dtype, 32, 256)] {
+                assert!(!launches(spec).unwrap().is_empty(), "{dtype}");
+            }
+        }
+    }
 }

@@ -72,6 +72,14 @@ pub fn backward_workspace_bytes(problem: &AttentionProblem) -> u64 {
     Schedule::new(problem).workspace.bytes
 }
 
+/// Shared memory that some block of a backward pass takes; at most 99 KiB, which every supported device has.
+#[must_use]
+pub fn backward_shared_bytes(problem: &AttentionProblem) -> u32 {
+    let schedule = Schedule::new(problem);
+    let keys = schedule.keys.iter().map(|pass| pass.tiles.shared_bytes);
+    keys.chain(schedule.queries.iter().map(|pass| pass.tiles.shared_bytes)).max().unwrap_or(0)
+}
+
 /// The launches of a backward pass. `workspace` is the address of [`backward_workspace_bytes`] bytes, aligned to 256.
 ///
 /// *Numerics*: sums, softmax and dS in f32, in an order that depends on the problem alone; no atomics: equal inputs give
