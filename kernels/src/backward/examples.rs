@@ -78,7 +78,6 @@ fn launches(spec: AttentionSpec) -> Result<Vec<Kernel>, KernelError> {
         kv_lengths: spec.kv_lengths.is_some().then(Operand::default),
         alibi_slopes: spec.mask.alibi_slopes.is_some().then_some(256),
         gate: Some(dense(&problem.out_shape())),
-        ..AttentionOperands::default()
     };
     let operands = BackwardOperands {
         inputs,
