@@ -70,6 +70,7 @@ fn kernels(report: &mut Report) -> Result<()> {
         return Ok(());
     }
     report.step("tests of the static instrument", || {
+        setup::programs(&[("python3", "python3")])?;
         run(&[], &["python3", "-m", "unittest", "discover", "-s", "benches/static/tests"])
     })?;
     report.step("kernels: registers, spills, instructions, cost", kernels::quick)
