@@ -1,11 +1,14 @@
-//! Attention: plan and forward.
+//! Attention: plan, forward, backward.
 
 use tilefold_core::{
-    AttentionPlan, AttentionProblem, DeviceError, DeviceId, DeviceResult, ForwardArgs, ForwardOperands, Gradients,
-    TensorView,
+    AttentionPlan, AttentionProblem, BackwardArgs, DeviceError, DeviceId, DeviceResult, ForwardArgs, ForwardOperands,
+    TensorView, TensorViewMut,
 };
 use tilefold_kernels::params::Operand;
-use tilefold_kernels::{AttentionOperands, ForwardKernel, ForwardOutputs, kv_lengths_strides};
+use tilefold_kernels::{
+    AttentionOperands, BackwardLaunch, BackwardOperands, ForwardKernel, ForwardOutputs, backward_shared_bytes,
+    backward_workspace_bytes, kv_lengths_strides,
+};
 
 use crate::device::Limits;
 use crate::memory::{Block, send};
@@ -18,11 +21,10 @@ use crate::stream::CudaStream;
 /// [`DeviceError::Unsupported`] naming the limit.
 pub(crate) fn plan(problem: &AttentionProblem, device: DeviceId, limits: Limits) -> DeviceResult<AttentionPlan> {
     let spec = problem.spec();
-    if spec.gradients != Gradients::default() {
-        return Err(no_gradients());
-    }
     let kernel = ForwardKernel::new(problem, &AttentionOperands::default(), &ForwardOutputs::default());
-    let (tile_q, tile_k, shared) = (kernel.tile.tile_q(), kernel.tile.tile_k, kernel.shared_bytes());
+    let (tile_q, tile_k) = (kernel.tile.tile_q(), kernel.tile.tile_k);
+    let backward_shared = usize::try_from(backward_shared_bytes(problem)).map_err(unsupported)?;
+    let shared = kernel.shared_bytes().max(backward_shared);
     if shared > usize::try_from(limits.shared_bytes).unwrap_or(usize::MAX) {
         let limit = format!(
             "head_dim {} and head_dim_v {} in {} need {shared} bytes of shared memory, and {device} has {}; use smaller \
@@ -31,14 +33,15 @@ heads or another dtype",
         );
         return Err(DeviceError::Unsupported { limit });
     }
+    let lists_bytes = Lists::of(problem).bytes();
     Ok(AttentionPlan {
         problem: problem.clone(),
         device,
         kernel: format!("cuda-sm_{}-{}", limits.arch, spec.dtype),
         tile_q,
         tile_k,
-        forward_workspace_bytes: Lists::of(problem).bytes(),
-        backward_workspace_bytes: 0,
+        forward_workspace_bytes: lists_bytes,
+        backward_workspace_bytes: lists_bytes.saturating_add(workspace_bytes(problem)),
         deterministic: true,
     })
 }
@@ -72,9 +75,56 @@ pub(crate) fn forward(stream: &CudaStream, limits: Limits, args: ForwardArgs<'_>
     launch_all(stream, limits, tilefold_kernels::forward(problem, &operands, &outputs))
 }
 
-/// What there are no kernels for: [`plan`] refuses it.
-pub(crate) fn no_gradients() -> DeviceError {
-    DeviceError::Unsupported { limit: "attention gradients on CUDA devices; compute on the CPU".to_owned() }
+/// Enqueues the launches of a backward pass.
+///
+/// # Errors
+/// What compiler and driver report.
+pub(crate) fn backward(stream: &CudaStream, limits: Limits, args: BackwardArgs<'_>) -> DeviceResult<()> {
+    let problem = &args.plan().problem;
+    let o = args.into_operands();
+    let lists = Lists::of(problem).upload(stream)?;
+    let of = |view: &Option<TensorView<'_>>| view.as_ref().map(Operand::of);
+    let written = |view: &Option<TensorViewMut<'_>>| view.as_ref().map(|view| Operand::of(view.as_view()));
+    let dbias = |view: &TensorViewMut<'_>| (Operand::of(view.as_view()), view.as_view().dtype());
+    let operands = BackwardOperands {
+        inputs: AttentionOperands {
+            q: Operand::of(&o.q),
+            k: Operand::of(&o.k),
+            v: Operand::of(&o.v),
+            biases: o.biases.iter().map(Operand::of).collect(),
+            key_mask: of(&o.key_mask),
+            segments: of(&o.q_segments).zip(of(&o.k_segments)).map(<[Operand; 2]>::from),
+            kv_lengths: lists.kv_lengths,
+            alibi_slopes: lists.alibi_slopes,
+            gate: of(&o.gate),
+        },
+        out: Operand::of(&o.out),
+        lse: Operand::of(&o.lse),
+        lse_low: Operand::of(&o.lse_low),
+        d_out: Operand::of(&o.d_out),
+        dq: written(&o.dq),
+        dk: written(&o.dk),
+        dv: written(&o.dv),
+        dbiases: o.dbiases.iter().map(|view| view.as_ref().map(dbias)).collect(),
+        d_gate: written(&o.d_gate),
+    };
+    let bytes = workspace_bytes(problem);
+    let workspace = (bytes > 0).then(|| Block::new(stream, bytes)).transpose()?;
+    let address = workspace.as_ref().map_or(0, Block::address);
+    for launch in tilefold_kernels::backward(problem, &operands, address).map_err(unsupported)? {
+        match launch {
+            BackwardLaunch::Attention(launch) => launch_all(stream, limits, Ok(*launch))?,
+            BackwardLaunch::Sums(launch) => launch_all(stream, limits, Ok(*launch))?,
+        }
+    }
+    Ok(())
+}
+
+/// Workspace of a backward pass beside the lists; none where it has no launches.
+fn workspace_bytes(problem: &AttentionProblem) -> usize {
+    let asked = problem.spec().gradients;
+    let any = asked.q || asked.k || asked.v || asked.gate || asked.biases.contains(&true);
+    if any { usize::try_from(backward_workspace_bytes(problem)).unwrap_or(usize::MAX) } else { 0 }
 }
 
 /// Lists of a problem that the kernels read from the device: the only workspace of a forward launch.

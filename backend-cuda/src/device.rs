@@ -274,8 +274,8 @@ impl Backend for CudaBackend {
         attention::forward(self.ours(stream, "plan", args.plan().device)?, self.limits, args)
     }
 
-    fn attention_backward(&self, _: &Stream, _: BackwardArgs<'_>) -> DeviceResult<()> {
-        Err(attention::no_gradients())
+    fn attention_backward(&self, stream: &Stream, args: BackwardArgs<'_>) -> DeviceResult<()> {
+        attention::backward(self.ours(stream, "plan", args.plan().device)?, self.limits, args)
     }
 
     fn merge(&self, stream: &Stream, args: MergeArgs<'_>) -> DeviceResult<()> {

@@ -48,6 +48,6 @@ def matrix_work(instructions: list[Instruction]) -> float:
 
 
 def hottest(loops: list[Loop]) -> Loop | None:
-    """The innermost loop with the most matrix work; without any, the longest innermost loop."""
+    """The innermost loop with the most matrix work; where spans overlap, the shortest of those with all of it."""
     candidates = [loop for loop in loops if not any(matrix_work(inner.instructions) for inner in loop.inner)]
-    return max(candidates, key=lambda loop: (matrix_work(loop.instructions), len(loop.instructions)), default=None)
+    return max(candidates, key=lambda loop: (matrix_work(loop.instructions), -len(loop.instructions)), default=None)

@@ -7,6 +7,7 @@ from collections import defaultdict
 from dataclasses import dataclass, field
 
 import loops
+import path
 from floor import Workload
 from loops import Loop
 from machine_code import Kernel, UnreadableCode
@@ -18,20 +19,19 @@ from tally import Tally, occupancy
 class Shape:
     """What the source says of the kernel, and the code does not.
 
-    `tile` is (queries, keys) whose scores a block handles in one trip of the source's loop; `products` the matrix
-    products of each score in that loop (forward 2) and `head_dim` their padded depth, which together tell how far the
-    compiler unrolled; `over` what the loop walks: keys `k`, queries `q`, or rows `n`. `rows` is how many rows of the
-    batch share a block's tile.
+    `tile` is (queries, keys) whose scores a block handles in one step; `products` the matrix products of each score
+    (forward 2) and `head_dim` their padded depth, which together tell how many steps the compiler put into a trip of its
+    loop. `walk` is what a block walks over: `keys`, `queries`, or `rows`, with so many `steps` for each entry.
     """
 
     tile: tuple[int, int] | None = None
     warps: int = 4
     products: float | None = None
     head_dim: int | None = None
-    over: str = "k"
-    rows: int = 1
+    walk: str = "keys"
+    steps: int = 1
     shared_bytes: int | None = None
-    unroll: int | None = None
+    unroll: float | None = None
 
 
 @dataclass
@@ -49,6 +49,7 @@ class Model:
     def __init__(self, kernel: Kernel, shape: Shape, choice: Choice | None = None) -> None:
         choice = choice or Choice()
         self.kernel, self.shape, self.arch = kernel, shape, kernel.arch
+        self.left_out = 0
         if choice.skip:
             kernel.instructions = [
                 each for each in kernel.instructions if not any(low <= each.address < high for low, high in choice.skip)
@@ -56,9 +57,11 @@ class Model:
         self.loops = loops.find(kernel)
         self.trips = choice.trips
         self.loop = self._choose(choice.loop)
+        self._keep_to_the_steady_path()
         if self.loop:
             self.body = self._tally(self.loop)
-            self.rest = Tally(self.arch, [i for i in kernel.instructions if not self.loop.holds(i.address)])
+            inside = {each.address for each in self.loop.instructions}
+            self.rest = Tally(self.arch, [each for each in kernel.instructions if each.address not in inside])
         else:
             self.body, self.rest = Tally(self.arch, kernel.instructions), Tally(self.arch)
         shared = shape.shared_bytes if shape.shared_bytes is not None else kernel.resources.shared_bytes
@@ -74,6 +77,25 @@ class Model:
                 return loop
         raise UnreadableCode(f"{self.kernel.name}: no loop starts at {address:#x}")
 
+    def _needed(self) -> float:
+        """Multiply-adds of one warp in one step; 0 where that is not known."""
+        if not self.shape.tile:
+            return 0.0
+        scores = self.shape.tile[0] * self.shape.tile[1] / self.shape.warps
+        return scores * (self.shape.products or 0) * (self.shape.head_dim or 0)
+
+    def _keep_to_the_steady_path(self) -> None:
+        """Takes what few trips run out of the hot loop and out of the kernel."""
+        if not self.loop or not (needed := self._needed()):
+            return
+        if not (found := path.steady(self.kernel, self.loop, needed)):
+            return
+        kept, whole = found
+        left_out = whole - {each.address for each in kept}
+        self.left_out = len(left_out)
+        self.kernel.instructions = [each for each in self.kernel.instructions if each.address not in left_out]
+        self.loop.instructions = kept
+
     def _tally(self, loop: Loop) -> Tally:
         """Instructions of inner loops named in `trips` count that often, all others once."""
         inner = [each for each in loop.inner if each.low in self.trips]
@@ -86,19 +108,20 @@ class Model:
         return total
 
     def _count_scores(self) -> None:
-        """Scores of one warp in one trip of the compiled loop, which may be several of the source's."""
-        self.unroll, self.scores, self.redundancy = 1, None, None
+        """Scores of one warp in one trip of the compiled loop: those of several steps, or of a part of one."""
+        self.unroll, self.scores, self.redundancy = 1.0, None, None
         if not self.shape.tile:
             return
-        source_trip = self.shape.tile[0] * self.shape.tile[1] / self.shape.warps
-        needed = source_trip * (self.shape.products or 0) * (self.shape.head_dim or 0)
+        needed = self._needed()
+        ratio = self.body.matrix_fma / needed if needed else 1.0
         if self.shape.unroll:
             self.unroll = self.shape.unroll
-        elif needed:
-            self.unroll = max(1, round(self.body.matrix_fma / needed))
-        self.scores = source_trip * self.unroll
+        elif ratio > 0:
+            # Several steps in a trip, or several trips for a step.
+            self.unroll = float(round(ratio)) if ratio >= 0.75 else 1 / round(1 / ratio)
+        self.scores = self.shape.tile[0] * self.shape.tile[1] / self.shape.warps * self.unroll
         if needed:
-            self.redundancy = self.body.matrix_fma / (needed * self.unroll)
+            self.redundancy = ratio / self.unroll
 
     @property
     def per_1024(self) -> float:
@@ -124,14 +147,18 @@ class Model:
         """A time that no launch of this code over this work can beat: prologue and epilogue too, all else overlapped."""
         if not self.shape.tile:
             raise UnreadableCode(f"{self.kernel.name}: a launch's time needs a tile")
-        queries, keys = self.shape.tile
-        over_q, over_k = math.ceil(work.seqlen_q / queries), math.ceil(work.seqlen_k / keys)
-        rows = math.ceil(work.rows / self.shape.rows)
-        trips = {"k": over_k * self.shape.rows, "q": over_q * self.shape.rows, "n": work.rows}[self.shape.over]
-        blocks = {"k": over_q * rows, "q": over_k * rows, "n": over_q * over_k}[self.shape.over] * work.heads
+        shape = self.shape
+        queries, keys = shape.tile
+        over_q, outer = math.ceil(work.seqlen_q / queries), work.rows * work.heads
+        if shape.walk == "rows":
+            blocks = over_q * math.ceil(work.seqlen_k / (keys * shape.steps)) * work.heads
+            steps = float(work.rows * shape.steps)
+        else:
+            over_k = math.ceil(work.seqlen_k / keys)
+            blocks, steps = (over_q * outer, over_k) if shape.walk == "keys" else (over_k * outer, over_q)
         if work.causal:
-            trips /= 2
-        whole = Tally(self.arch).add(self.rest).add(self.body, trips / self.unroll)
+            steps /= 2
+        whole = Tally(self.arch).add(self.rest).add(self.body, steps / self.unroll)
         pipe, cycles = whole.bound()
         of = CHIPS[chip or DEFAULT_CHIP[self.arch]]
         # Warp-cycles that the chip offers in a millisecond.

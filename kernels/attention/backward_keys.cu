@@ -12,10 +12,7 @@
 // Keys that key mask or length exclude are computed like others and written as zeros.
 //
 // Constants: README.md, "Constants of the backward pass".
-#include "include/gpu.h"
-#include "include/params.h"
-#include "include/stage.cuh"
-#include "include/logits.cuh"
+#include "../include/logits.cuh"
 
 constexpr int THREADS = WARPS * WARP_THREADS;
 constexpr int M = ROW_TILES;
@@ -97,8 +94,9 @@ KERNEL_WITH_BLOCKS(THREADS, MIN_BLOCKS) backward_keys(const BackwardParams param
     const i64 key_head = block % key_heads;
     block /= key_heads;
     const i64 batch = block % in.batch, chunk = block / in.batch;
+    const Position owner_at = {batch, row, key_head * in.group};
 
-    const i64 length = KV_LENGTHS ? kv_length(in, batch, row) : in.seqlen_k;
+    const i64 length = kv_length(in, owner_at);
     // Tiles of queries that see a key of the tile, within the chunk.
     i64 first_tile = chunk * params.query_chunk;
     i64 end_tile = (in.seqlen_q + TILE_Q - 1) / TILE_Q;
@@ -112,26 +110,33 @@ KERNEL_WITH_BLOCKS(THREADS, MIN_BLOCKS) backward_keys(const BackwardParams param
     const int tiles = end_tile > first_tile ? (int)(end_tile - first_tile) : 0;
     const int steps = tiles * (int)in.group;
 
-    const Rows<ELEMENT> k = {(const ELEMENT*)in.k.data + at(in.k, batch, row, 0, key_head), in.k.strides[2], in.k.strides[4]};
-    const Rows<ELEMENT> v = {(const ELEMENT*)in.v.data + at(in.v, batch, row, 0, key_head), in.v.strides[2], in.v.strides[4]};
+    const Rows<ELEMENT> k = {(const ELEMENT*)in.k.data + offset_of(in.k, owner_at, 0, key_head), in.k.strides[2], in.k.strides[4]};
+    const Rows<ELEMENT> v = {(const ELEMENT*)in.v.data + offset_of(in.v, owner_at, 0, key_head), in.v.strides[2], in.v.strides[4]};
 
     // The tile of queries that is fetched next, and the one that is computed.
     i64 next_head = key_head * in.group, next_tile = first_tile;
+    StageWalk<StageQ, ELEMENT, HEAD_DIM, TILE_Q, THREADS, Q_PIECES> q_walk;
+    StageWalk<StageDO, ELEMENT, HEAD_DIM_V, TILE_Q, THREADS, DO_PIECES> d_o_walk;
+    StatisticsWalk<TILE_Q, THREADS> statistics_walk;
+    auto start_head = [&]() {
+        const i64 first = first_tile * TILE_Q;
+        const Operand& d_o = params.d_o;
+        q_walk.start({(const ELEMENT*)in.q.data + offset_of(in.q, owner_at, 0, next_head), in.q.strides[2], in.q.strides[4]}, first);
+        d_o_walk.start({(const ELEMENT*)d_o.data + offset_of(d_o, owner_at, 0, next_head), d_o.strides[2], d_o.strides[4]}, first);
+        statistics_walk.start(params, {batch, row, next_head}, first);
+    };
     auto fetch = [&](int stage) {
         const u32 to = shared + STAGES_AT + stage * STAGE_BYTES;
-        const i64 first = next_tile * TILE_Q;
-        const Rows<ELEMENT> q = {(const ELEMENT*)in.q.data + at(in.q, batch, row, 0, next_head), in.q.strides[2],
-                                 in.q.strides[4]};
-        const Rows<ELEMENT> d_o = {(const ELEMENT*)params.d_o.data + at(params.d_o, batch, row, 0, next_head),
-                                   params.d_o.strides[2], params.d_o.strides[4]};
-        StageQ::start(to, q, first, in.seqlen_q, InOrder());
-        StageDO::start(to + DO_AT, d_o, first, in.seqlen_q, InOrder());
-        fetch_statistics<TILE_Q, THREADS>(to + STATISTICS_AT, params, statistics_row(params, batch, row, next_head), first);
+        const i64 first = next_tile * TILE_Q, left = in.seqlen_q - first;
+        q_walk.next(to, left);
+        d_o_walk.next(to + DO_AT, left);
+        statistics_walk.next(to + STATISTICS_AT, params.padded_queries - first);
         copy_async_commit();
         next_tile++;
         if (next_tile == end_tile) {
             next_tile = first_tile;
             next_head++;
+            if (next_head < (key_head + 1) * in.group) start_head();
         }
     };
 
@@ -144,18 +149,17 @@ KERNEL_WITH_BLOCKS(THREADS, MIN_BLOCKS) backward_keys(const BackwardParams param
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             keys[i][half] = first_key + warp * 16 * M + (lane / 4 * M + i) * 2 + half;
-            kept[i][half] = keys[i][half] < length && (!KEY_MASK || keeps_key(in, batch, row, keys[i][half]));
+            kept[i][half] = keys[i][half] < length && (!KEY_MASK || key_mask_keeps(in, owner_at, keys[i][half]));
         }
     }
 
     if (steps > 0) {
-        // Keys times the softmax scale in base 2, rounded to their type as a framework does with q.
         StageK::start(shared, k, first_key, in.seqlen_k, KeyOrder());
         if (NEEDS_DS) StageV::start(shared + V_AT, v, first_key, in.seqlen_k, KeyOrder());
         copy_async_commit();
         copy_async_wait<0>();
-        StageK::scale(shared, in.scale_base2);
         block_barrier();
+        start_head();
         fetch(0);
     }
     FragmentA k_fragments[K_IN_REGISTERS ? QTile::steps : 1][M], v_fragments[K_IN_REGISTERS ? VTile::steps : 1][M];
@@ -173,10 +177,9 @@ KERNEL_WITH_BLOCKS(THREADS, MIN_BLOCKS) backward_keys(const BackwardParams param
     }
 
     KeyBiases<M, N> biases;
-    if (steps > 0) biases.start(in, batch, row, keys[0][0]);
     i64 head = key_head * in.group, tile = first_tile;
     if (steps > 0) {
-        biases.start_head(in, head);
+        biases.start_head(in, {batch, row, head}, keys[0][0]);
         biases.fetch(in, tile * TILE_Q);
     }
     for (int step = 0; step < steps; step++) {
@@ -186,48 +189,26 @@ KERNEL_WITH_BLOCKS(THREADS, MIN_BLOCKS) backward_keys(const BackwardParams param
         copy_async_wait<0>();
         block_barrier();
 
-        float lse[N][2], low[N][2], delta[N][2];
+        float lse[N][2], delta[N][2];
 #pragma unroll
         for (int j = 0; j < N; j++) {
             const u32 from = staged + STATISTICS_AT + (8 * j + 2 * (lane % 4)) * 4;
             load_shared_pair(lse[j], from);
-            load_shared_pair(low[j], from + TILE_Q * 4);
             if (NEEDS_DS) load_shared_pair(delta[j], from + 2 * TILE_Q * 4);
+        }
+        if (first_query + TILE_Q > in.seqlen_q) {
+            // Queries beyond the last: P = 0.
 #pragma unroll
-            for (int e = 0; e < 2; e++) {
-                // Queries beyond the last: P = 0.
-                if (first_query + TILE_Q > in.seqlen_q && first_query + 8 * j + 2 * (lane % 4) + e >= in.seqlen_q) {
-                    lse[j][e] = INFINITE;
+            for (int j = 0; j < N; j++) {
+#pragma unroll
+                for (int e = 0; e < 2; e++) {
+                    if (first_query + 8 * j + 2 * (lane % 4) + e >= in.seqlen_q) lse[j][e] = INFINITE;
                 }
             }
         }
 
-        // Biases start the sum of products, less lse: large numbers meet first (9).
         Accumulator s[M][N], dp[M][N];
-        biases.take(s, in, first_query, lse);
-#pragma unroll
-        for (int i = 0; i < M; i++) {
-#pragma unroll
-            for (int j = 0; j < N; j++) {
-#pragma unroll
-                for (int x = 0; x < 4; x++) {
-                    s[i][j][x] = fused_multiply_add(s[i][j][x], LOG2_E, -low[j][x % 2]);
-                    dp[i][j][x] = delta[j][x % 2];
-                }
-            }
-        }
-        // The next tile, while this one is computed.
-        if (tile + 1 == end_tile) {
-            tile = first_tile;
-            head++;
-            if (step + 1 < steps) biases.start_head(in, head);
-        } else {
-            tile++;
-        }
-        if (step + 1 < steps) {
-            biases.fetch(in, tile * TILE_Q);
-            if (STAGES == 2) fetch(1 - stage);
-        }
+        if (STAGES == 2 && step + 1 < steps) fetch(1 - stage);
 
 #pragma unroll
         for (int x = 0; x < QTile::steps; x++) {
@@ -235,7 +216,7 @@ KERNEL_WITH_BLOCKS(THREADS, MIN_BLOCKS) backward_keys(const BackwardParams param
 #pragma unroll
                 for (int i = 0; i < M; i++) k_fragments[0][i] = load_a<ELEMENT, HEAD_DIM>(shared, (warp * M + i) * 16, x);
             }
-            multiply_rows<ELEMENT, HEAD_DIM>(s, k_fragments[K_IN_REGISTERS ? x : 0], staged, 0, x);
+            multiply_rows<ELEMENT, HEAD_DIM>(s, k_fragments[K_IN_REGISTERS ? x : 0], staged, 0, x, [](int, int, int) { return 0.0f; });
         }
         if (NEEDS_DS) {
 #pragma unroll
@@ -244,11 +225,32 @@ KERNEL_WITH_BLOCKS(THREADS, MIN_BLOCKS) backward_keys(const BackwardParams param
 #pragma unroll
                     for (int i = 0; i < M; i++) v_fragments[0][i] = load_a<ELEMENT, HEAD_DIM_V>(shared + V_AT, (warp * M + i) * 16, x);
                 }
-                multiply_rows<ELEMENT, HEAD_DIM_V>(dp, v_fragments[K_IN_REGISTERS ? x : 0], staged + DO_AT, 0, x);
+                multiply_rows<ELEMENT, HEAD_DIM_V>(dp, v_fragments[K_IN_REGISTERS ? x : 0], staged + DO_AT, 0, x, [&](int, int j, int y) { return delta[j][y % 2]; });
             }
         }
+        bool plain = true;
+#pragma unroll
+        for (int i = 0; i < TILE_Q; i += WARP_THREADS) plain = plain && allows_plain(float_of(load_shared(staged + STATISTICS_AT + (i + lane % TILE_Q) * 4)));
+        if (sizeof(ELEMENT) == 2 && warp_all(plain)) {
+            biases.take<true>(s, in, first_query, lse, lse);
+        } else {
+            float low[N][2];
+#pragma unroll
+            for (int j = 0; j < N; j++) load_shared_pair(low[j], staged + STATISTICS_AT + (TILE_Q + 8 * j + 2 * (lane % 4)) * 4);
+            biases.take<false>(s, in, first_query, lse, low);
+        }
+        // Biases of the next tile, while this one is computed.
+        if (tile + 1 == end_tile) {
+            tile = first_tile;
+            head++;
+            if (step + 1 < steps) biases.start_head(in, {batch, row, head}, keys[0][0]);
+        } else {
+            tile++;
+        }
+        if (step + 1 < steps) biases.fetch(in, tile * TILE_Q);
+
         if (SEGMENTS || POSITIONS) {
-            exclude_by_key<M, N>(s, dp, in, batch, row, keys[0][0], first_query, first_key, TILE_K);
+            exclude_by_key<M, N>(s, dp, in, owner_at, keys[0][0], first_query, first_key, TILE_K);
         }
 
         FragmentA p_factors[M][TILE_Q / row_step<ELEMENT>], ds_factors[M][TILE_Q / row_step<ELEMENT>];
@@ -291,7 +293,7 @@ KERNEL_WITH_BLOCKS(THREADS, MIN_BLOCKS) backward_keys(const BackwardParams param
     }
 
     const i64 owner = ((chunk * in.batch + batch) * in.rows + row) * key_heads + key_head;
-    const float* uniform = EMPTY_ROWS_UNIFORM && WANT_DV && chunk == 0
+    const float* uniform = UNIFORM_ROWS && WANT_DV && chunk == 0
                                ? (const float*)params.uniform_sums + ((batch * in.rows + row) * key_heads + key_head) * HEAD_DIM_V
                                : nullptr;
 #pragma unroll
@@ -305,7 +307,7 @@ KERNEL_WITH_BLOCKS(THREADS, MIN_BLOCKS) backward_keys(const BackwardParams param
                     const Operand to = {params.dk_partials, {0, 0, 0, 0, 1}};
                     store_row<float, HEAD_DIM>(to, (owner * in.seqlen_k + key) * HEAD_DIM, dk[i], half, in.scale, kept[i][half], nullptr);
                 } else {
-                    store_row<ELEMENT, HEAD_DIM>(params.dk, at(params.dk, batch, row, key, key_head), dk[i], half, in.scale, kept[i][half], nullptr);
+                    store_row<ELEMENT, HEAD_DIM>(params.dk, offset_of(params.dk, owner_at, key, key_head), dk[i], half, in.scale, kept[i][half], nullptr);
                 }
             }
             if (WANT_DV) {
@@ -313,7 +315,7 @@ KERNEL_WITH_BLOCKS(THREADS, MIN_BLOCKS) backward_keys(const BackwardParams param
                     const Operand to = {params.dv_partials, {0, 0, 0, 0, 1}};
                     store_row<float, HEAD_DIM_V>(to, (owner * in.seqlen_k + key) * HEAD_DIM_V, dv[i], half, 1.0f, kept[i][half], uniform);
                 } else {
-                    store_row<ELEMENT, HEAD_DIM_V>(params.dv, at(params.dv, batch, row, key, key_head), dv[i], half, 1.0f, kept[i][half], uniform);
+                    store_row<ELEMENT, HEAD_DIM_V>(params.dv, offset_of(params.dv, owner_at, key, key_head), dv[i], half, 1.0f, kept[i][half], uniform);
                 }
             }
         }

@@ -4,8 +4,8 @@
 // A block owns one (batch, row, key head), a thread its channels.
 //
 // Constants: ELEMENT, HEAD_DIM_V, BLOCK_THREADS.
-#include "include/gpu.h"
-#include "include/params.h"
+#include "../include/gpu.h"
+#include "../include/params.h"
 
 KERNEL(BLOCK_THREADS) backward_uniform(const BackwardParams params) {
     const AttentionInputs& in = params.inputs;

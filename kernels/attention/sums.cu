@@ -3,8 +3,8 @@
 // LANES threads share a result: each adds every LANES-th term, in order; then their sums are added pairwise.
 //
 // Constants: ELEMENT (of the result), LANES (a power of two, at most a warp), BLOCK_THREADS.
-#include "include/gpu.h"
-#include "include/params.h"
+#include "../include/gpu.h"
+#include "../include/params.h"
 
 KERNEL(BLOCK_THREADS) sums(const SumParams params) {
     const i64 block = params.first_block + block_index();

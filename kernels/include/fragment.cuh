@@ -4,11 +4,10 @@
 // acc[2 * half + e] is row l / 4 + 8 * half, column 2 (l % 4) + e.
 //
 // A step of a product sums 32 bytes of channels: 16 numbers in half precision, 8 in f32. Half-precision tiles may end in
-// half a step. f32 is multiplied as three products of tf32 (high x high, high x low, low x high): what is left out is
-// below 2^-21 of the factors.
+// half a step.
 #pragma once
 
-#include "gpu.h"
+#include "mma.cuh"
 
 typedef float Accumulator[4];
 
@@ -33,60 +32,43 @@ template <class T, int channels> struct Tile {
     static DEVICE constexpr int bytes(int rows) { return rows * pitch; }
 };
 
-// acc += a b over one whole step.
-template <class T> DEVICE void multiply_step(Accumulator& acc, const FragmentA& a, const FragmentB& b);
-// acc += a b over half a step.
-template <class T> DEVICE void multiply_half_step(Accumulator& acc, const FragmentA& a, const FragmentB& b);
+// d = a b + c over one whole step of a half type. Unlike `mma`, d need not be c: a sum that starts from numbers needed
+// again, or from 0, takes no copies.
+#define PRODUCT_FROM(T, name)                                                                                               \
+    DEVICE void mma_from(Accumulator& d, const u32 (&a)[4], const u32 (&b)[2], const float (&c)[4], T) {                    \
+        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." name "." name                                                 \
+                     ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};"                             \
+                     : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])                                                       \
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(c[0]), "f"(c[1]), "f"(c[2]),   \
+                       "f"(c[3]));                                                                                          \
+    }                                                                                                                       \
+    DEVICE void mma_half_from(Accumulator& d, const u32 (&a)[4], const u32 (&b)[2], const float (&c)[4], T) {               \
+        asm volatile("mma.sync.aligned.m16n8k8.row.col.f32." name "." name                                                  \
+                     ".f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%7, %8, %9, %10};"                                            \
+                     : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])                                                       \
+                     : "r"(a[0]), "r"(a[1]), "r"(b[0]), "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]));                        \
+    }
+PRODUCT_FROM(f16, "f16")
+PRODUCT_FROM(bf16, "bf16")
+#undef PRODUCT_FROM
 
-template <> DEVICE void multiply_step<bf16>(Accumulator& acc, const FragmentA& a, const FragmentB& b) {
-    asm(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
-        : "r"(a.words[0]), "r"(a.words[1]), "r"(a.words[2]), "r"(a.words[3]), "r"(b.words[0]), "r"(b.words[1]));
-}
-template <> DEVICE void multiply_half_step<bf16>(Accumulator& acc, const FragmentA& a, const FragmentB& b) {
-    asm(
-        "mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
-        : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
-        : "r"(a.words[0]), "r"(a.words[1]), "r"(b.words[0]));
-}
-template <> DEVICE void multiply_step<f16>(Accumulator& acc, const FragmentA& a, const FragmentB& b) {
-    asm(
-        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
-        : "r"(a.words[0]), "r"(a.words[1]), "r"(a.words[2]), "r"(a.words[3]), "r"(b.words[0]), "r"(b.words[1]));
-}
-template <> DEVICE void multiply_half_step<f16>(Accumulator& acc, const FragmentA& a, const FragmentB& b) {
-    asm(
-        "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
-        : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
-        : "r"(a.words[0]), "r"(a.words[1]), "r"(b.words[0]));
-}
-
-DEVICE void multiply_tf32(Accumulator& acc, const FragmentA& a, const FragmentB& b) {
-    asm(
-        "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
-        : "r"(a.words[0]), "r"(a.words[1]), "r"(a.words[2]), "r"(a.words[3]), "r"(b.words[0]), "r"(b.words[1]));
-}
-template <int count> DEVICE void split_tf32(const u32 (&x)[count], u32 (&high)[count], u32 (&low)[count]) {
+// d = a b + c over one whole step.
+template <class T> DEVICE void multiply_step(Accumulator& d, const FragmentA& a, const FragmentB& b, const float (&c)[4]) {
+    if constexpr (sizeof(T) == 4) {
+        const Factor<T, 4> left = factor<T>(a.words);
+        const Factor<T, 2> right = factor<T>(b.words);
 #pragma unroll
-    for (int i = 0; i < count; i++) {
-        high[i] = to_tf32(float_of(x[i]));
-        low[i] = to_tf32(float_of(x[i]) - float_of(high[i]));
+        for (int x = 0; x < 4; x++) d[x] = c[x];
+        mma_step<SMALL_TERMS>(d, left, right);
+        mma_step<LARGE_TERMS>(d, left, right);
+    } else {
+        mma_from(d, a.words, b.words, c, T());
     }
 }
-// The small products first.
-template <> DEVICE void multiply_step<float>(Accumulator& acc, const FragmentA& a, const FragmentB& b) {
-    FragmentA a_high, a_low;
-    FragmentB b_high, b_low;
-    split_tf32(a.words, a_high.words, a_low.words);
-    split_tf32(b.words, b_high.words, b_low.words);
-    multiply_tf32(acc, a_high, b_low);
-    multiply_tf32(acc, a_low, b_high);
-    multiply_tf32(acc, a_high, b_high);
+// d = a b + c over half a step, which f32 does not have.
+template <class T> DEVICE void multiply_half_step(Accumulator& d, const FragmentA& a, const FragmentB& b, const float (&c)[4]) {
+    if constexpr (sizeof(T) == 2) mma_half_from(d, a.words, b.words, c, T());
 }
-template <> DEVICE void multiply_half_step<float>(Accumulator&, const FragmentA&, const FragmentB&) {}
 
 // Rows first_row .. first_row + 15 and one step of channels, as the left factor.
 template <class T, int channels> DEVICE FragmentA load_a(u32 tile, int first_row, int step) {
@@ -99,9 +81,10 @@ template <class T, int channels> DEVICE FragmentA load_a(u32 tile, int first_row
     return a;
 }
 
-// acc[i][j] += a[i] (rows 8 j .. 8 j + 7 of the tile, transposed) over one step of channels.
-template <class T, int channels, int m, int n>
-DEVICE void multiply_rows(Accumulator (&acc)[m][n], const FragmentA (&a)[m], u32 tile, int first_row, int step) {
+// acc[i][j] += a[i] (rows 8 j .. 8 j + 7 of the tile, transposed) over one step of channels; the first step starts from
+// `start(i, j, x)` instead.
+template <class T, int channels, int m, int n, class Start>
+DEVICE void multiply_rows(Accumulator (&acc)[m][n], const FragmentA (&a)[m], u32 tile, int first_row, int step, Start start) {
     using Rows = Tile<T, channels>;
     const int lane = lane_index();
     u32 words[4];
@@ -115,7 +98,12 @@ DEVICE void multiply_rows(Accumulator (&acc)[m][n], const FragmentA (&a)[m], u32
             for (int part = 0; part < 4 && j + part < n; part++) {
                 const FragmentB b = {{words[part], 0}};
 #pragma unroll
-                for (int i = 0; i < m; i++) multiply_half_step<T>(acc[i][j + part], a[i], b);
+                for (int i = 0; i < m; i++) {
+                    float c[4];
+#pragma unroll
+                    for (int x = 0; x < 4; x++) c[x] = step == 0 ? start(i, j + part, x) : acc[i][j + part][x];
+                    multiply_half_step<T>(acc[i][j + part], a[i], b, c);
+                }
             }
         }
         return;
@@ -129,7 +117,12 @@ DEVICE void multiply_rows(Accumulator (&acc)[m][n], const FragmentA (&a)[m], u32
 #pragma unroll
         for (int part = 0; part < 2; part++) {
 #pragma unroll
-            for (int i = 0; i < m; i++) multiply_step<T>(acc[i][j + part], a[i], b[part]);
+            for (int i = 0; i < m; i++) {
+                float c[4];
+#pragma unroll
+                for (int x = 0; x < 4; x++) c[x] = step == 0 ? start(i, j + part, x) : acc[i][j + part][x];
+                multiply_step<T>(acc[i][j + part], a[i], b[part], c);
+            }
         }
     }
 }
@@ -165,7 +158,7 @@ template <class T, int channels, int m, int steps> struct ProductOverRows {
 #pragma unroll
                 for (int part = 0; part < 2; part++) {
 #pragma unroll
-                    for (int i = 0; i < m; i++) multiply_step<T>(acc[i][c + part], a[i][s], b[part]);
+                    for (int i = 0; i < m; i++) multiply_step<T>(acc[i][c + part], a[i][s], b[part], acc[i][c + part]);
                 }
             }
             if (columns % 2 != 0 && s % 2 == 0) {
@@ -177,7 +170,7 @@ template <class T, int channels, int m, int steps> struct ProductOverRows {
                 for (int part = 0; part <= second; part++) {
                     const FragmentB b = {{words[2 * part], words[2 * part + 1]}};
 #pragma unroll
-                    for (int i = 0; i < m; i++) multiply_step<T>(acc[i][columns - 1], a[i][s + part], b);
+                    for (int i = 0; i < m; i++) multiply_step<T>(acc[i][columns - 1], a[i][s + part], b, acc[i][columns - 1]);
                 }
             }
         }
@@ -190,14 +183,21 @@ template <int channels, int m, int steps> struct ProductOverRows<float, channels
         using Rows = Tile<float, channels>;
         const int lane = lane_index();
 #pragma unroll
-        for (int s = 0; s < steps; s++) {
+        for (int c = 0; c < Rows::columns; c++) {
+            // The matrix unit cuts sums off towards 0: a long one is added from short ones in f32.
+            Accumulator sum[m] = {};
 #pragma unroll
-            for (int c = 0; c < Rows::columns; c++) {
+            for (int s = 0; s < steps; s++) {
                 const int row = first_row + 8 * s + 2 * (lane % 4);
                 const u32 at = tile + row * Rows::pitch + (8 * c + lane / 4) * 4;
                 const FragmentB b = {{load_shared(at), load_shared(at + Rows::pitch)}};
 #pragma unroll
-                for (int i = 0; i < m; i++) multiply_step<float>(acc[i][c], a[i][s], b);
+                for (int i = 0; i < m; i++) multiply_step<float>(sum[i], a[i][s], b, sum[i]);
+            }
+#pragma unroll
+            for (int i = 0; i < m; i++) {
+#pragma unroll
+                for (int x = 0; x < 4; x++) acc[i][c][x] += sum[i][x];
             }
         }
     }

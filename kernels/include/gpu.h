@@ -247,7 +247,9 @@ DEVICE Piece load_shared_piece(u32 address) {
                  : "memory");
     return y;
 }
-DEVICE void store_shared(u32 address, float x) { asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(x) : "memory"); }
+DEVICE void store_shared_pair(u32 address, float x, float y) {
+    asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(x), "f"(y) : "memory");
+}
 DEVICE void store_shared_piece(u32 address, const Piece& x) {
     asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(x.words[0]), "r"(x.words[1]),
                  "r"(x.words[2]), "r"(x.words[3])

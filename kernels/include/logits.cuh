@@ -1,12 +1,15 @@
-// What the backward passes add to products of q and k, and what they exclude: biases, ALiBi, lse; key mask, lengths,
-// segments, positions.
+// Logits of the backward passes from products of q and k, lse subtracted, and what masks exclude.
 //
-// BIAS_LIST(X) names every bias of the problem: X(index, type, along_queries, along_keys, in_runs), where `in_runs` says
-// that eight neighbouring keys may be read at once. Where the product of 16 keys and 8 queries has keys for rows, a lane
-// owns a run of 2 m keys; where it has queries for rows, a run of 2 n keys: see `KeyOrder` of either pass.
+// In the pass by keys the rows of an accumulator are keys, of which a lane owns a run of 2 m; in the pass by queries the
+// columns are, and a run has 2 n. Biases whose rows move in pieces are read by such runs, where RUNS says that no run
+// crosses the end of the keys.
+//
+// Two ways, both in base 2. The plain one, scale (q k) + (biases * log2(e) - lse), holds while lse is small. The other does
+// what forward does, with biases rounded and saturated one by one, so that what is large cancels exactly, and subtracts
+// both parts of lse (9).
 #pragma once
 
-#include "params.h"
+#include "attention.cuh"
 #include "stage.cuh"
 
 // Half-open.
@@ -26,20 +29,9 @@ DEVICE i64 saturating_subtract(i64 a, i64 b) {
     return difference > a ? difference : 0x7fffffffffffffffll;
 }
 
-// Offset of an element, for operands of five and of three axes.
-DEVICE i64 at(const Operand& x, i64 batch, i64 row, i64 position, i64 head) {
-    return batch * x.strides[0] + row * x.strides[1] + position * x.strides[2] + head * x.strides[3];
-}
-DEVICE i64 at(const Operand& x, i64 batch, i64 row, i64 position) {
-    return batch * x.strides[0] + row * x.strides[1] + position * x.strides[2];
-}
-
-// Keys that count for a row.
-DEVICE i64 kv_length(const AttentionInputs& in, i64 batch, i64 row) {
-    return ((const i64*)in.kv_lengths.data)[batch * in.kv_lengths.strides[0] + row * in.kv_lengths.strides[1]];
-}
-DEVICE bool keeps_key(const AttentionInputs& in, i64 batch, i64 row, i64 key) {
-    return ((const u8*)in.key_mask.data)[at(in.key_mask, batch, row, key)] != 0;
+// Offset of an element of an operand with the axes batch, row, position, head, channel, and of one without the last two.
+DEVICE i64 offset_of(const Operand& x, const Position& at, i64 position, i64 head) {
+    return at.batch * x.strides[0] + at.row * x.strides[1] + position * x.strides[2] + head * x.strides[3];
 }
 
 // Queries that see some of the keys [begin, end), by position.
@@ -56,129 +48,135 @@ DEVICE Range visible_keys(const AttentionInputs& in, i64 begin, i64 end) {
 }
 
 // Offset of the statistics of one (batch, row, head).
-DEVICE i64 statistics_row(const BackwardParams& params, i64 batch, i64 row, i64 head) {
-    return ((batch * params.inputs.rows + row) * params.inputs.heads + head) * params.padded_queries;
+DEVICE i64 statistics_row(const BackwardParams& params, const Position& at) {
+    return ((at.batch * params.inputs.rows + at.row) * params.inputs.heads + at.head) * params.padded_queries;
 }
-// Starts the copy of lse, its low part and -delta of `queries` queries from `first` on; those beyond the padded end are 0.
-template <int queries, int threads>
-DEVICE void fetch_statistics(u32 to, const BackwardParams& params, i64 row, i64 first) {
-    const i64 plane = params.inputs.batch * params.inputs.rows * params.inputs.heads * params.padded_queries;
-#pragma unroll
-    for (int turn = 0; turn < (3 * queries / 4 + threads - 1) / threads; turn++) {
-        const int index = thread_index() + turn * threads;
-        if (index >= 3 * queries / 4) break;
-        const int kind = index / (queries / 4), piece = index % (queries / 4);
-        const bool inside = first + 4 * piece < params.padded_queries;
-        const float* from = (const float*)params.statistics + kind * plane + row + (inside ? first + 4 * piece : 0);
-        copy_async(to + (kind * queries + 4 * piece) * 4, from, inside ? 16 : 0);
+// A walk over lse, its low part and -delta of the queries of a row, tile by tile; those beyond the padded end are 0.
+template <int queries, int threads> struct StatisticsWalk {
+    static_assert(3 * queries / 4 <= threads, "a piece for each thread at most");
+    const float* source;
+
+    DEVICE void start(const BackwardParams& params, const Position& at, i64 first) {
+        const i64 plane = params.inputs.batch * params.inputs.rows * params.inputs.heads * params.padded_queries;
+        const int kind = thread_index() / (queries / 4), piece = thread_index() % (queries / 4);
+        source = (const float*)params.statistics + kind * plane + statistics_row(params, at) + first + 4 * piece;
     }
+    DEVICE void shift(i64 elements) { source += elements; }
+    // Starts the copy of the tile, before the padded end of which there are `left` queries.
+    DEVICE void fetch(u32 to, i64 left) {
+        if (thread_index() >= 3 * queries / 4) return;
+        copy_async(to + thread_index() * 16, source, 4 * (thread_index() % (queries / 4)) < left ? 16 : 0);
+    }
+    // The same, and on to the next tile.
+    DEVICE void next(u32 to, i64 left) {
+        fetch(to, left);
+        shift(queries);
+    }
+};
+
+// Whether the plain way may be taken next to this lse. f32 never does: its P is to be exact to f32.
+constexpr float PLAIN_LIMIT = 1024.0f;
+DEVICE bool allows_plain(float lse) { return sizeof(ELEMENT) == 2 && (lse < 0.0f ? -lse <= PLAIN_LIMIT : lse <= PLAIN_LIMIT || lse == INFINITE); }
+
+// The sum so far and one more bias: base 2.
+template <bool plain> DEVICE float with_bias(float sum, float bias) {
+    return plain ? fused_multiply_add(bias, LOG2_E, sum) : sum + bias_base2(bias);
 }
 
-// Neighbouring numbers that are read at once.
+// Neighbouring numbers that are read at once; an even number of halves.
 template <class T, int count> struct alignas(count * sizeof(T) < 16 ? count * sizeof(T) : 16) Run {
-    T elements[count];
+    u32 words[count * (int)sizeof(T) / 4];
+    DEVICE float operator[](int i) const {
+        if constexpr (sizeof(T) == 4) {
+            return float_of(words[i]);
+        } else {
+            return i % 2 == 0 ? unpack_low<T>(words[i / 2]) : unpack_high<T>(words[i / 2]);
+        }
+    }
 };
 
 // A bias of a lane's keys (rows of the accumulators) and queries (columns), one tile of queries at a time.
-template <class T, bool along_queries, bool along_keys, bool in_runs, int m, int n> struct KeyBias {
-    static constexpr bool ahead = along_queries && along_keys && in_runs;
+template <int index, int m, int n> struct KeyBias {
+    using T = typename Bias<index>::T;
+    static constexpr int kind = Bias<index>::kind;
+    static constexpr bool ahead = kind == PIECES && RUNS;
     const T* data;
-    i64 keys[m][2];
     Run<T, 2 * m> runs[ahead ? n : 1][2];
     float of_keys[m][2];
 
-    DEVICE void start(const Operand& bias, i64 batch, i64 row, i64 key, i64 seqlen_k) {
-        data = (const T*)bias.data + batch * bias.strides[0] + row * bias.strides[1];
-        if constexpr (ahead) {
-            data += least(key, seqlen_k - 2 * m) * bias.strides[4];
-        } else {
+    DEVICE void start_head(const AttentionInputs& in, const Position& at, i64 key) {
+        if constexpr (kind == ABSENT) return;
+        data = bias_data<index>(in, at);
+        if constexpr (kind == KEYS) {
 #pragma unroll
             for (int i = 0; i < m; i++) {
 #pragma unroll
-                for (int half = 0; half < 2; half++) {
-                    keys[i][half] = along_keys ? least(key + 2 * i + half, seqlen_k - 1) * bias.strides[4] : 0;
+                for (int half = 0; half < 2; half++) of_keys[i][half] = to_f32(data[least(key + 2 * i + half, in.seqlen_k - 1)]);
+            }
+        } else if constexpr (ahead) {
+            data += least(key, in.seqlen_k - 2 * m);
+        }
+    }
+    // Reads what the tile of queries from `first` on needs. Queries that do not exist read the last one that does.
+    DEVICE void fetch(const AttentionInputs& in, i64 first) {
+        if constexpr (ahead) {
+            const i64 stride = in.biases[index].strides[3];
+            const i64 query = first + 2 * (lane_index() % 4);
+            if (first + 8 * n <= in.seqlen_q) {
+                const T* from = data + query * stride;
+#pragma unroll
+                for (int j = 0; j < n; j++) {
+                    runs[j][0] = *(const Run<T, 2 * m>*)from;
+                    runs[j][1] = *(const Run<T, 2 * m>*)(from + stride);
+                    from += 8 * stride;
+                }
+            } else {
+#pragma unroll
+                for (int j = 0; j < n; j++) {
+#pragma unroll
+                    for (int e = 0; e < 2; e++) {
+                        runs[j][e] = *(const Run<T, 2 * m>*)(data + least(query + 8 * j + e, in.seqlen_q - 1) * stride);
+                    }
                 }
             }
         }
     }
-    DEVICE void start_head(const Operand& bias, i64 head) {
-        if (along_queries || !along_keys) return;
-        const T* from = data + head * bias.strides[2];
-#pragma unroll
-        for (int i = 0; i < m; i++) {
-#pragma unroll
-            for (int half = 0; half < 2; half++) of_keys[i][half] = to_f32(from[keys[i][half]]);
-        }
-    }
-    // Reads what the tile of queries from `first` on needs.
-    DEVICE void fetch(const Operand& bias, i64 head, i64 first, i64 seqlen_q) {
-        if (!ahead) return;
-        const T* from = data + head * bias.strides[2];
-#pragma unroll
-        for (int j = 0; j < n; j++) {
-#pragma unroll
-            for (int e = 0; e < 2; e++) {
-                const i64 query = least(first + 8 * j + 2 * (lane_index() % 4) + e, seqlen_q - 1);
-                runs[j][e] = *(const Run<T, 2 * m>*)(from + query * bias.strides[3]);
-            }
-        }
-    }
-    // The bias of one key and query.
-    DEVICE float of(const Operand& bias, i64 head, i64 first, i64 seqlen_q, int i, int half, int j, int e) const {
-        if (ahead) return to_f32(runs[j][e].elements[2 * i + half]);
-        if (!along_queries && along_keys) return of_keys[i][half];
-        const i64 query = along_queries ? least(first + 8 * j + 2 * (lane_index() % 4) + e, seqlen_q - 1) : 0;
-        return to_f32(data[head * bias.strides[2] + query * bias.strides[3] + keys[i][half]]);
+    template <bool plain> DEVICE float add(float sum, const AttentionInputs& in, i64 key, i64 first, int i, int half, int j, int e) const {
+        if constexpr (kind == ABSENT) return sum;
+        if constexpr (ahead) return with_bias<plain>(sum, runs[j][e][2 * i + half]);
+        if constexpr (kind == KEYS) return with_bias<plain>(sum, of_keys[i][half]);
+        const Operand& bias = in.biases[index];
+        const i64 query = least(first + 8 * j + 2 * (lane_index() % 4) + e, in.seqlen_q - 1);
+        return with_bias<plain>(sum, to_f32(data[query * bias.strides[3] + least(key + 2 * i + half, in.seqlen_k - 1) * bias.strides[4]]));
     }
 };
 
-// Finite biases beyond this count as this: what is farther cannot be told from it, and lse still holds ln of a row sum.
-constexpr float LARGEST_BIAS = 5954088944.0f;
-DEVICE float clamped(float bias) {
-    const float y = minimum(maximum(bias, -LARGEST_BIAS), LARGEST_BIAS);
-    // Infinities and NaN stay what they are.
-    return fabsf(bias) < INFINITE ? y : bias;
-}
-
-// Numbers of f16 are below it.
-template <class T> DEVICE float clamped_if(float bias) { return clamped(bias); }
-template <> DEVICE float clamped_if<f16>(float bias) { return bias; }
-
-DEVICE float alibi(const AttentionInputs& in, float slope, i64 query, i64 key) {
-    const i64 distance = in.first_distance + key - query;
-    return slope * (float)(distance < 0 ? -distance : distance);
-}
-
-#ifdef BIAS_LIST
 // Every bias of a lane's tile with keys for rows.
 template <int m, int n> struct KeyBiases {
-#define MEMBER(index, T, along_queries, along_keys, in_runs) KeyBias<T, along_queries, along_keys, in_runs, m, n> bias##index;
-    BIAS_LIST(MEMBER)
-#undef MEMBER
-    i64 head;
+    KeyBias<0, m, n> bias0;
+    KeyBias<1, m, n> bias1;
+    KeyBias<2, m, n> bias2;
+    KeyBias<3, m, n> bias3;
     i64 key;
     float slope;
 
-    DEVICE void start(const AttentionInputs& in, i64 batch, i64 row, i64 first_key) {
+    DEVICE void start_head(const AttentionInputs& in, const Position& at, i64 first_key) {
         key = first_key;
-#define START(index, T, along_queries, along_keys, in_runs) bias##index.start(in.biases[index], batch, row, first_key, in.seqlen_k);
-        BIAS_LIST(START)
-#undef START
-    }
-    DEVICE void start_head(const AttentionInputs& in, i64 to) {
-        head = to;
-        if (ALIBI) slope = ((const float*)in.alibi_slopes)[head];
-#define START(index, T, along_queries, along_keys, in_runs) bias##index.start_head(in.biases[index], head);
-        BIAS_LIST(START)
-#undef START
+        if (ALIBI) slope = ((const float*)in.alibi_slopes)[at.head];
+        bias0.start_head(in, at, key);
+        bias1.start_head(in, at, key);
+        bias2.start_head(in, at, key);
+        bias3.start_head(in, at, key);
     }
     DEVICE void fetch(const AttentionInputs& in, i64 first) {
-#define FETCH(index, T, along_queries, along_keys, in_runs) bias##index.fetch(in.biases[index], head, first, in.seqlen_q);
-        BIAS_LIST(FETCH)
-#undef FETCH
+        bias0.fetch(in, first);
+        bias1.fetch(in, first);
+        bias2.fetch(in, first);
+        bias3.fetch(in, first);
     }
-    // s = biases - lse
-    DEVICE void take(Accumulator (&s)[m][n], const AttentionInputs& in, i64 first, const float (&lse)[n][2]) const {
+    // s = scale s + biases - lse
+    template <bool plain>
+    DEVICE void take(Accumulator (&s)[m][n], const AttentionInputs& in, i64 first, const float (&lse)[n][2], const float (&low)[n][2]) const {
 #pragma unroll
         for (int i = 0; i < m; i++) {
 #pragma unroll
@@ -186,76 +184,110 @@ template <int m, int n> struct KeyBiases {
 #pragma unroll
                 for (int x = 0; x < 4; x++) {
                     const int half = x / 2, e = x % 2;
-                    float sum = -0.0f;
-#define ADD(index, T, along_queries, along_keys, in_runs) sum += clamped_if<T>(bias##index.of(in.biases[index], head, first, in.seqlen_q, i, half, j, e));
-                    BIAS_LIST(ADD)
-#undef ADD
-                    if (ALIBI) sum -= alibi(in, slope, first + 8 * j + 2 * (lane_index() % 4) + e, key + 2 * i + half);
-                    s[i][j][x] = sum - lse[j][e];
+                    float sum = plain ? -lse[j][e] : 0.0f;
+                    sum = bias0.template add<plain>(sum, in, key, first, i, half, j, e);
+                    sum = bias1.template add<plain>(sum, in, key, first, i, half, j, e);
+                    sum = bias2.template add<plain>(sum, in, key, first, i, half, j, e);
+                    sum = bias3.template add<plain>(sum, in, key, first, i, half, j, e);
+                    if (ALIBI) sum += alibi_base2(slope, distance(in, first + 8 * j + 2 * (lane_index() % 4) + e, key + 2 * i + half));
+                    const float logit = fused_multiply_add(s[i][j][x], in.scale_base2, sum);
+                    s[i][j][x] = plain ? logit : add(add(logit, -lse[j][e]), -low[j][e]);
                 }
             }
         }
     }
 };
 
-// A bias of a lane's queries (rows of the accumulators) and keys (columns), one tile of keys at a time.
-template <class T, bool along_queries, bool along_keys, bool in_runs, int m, int n> struct QueryBias {
-    static constexpr bool ahead = along_keys && in_runs;
+// A bias of a lane's queries (rows of the accumulators) and keys (columns), one step of keys at a time.
+template <int index, int m, int n> struct QueryBias {
+    using T = typename Bias<index>::T;
+    static constexpr int kind = Bias<index>::kind;
+    static constexpr bool ahead = kind >= PIECES && RUNS;
+    static constexpr bool by_query = kind == PIECES;
     const T* data;
-    i64 queries[m][2];
-    Run<T, 2 * n> runs[ahead && along_queries ? m : 1][ahead && along_queries ? 2 : 1];
-    float of_queries[m][2];
+    const T* rows[ahead && by_query ? m : 1][2];
+    Run<T, 2 * n> runs[ahead && by_query ? m : 1][ahead && by_query ? 2 : 1];
 
-    DEVICE void start(const Operand& bias, i64 batch, i64 row, i64 head, i64 query, i64 seqlen_q) {
-        data = (const T*)bias.data + at(bias, batch, row, head);
+    // A lane's first query. Queries that do not exist read the last one that does.
+    DEVICE void start(const AttentionInputs& in, const Position& at, i64 query) {
+        if constexpr (kind != ABSENT) data = bias_data<index>(in, at);
+        if constexpr (ahead && by_query) {
 #pragma unroll
-        for (int i = 0; i < m; i++) {
+            for (int i = 0; i < m; i++) {
 #pragma unroll
-            for (int half = 0; half < 2; half++) {
-                queries[i][half] = along_queries ? least(query + 16 * i + 8 * half, seqlen_q - 1) * bias.strides[3] : 0;
-                if (!along_keys) of_queries[i][half] = to_f32(data[queries[i][half]]);
+                for (int half = 0; half < 2; half++) {
+                    rows[i][half] = data + least(query + 16 * i + 8 * half, in.seqlen_q - 1) * in.biases[index].strides[3];
+                }
+            }
+        }
+    }
+    // To the next row of the batch.
+    DEVICE void advance_row(const AttentionInputs& in) {
+        if constexpr (kind == ABSENT) return;
+        const i64 step = in.biases[index].strides[1];
+        data += step;
+        if constexpr (ahead && by_query) {
+#pragma unroll
+            for (int i = 0; i < m; i++) {
+                rows[i][0] += step;
+                rows[i][1] += step;
             }
         }
     }
     // Reads what the lane's run of keys from `key` on needs.
-    DEVICE void fetch(const Operand& bias, i64 key, i64 seqlen_k) {
-        if (!ahead) return;
-        const i64 first = least(key, seqlen_k - 2 * n);
+    DEVICE void fetch(const AttentionInputs& in, i64 key) {
+        if constexpr (ahead) {
+            const i64 first = least(key, in.seqlen_k - 2 * n);
 #pragma unroll
-        for (int i = 0; i < (along_queries ? m : 1); i++) {
+            for (int i = 0; i < (by_query ? m : 1); i++) {
 #pragma unroll
-            for (int half = 0; half < (along_queries ? 2 : 1); half++) runs[i][half] = *(const Run<T, 2 * n>*)(data + queries[i][half] + first);
+                for (int half = 0; half < (by_query ? 2 : 1); half++) {
+                    runs[i][half] = *(const Run<T, 2 * n>*)((by_query ? rows[i][half] : data) + first);
+                }
+            }
         }
     }
-    DEVICE float of(const Operand& bias, i64 key, i64 seqlen_k, int i, int half, int j, int e) const {
-        if (ahead) return to_f32(runs[along_queries ? i : 0][along_queries ? half : 0].elements[2 * j + e]);
-        if (!along_keys) return of_queries[i][half];
-        return to_f32(data[queries[i][half] + least(key + 2 * j + e, seqlen_k - 1) * bias.strides[4]]);
+    template <bool plain> DEVICE float add(float sum, const AttentionInputs& in, i64 query, i64 key, int i, int half, int j, int e) const {
+        if constexpr (kind == ABSENT) return sum;
+        if constexpr (ahead) return with_bias<plain>(sum, runs[by_query ? i : 0][by_query ? half : 0][2 * j + e]);
+        const Operand& bias = in.biases[index];
+        const i64 row = least(query + 16 * i + 8 * half, in.seqlen_q - 1), column = least(key + 2 * j + e, in.seqlen_k - 1);
+        return with_bias<plain>(sum, to_f32(data[row * bias.strides[3] + column * bias.strides[4]]));
     }
 };
 
 // Every bias of a lane's tile with queries for rows.
 template <int m, int n> struct QueryBiases {
-#define MEMBER(index, T, along_queries, along_keys, in_runs) QueryBias<T, along_queries, along_keys, in_runs, m, n> bias##index;
-    BIAS_LIST(MEMBER)
-#undef MEMBER
+    QueryBias<0, m, n> bias0;
+    QueryBias<1, m, n> bias1;
+    QueryBias<2, m, n> bias2;
+    QueryBias<3, m, n> bias3;
     i64 query;
     float slope;
 
-    DEVICE void start(const AttentionInputs& in, i64 batch, i64 row, i64 head, i64 first_query) {
+    DEVICE void start(const AttentionInputs& in, const Position& at, i64 first_query) {
         query = first_query;
-        if (ALIBI) slope = ((const float*)in.alibi_slopes)[head];
-#define START(index, T, along_queries, along_keys, in_runs) bias##index.start(in.biases[index], batch, row, head, first_query, in.seqlen_q);
-        BIAS_LIST(START)
-#undef START
+        if (ALIBI) slope = ((const float*)in.alibi_slopes)[at.head];
+        bias0.start(in, at, query);
+        bias1.start(in, at, query);
+        bias2.start(in, at, query);
+        bias3.start(in, at, query);
+    }
+    DEVICE void advance_row(const AttentionInputs& in) {
+        bias0.advance_row(in);
+        bias1.advance_row(in);
+        bias2.advance_row(in);
+        bias3.advance_row(in);
     }
     DEVICE void fetch(const AttentionInputs& in, i64 key) {
-#define FETCH(index, T, along_queries, along_keys, in_runs) bias##index.fetch(in.biases[index], key, in.seqlen_k);
-        BIAS_LIST(FETCH)
-#undef FETCH
+        bias0.fetch(in, key);
+        bias1.fetch(in, key);
+        bias2.fetch(in, key);
+        bias3.fetch(in, key);
     }
-    // s = biases - lse
-    DEVICE void take(Accumulator (&s)[m][n], const AttentionInputs& in, i64 key, const float (&lse)[m][2]) const {
+    // s = scale s + biases - lse
+    template <bool plain>
+    DEVICE void take(Accumulator (&s)[m][n], const AttentionInputs& in, i64 key, const float (&lse)[m][2], const float (&low)[m][2]) const {
 #pragma unroll
         for (int i = 0; i < m; i++) {
 #pragma unroll
@@ -263,12 +295,14 @@ template <int m, int n> struct QueryBiases {
 #pragma unroll
                 for (int x = 0; x < 4; x++) {
                     const int half = x / 2, e = x % 2;
-                    float sum = -0.0f;
-#define ADD(index, T, along_queries, along_keys, in_runs) sum += clamped_if<T>(bias##index.of(in.biases[index], key, in.seqlen_k, i, half, j, e));
-                    BIAS_LIST(ADD)
-#undef ADD
-                    if (ALIBI) sum -= alibi(in, slope, query + 16 * i + 8 * half, key + 2 * j + e);
-                    s[i][j][x] = sum - lse[i][half];
+                    float sum = plain ? -lse[i][half] : 0.0f;
+                    sum = bias0.template add<plain>(sum, in, query, key, i, half, j, e);
+                    sum = bias1.template add<plain>(sum, in, query, key, i, half, j, e);
+                    sum = bias2.template add<plain>(sum, in, query, key, i, half, j, e);
+                    sum = bias3.template add<plain>(sum, in, query, key, i, half, j, e);
+                    if (ALIBI) sum += alibi_base2(slope, distance(in, query + 16 * i + 8 * half, key + 2 * j + e));
+                    const float logit = fused_multiply_add(s[i][j][x], in.scale_base2, sum);
+                    s[i][j][x] = plain ? logit : add(add(logit, -lse[i][half]), -low[i][half]);
                 }
             }
         }
@@ -289,13 +323,9 @@ DEVICE Band band(const AttentionInputs& in, i64 first_query, i64 first_key) {
 // Whether some pair of a tile lies outside.
 DEVICE bool cuts(const Band& band, int queries, int keys) { return band.low > 1 - queries || band.high < keys - 1; }
 
-DEVICE i32 segment(const Operand& segments, i64 batch, i64 row, i64 position) {
-    return ((const i32*)segments.data)[at(segments, batch, row, position)];
-}
-
 // P = 0 and dS = 0 for pairs that segments or positions exclude; keys are rows, the lane's from `key` on.
 template <int m, int n>
-DEVICE void exclude_by_key(Accumulator (&s)[m][n], Accumulator (&dp)[m][n], const AttentionInputs& in, i64 batch, i64 row,
+DEVICE void exclude_by_key(Accumulator (&s)[m][n], Accumulator (&dp)[m][n], const AttentionInputs& in, const Position& at,
                            i64 key, i64 first_query, i64 first_key, int tile_k) {
     const Band bounds = POSITIONS ? band(in, first_query, first_key) : Band{0, 0};
     const bool cut = POSITIONS && cuts(bounds, 8 * n, tile_k);
@@ -306,14 +336,14 @@ DEVICE void exclude_by_key(Accumulator (&s)[m][n], Accumulator (&dp)[m][n], cons
 #pragma unroll
         for (int e = 0; e < 2; e++) {
             const int query = 8 * j + 2 * (lane_index() % 4) + e;
-            const i32 of_query = SEGMENTS ? segment(in.q_segments, batch, row, least(first_query + query, in.seqlen_q - 1)) : 0;
+            const i32 of_query = SEGMENTS ? segment(in.q_segments, at, least(first_query + query, in.seqlen_q - 1)) : 0;
 #pragma unroll
             for (int i = 0; i < m; i++) {
 #pragma unroll
                 for (int half = 0; half < 2; half++) {
                     const int offset = first_offset + 2 * i + half, distance = offset - query;
                     bool keep = !cut || (distance >= bounds.low && distance <= bounds.high);
-                    if (SEGMENTS) keep = keep && segment(in.k_segments, batch, row, least(first_key + offset, in.seqlen_k - 1)) == of_query;
+                    if (SEGMENTS) keep = keep && segment(in.k_segments, at, least(first_key + offset, in.seqlen_k - 1)) == of_query;
                     s[i][j][2 * half + e] = keep ? s[i][j][2 * half + e] : -INFINITE;
                     dp[i][j][2 * half + e] = keep ? dp[i][j][2 * half + e] : 0.0f;
                 }
@@ -325,7 +355,7 @@ DEVICE void exclude_by_key(Accumulator (&s)[m][n], Accumulator (&dp)[m][n], cons
 // The same with queries for rows, the lane's from `query` on; bit 2 j + e of `kept` says whether mask and length keep
 // the key of that column, the lane's from `key` on.
 template <int m, int n>
-DEVICE void exclude_by_query(Accumulator (&s)[m][n], Accumulator (&dp)[m][n], const AttentionInputs& in, i64 batch, i64 row,
+DEVICE void exclude_by_query(Accumulator (&s)[m][n], Accumulator (&dp)[m][n], const AttentionInputs& in, const Position& at,
                              i64 query, i64 key, i64 first_query, i64 first_key, int tile_q, int tile_k, u32 kept) {
     const Band bounds = POSITIONS ? band(in, first_query, first_key) : Band{0, 0};
     const bool cut = POSITIONS && cuts(bounds, tile_q, tile_k);
@@ -337,14 +367,14 @@ DEVICE void exclude_by_query(Accumulator (&s)[m][n], Accumulator (&dp)[m][n], co
 #pragma unroll
         for (int e = 0; e < 2; e++) {
             const int offset = first_offset + 2 * j + e;
-            const i32 of_key = SEGMENTS ? segment(in.k_segments, batch, row, least(first_key + offset, in.seqlen_k - 1)) : 0;
+            const i32 of_key = SEGMENTS ? segment(in.k_segments, at, least(first_key + offset, in.seqlen_k - 1)) : 0;
 #pragma unroll
             for (int i = 0; i < m; i++) {
 #pragma unroll
                 for (int half = 0; half < 2; half++) {
                     const int distance = offset - (first_row + 16 * i + 8 * half);
                     bool keep = (kept >> (2 * j + e) & 1) != 0 && (!cut || (distance >= bounds.low && distance <= bounds.high));
-                    if (SEGMENTS) keep = keep && segment(in.q_segments, batch, row, least(query + 16 * i + 8 * half, in.seqlen_q - 1)) == of_key;
+                    if (SEGMENTS) keep = keep && segment(in.q_segments, at, least(query + 16 * i + 8 * half, in.seqlen_q - 1)) == of_key;
                     s[i][j][2 * half + e] = keep ? s[i][j][2 * half + e] : -INFINITE;
                     dp[i][j][2 * half + e] = keep ? dp[i][j][2 * half + e] : 0.0f;
                 }
@@ -352,4 +382,3 @@ DEVICE void exclude_by_query(Accumulator (&s)[m][n], Accumulator (&dp)[m][n], co
         }
     }
 }
-#endif

@@ -14,6 +14,12 @@ template <class T> struct Rows {
     i64 channel_stride;
 };
 
+// Rows in their own order.
+struct InOrder {
+    static constexpr int period = 1;
+    DEVICE int operator()(int row) const { return row; }
+};
+
 // `order(i)` is the row of the operand, counted from the tile's first, that becomes row i of the tile.
 template <class T, int channels, int rows, int threads, bool pieces> struct Stage {
     using Layout = Tile<T, channels>;
@@ -60,24 +66,6 @@ template <class T, int channels, int rows, int threads, bool pieces> struct Stag
         return y;
     }
 
-    // Multiplies the pieces of this thread, which have arrived.
-    static DEVICE void scale(u32 tile, float factor) {
-        each([&](int, int row, int piece) {
-            const u32 at = tile + row * Layout::pitch + piece * 16;
-            Piece x = load_shared_piece(at);
-#pragma unroll
-            for (int i = 0; i < 4; i++) x.words[i] = scaled(x.words[i], factor);
-            store_shared_piece(at, x);
-        });
-    }
-    static DEVICE u32 scaled(u32 word, float factor) {
-        if constexpr (sizeof(T) == 4) {
-            return bits_of(float_of(word) * factor);
-        } else {
-            return pack<T>(unpack_low<T>(word) * factor, unpack_high<T>(word) * factor);
-        }
-    }
-
     // Writes zeros over the pieces of this thread whose row `excluded` names.
     template <class Excluded> static DEVICE void clear(u32 tile, Excluded excluded) {
         each([&](int turn, int row, int piece) {
@@ -86,7 +74,43 @@ template <class T, int channels, int rows, int threads, bool pieces> struct Stag
     }
 };
 
-// Rows in their own order.
-struct InOrder {
-    DEVICE int operator()(int row) const { return row; }
+// A walk over tiles of neighbouring rows. A thread's pieces lie whole periods of the order apart, or it computes each
+// address anew: it keeps the address of its first piece alone.
+template <class Stage, class T, int channels, int rows, int threads, bool pieces, class Order = InOrder> struct StageWalk {
+    static constexpr int turn_rows = threads / Stage::Layout::pieces;
+    static constexpr bool even = threads % Stage::Layout::pieces == 0 && turn_rows % Order::period == 0;
+    Rows<T> from;
+    const T* source;
+
+    // From row `first` on.
+    DEVICE void start(const Rows<T>& at, i64 first) {
+        from = at;
+        from.data += first * from.row_stride;
+        source = from.data;
+        if constexpr (pieces && even) {
+            const int row = thread_index() / Stage::Layout::pieces, piece = thread_index() % Stage::Layout::pieces;
+            source += Order()(row) * from.row_stride + piece * Stage::per_piece;
+        }
+    }
+    // To other rows, elements further on.
+    DEVICE void shift(i64 elements) { source += elements; }
+    // Starts the copy of the tile, of which `left` rows exist.
+    DEVICE void fetch(u32 tile, i64 left) {
+        const int there = left < rows ? (int)left : rows;
+        if constexpr (pieces) {
+            Stage::each([&](int turn, int row, int piece) {
+                const bool read = Order()(row) < there && piece * Stage::per_piece < channels;
+                const T* at = even ? source + turn * turn_rows * from.row_stride
+                                   : source + Order()(row) * from.row_stride + piece * Stage::per_piece;
+                copy_async(tile + row * Stage::Layout::pitch + piece * 16, at, read ? 16 : 0);
+            });
+        } else {
+            Stage::start(tile, {source, from.row_stride, from.channel_stride}, 0, there, Order());
+        }
+    }
+    // The same, and on to the next tile.
+    DEVICE void next(u32 tile, i64 left) {
+        fetch(tile, left);
+        shift(rows * from.row_stride);
+    }
 };

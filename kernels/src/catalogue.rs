@@ -1,14 +1,54 @@
 //! Every kernel that a launch of this crate can choose, for checks of all of them.
+//!
+//! Copies, fills and merges have few variants, and all are here. Attention has more than anyone can compile: a head
+//! dimension of 1 to 256 for q and for v, four biases of four kinds, nine switches. What is here covers each constant's
+//! values, and the combinations that models use, in the way in which the plan itself chooses them.
+
+mod attention;
+mod scores;
+
+pub use scores::{Pass, Scores, Walk};
+
+use tilefold_core::DType;
 
 use crate::kernel::{Kernel, KernelError};
-use crate::{fill, merge, relayout};
+use crate::{backward, fill, merge, relayout};
+
+/// One kernel.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Entry {
+    /// What is compiled and launched.
+    pub kernel: Kernel,
+    /// The work of its hot loop, where that is attention.
+    pub scores: Option<Scores>,
+    /// Whether it is one of those whose speed is followed: bf16, with the operands that models give it.
+    pub followed: bool,
+}
 
 /// All kernels: those of copies, fills and merges in every dtype, those of attention.
 ///
 /// # Errors
 /// [`KernelError::MissingSource`].
-pub fn catalogue() -> Result<Vec<Kernel>, KernelError> {
-    fill::kernels().chain(relayout::kernels()).chain(merge::kernels()).collect()
+pub fn catalogue() -> Result<Vec<Entry>, KernelError> {
+    let moves = fill::kernels().chain(relayout::kernels()).chain(merge::kernels());
+    let mut entries: Vec<Entry> = Vec::new();
+    let mut add = |kernel: Kernel, followed| {
+        if !entries.iter().any(|entry| entry.kernel.hash == kernel.hash) {
+            let scores = Scores::of(&kernel);
+            let followed = followed && scores.as_ref().is_some_and(|scores| scores.dtype == DType::BF16);
+            entries.push(Entry { kernel, scores, followed });
+        }
+    };
+    for kernel in moves {
+        add(kernel?, false);
+    }
+    for (kernel, followed) in attention::forward()? {
+        add(kernel, followed);
+    }
+    for (kernel, followed) in backward::kernels()? {
+        add(kernel, followed);
+    }
+    Ok(entries)
 }
 
 #[cfg(test)]
@@ -16,13 +56,24 @@ mod tests {
     use super::*;
 
     #[test]
-    fn kernels_have_names_and_sources_of_their_own() {
-        let kernels = catalogue().unwrap();
-        for field in [|kernel: &Kernel| kernel.name.clone(), |kernel: &Kernel| kernel.hash.clone()] {
-            let mut found: Vec<_> = kernels.iter().map(field).collect();
-            found.sort_unstable();
-            found.dedup();
-            assert_eq!(found.len(), kernels.len());
+    fn kernels_have_sources_of_their_own() {
+        let mut hashes: Vec<_> = catalogue().unwrap().into_iter().map(|entry| entry.kernel.hash).collect();
+        let entries = hashes.len();
+        hashes.sort_unstable();
+        hashes.dedup();
+        assert_eq!(hashes.len(), entries);
+    }
+
+    #[test]
+    fn the_work_of_every_pass_is_known() {
+        let entries = catalogue().unwrap();
+        for pass in [Pass::Forward, Pass::BackwardKeys, Pass::BackwardQueries] {
+            let of_pass = |entry: &&Entry| entry.scores.as_ref().is_some_and(|scores| scores.pass == pass);
+            assert!(entries.iter().filter(of_pass).any(|entry| entry.followed), "{pass:?}");
         }
+        let forward = entries.iter().find(|entry| entry.kernel.name.starts_with("forward bf16 32x32")).unwrap();
+        let scores = forward.scores.as_ref().unwrap();
+        assert_eq!((scores.products, scores.depth, scores.head_dim, scores.async_copies), (2, 32, 32, true));
+        assert!(forward.kernel.name.ends_with(&format!("tile {}x{}", scores.tile_q, scores.tile_k)));
     }
 }

@@ -12,6 +12,7 @@
 //! The mathematics is in `docs/mathematics.md`, the kernels' own account in `attention/README.md`.
 
 mod axes;
+mod backward;
 mod catalogue;
 mod constants;
 mod fill;
@@ -24,7 +25,8 @@ mod relayout;
 mod source;
 mod tile;
 
-pub use catalogue::catalogue;
+pub use backward::{BackwardLaunch, BackwardOperands, backward, backward_shared_bytes, backward_workspace_bytes};
+pub use catalogue::{Entry, Pass, Scores, Walk, catalogue};
 pub use constants::{AttentionConstants, BiasKind};
 pub use fill::{fill, fill_view};
 pub use forward::{ForwardKernel, ForwardOutputs, ForwardTile, forward};

@@ -107,6 +107,8 @@ pub struct BackwardParams {
     pub lse_low: Operand,
     /// Gradient of out, with its axes.
     pub d_out: Operand,
+    /// Gradient of the output before the gate: `d_out`, or in the workspace.
+    pub d_o: Operand,
     /// Gradient of q, with its axes.
     pub dq: Operand,
     /// Gradient of k, with its axes.
@@ -117,14 +119,56 @@ pub struct BackwardParams {
     pub dbiases: [Operand; MAX_BIASES],
     /// Gradient of the gate, with its axes.
     pub d_gate: Operand,
-    /// Address of f32 `[batch, rows, heads, seqlen_q]`: equation (8).
-    pub delta: u64,
-    /// Address of f32 sums of chunks, which a last pass adds in order.
-    pub partials: u64,
-    /// Parts the walk over broadcast axes is cut into.
-    pub chunks: i64,
+    /// Address of f32 `[3, batch, rows, heads, padded_queries]`: lse, its low part in base 2, -delta.
+    pub statistics: u64,
+    /// Address of f32 `[batch, rows, kv_heads, head_dim_v]`: what empty rows give every dV.
+    pub uniform_sums: u64,
+    /// Address of f32 `[query_chunks, batch, rows, heads, seqlen_k]`: sums of dS over queries.
+    pub key_sums: u64,
+    /// Address of f32 `[batch, rows, heads, seqlen_q]`: sums of dS over keys.
+    pub query_sums: u64,
+    /// Address of f32 `[key parts, batch, rows, heads, seqlen_q, head_dim]`.
+    pub dq_partials: u64,
+    /// Address of f32 `[query_chunks, batch, rows, kv_heads, seqlen_k, head_dim]`.
+    pub dk_partials: u64,
+    /// Address of f32 `[query_chunks, batch, rows, kv_heads, seqlen_k, head_dim_v]`.
+    pub dv_partials: u64,
+    /// Address of f32 `[term_chunks, batch, rows, heads, seqlen_q, seqlen_k]`, where axes that are summed have one entry.
+    pub dbias_partials: u64,
+    /// `seqlen_q` rounded up to four.
+    pub padded_queries: i64,
+    /// Parts of the walk over queries.
+    pub query_chunks: i64,
+    /// Tiles of such a part.
+    pub query_chunk: i64,
+    /// Parts of the walk over what shares a bias.
+    pub term_chunks: i64,
     /// Entries of such a part.
-    pub chunk: i64,
+    pub term_chunk: i64,
+    /// Blocks launched before this launch.
+    pub first_block: i64,
+}
+
+/// Argument of `attention/sums.cu`: `to[i] = factor · Σ from[i, r]` over r.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Pod, Zeroable)]
+pub struct SumParams {
+    /// The result.
+    pub to: Operand,
+    /// Address of f32.
+    pub from: u64,
+    /// Sizes of the result.
+    pub sizes: [i64; 5],
+    /// Strides of `from` along the axes of the result.
+    pub from_strides: [i64; 5],
+    /// Sizes of the axes that are summed, the last one fastest.
+    pub summed: [i64; 4],
+    /// Strides of `from` along them.
+    pub summed_strides: [i64; 4],
+    /// Factor of the sums.
+    pub factor: f32,
+    /// Zero.
+    pub padding: f32,
     /// Blocks launched before this launch.
     pub first_block: i64,
 }
@@ -215,7 +259,7 @@ macro_rules! params {
         }
     )*};
 }
-params!(ForwardParams, BackwardParams, MergeParams, RelayoutParams, FillParams);
+params!(ForwardParams, BackwardParams, SumParams, MergeParams, RelayoutParams, FillParams);
 
 const OPERAND: usize = 48;
 const INPUTS: usize = size_of::<AttentionInputs>();
@@ -223,11 +267,12 @@ const _: () = {
     assert!(size_of::<Operand>() == OPERAND && MAX_BIASES == 4);
     assert!(INPUTS == 12 * OPERAND + 88);
     assert!(size_of::<ForwardParams>() == INPUTS + 3 * OPERAND + 8);
-    assert!(size_of::<BackwardParams>() == INPUTS + 12 * OPERAND + 40);
+    assert!(size_of::<BackwardParams>() == INPUTS + 13 * OPERAND + 112);
+    assert!(size_of::<SumParams>() == OPERAND + 8 + 10 * 8 + 8 * 8 + 16);
     assert!(size_of::<MergeParams>() == 6 * OPERAND + 48);
     assert!(size_of::<RelayoutParams>() == 16 + 3 * 64 + 16);
     assert!(size_of::<FillParams>() == 16 + 2 * 64 + 16);
     assert!(std::mem::offset_of!(AttentionInputs, alibi_slopes) == 12 * OPERAND);
     assert!(std::mem::offset_of!(AttentionInputs, scale) == 12 * OPERAND + 80);
-    assert!(std::mem::offset_of!(BackwardParams, delta) == INPUTS + 12 * OPERAND);
+    assert!(std::mem::offset_of!(BackwardParams, statistics) == INPUTS + 13 * OPERAND);
 };

@@ -6,6 +6,7 @@ mod command;
 mod cuda;
 mod emulate;
 mod files;
+mod kernels;
 mod licences;
 mod report;
 mod setup;
@@ -29,6 +30,9 @@ enum Task {
     },
     /// Fetches the GPU compilers that the kernels' tests and checks use, where they are missing
     Setup,
+    /// Compiles the GPU kernels and looks at what came out
+    #[command(subcommand)]
+    Kernels(kernels::Task),
     /// Runs tests on an instruction set that this machine lacks
     #[command(subcommand)]
     Emulate(Emulate),
@@ -60,6 +64,7 @@ fn main() -> Result<ExitCode> {
     match task {
         Task::Test { quick } if !suite::run_suite(quick) => return Ok(ExitCode::FAILURE),
         Task::Test { .. } => {}
+        Task::Kernels(task) => kernels::run(&task)?,
         Task::Setup => {
             cuda::fetch()?;
             println!("{}: there", clang::Clang::get()?.name());

@@ -9,7 +9,7 @@ use serde::Deserialize;
 
 use crate::command::{output, run};
 use crate::report::{Count, Report};
-use crate::{cuda, files, licences, setup};
+use crate::{cuda, files, kernels, licences, setup};
 
 /// Runs everything; with `quick` what takes long is left out. Whether all passed.
 pub(crate) fn run_suite(quick: bool) -> bool {
@@ -37,6 +37,7 @@ fn steps(report: &mut Report, quick: bool) -> Result<()> {
     tests(report)?;
     examples(report)?;
     if !quick {
+        kernels(report)?;
         for features in others {
             lints(report, features)?;
             unit_tests(report, features)?;
@@ -61,6 +62,18 @@ fn gpu_compilers(report: &mut Report) -> Result<()> {
 
 fn cargo(arguments: &[&str]) -> Result<Count> {
     run(&[], &[&["cargo"], arguments].concat())
+}
+
+/// The kernels without a GPU: what the compilers make of them, and what that costs by the static instrument.
+fn kernels(report: &mut Report) -> Result<()> {
+    if !cuda::SUPPORTED {
+        return Ok(());
+    }
+    report.step("tests of the static instrument", || {
+        setup::programs(&[("python3", "python3")])?;
+        run(&[], &["python3", "-m", "unittest", "discover", "-s", "benches/static/tests"])
+    })?;
+    report.step("kernels: registers, spills, instructions, cost", kernels::quick)
 }
 
 /// Every target of every crate.

@@ -5,38 +5,30 @@
 use tilefold_backend_cuda::CudaBackend;
 use tilefold_conformance::case::Case;
 use tilefold_conformance::{cases, oracle};
-use tilefold_core::{AttentionProblem, Backend, DType, DeviceError, Gradients};
+use tilefold_core::{AttentionProblem, DType};
 
-pub(crate) const TESTS: &[(&str, fn())] =
-    &[("attention_agrees_with_the_oracle", forward), ("gradients_are_refused_when_planned", no_gradients)];
+pub(crate) const TESTS: &[(&str, fn())] = &[("attention_agrees_with_the_oracle", attention)];
 
 /// Logits a case may have: the interpreter takes milliseconds for a thousand.
 const MOST_LOGITS: f64 = 40_000.0;
 
-/// One case of each group, without gradients.
+/// One case of each group.
 fn small(dtype: DType) -> Vec<Case> {
     let logits = |case: &Case| AttentionProblem::new(case.spec.clone()).unwrap().logits();
     let mut cases: Vec<_> = cases::all(dtype, &[64]).into_iter().filter(|case| logits(case) <= MOST_LOGITS).collect();
     cases.dedup_by_key(|case| case.group);
-    cases.iter_mut().for_each(|case| case.spec.gradients = Gradients::default());
     cases
 }
 
-fn forward() {
+fn attention() {
     let device = CudaBackend::new(0).unwrap();
     for dtype in [DType::F32, DType::BF16] {
         let cases = small(dtype);
         // Both lists that are uploaded with a launch are among them.
         assert!(cases.iter().any(|case| case.spec.kv_lengths.is_some()), "{dtype}");
         assert!(cases.iter().any(|case| case.spec.mask.alibi_slopes.is_some()), "{dtype}");
+        assert!(cases.iter().any(|case| case.spec.gradients.biases.contains(&true)), "{dtype}");
         let failures: Vec<_> = cases.iter().filter_map(|case| oracle::check_case(&device, case).err()).collect();
         assert!(failures.is_empty(), "{} of {} cases: {}", failures.len(), cases.len(), failures.join("\n"));
     }
-}
-
-fn no_gradients() {
-    let device = CudaBackend::new(0).unwrap();
-    let case = cases::all(DType::F32, &[64]).into_iter().find(|case| case.spec.gradients.q).unwrap();
-    let refused = device.plan_attention(&AttentionProblem::new(case.spec).unwrap()).unwrap_err();
-    assert!(matches!(&refused, DeviceError::Unsupported { limit } if limit.contains("gradients")), "{refused}");
 }

@@ -1,6 +1,8 @@
-//! Where the fetched CUDA compilers are.
+//! Where the fetched CUDA tools are.
 
 use std::path::{Path, PathBuf};
+
+use crate::NvrtcError;
 
 /// A release of NVRTC that `cargo xtask setup` fetches.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -43,7 +45,7 @@ impl Release {
     }
 }
 
-/// The folder of all fetched CUDA compilers: `TILEFOLD_CUDA_DIR`, for a cache that outlives `cargo clean`, or `cuda` in the
+/// The folder of all fetched CUDA tools: `TILEFOLD_CUDA_DIR`, for a cache that outlives `cargo clean`, or `cuda` in the
 /// workspace's build folder.
 #[must_use]
 pub fn cuda_folder() -> PathBuf {
@@ -62,4 +64,13 @@ pub fn cuda_folder() -> PathBuf {
 fn absolute(path: PathBuf) -> PathBuf {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).ancestors().nth(2).unwrap_or(Path::new("/"));
     root.join(path)
+}
+
+/// A fetched program: `nvdisasm` or `cuobjdump`.
+///
+/// # Errors
+/// [`NvrtcError::NotFetched`].
+pub fn tool(name: &str) -> Result<PathBuf, NvrtcError> {
+    let path = cuda_folder().join("tools").join(name);
+    if path.is_file() { Ok(path) } else { Err(NvrtcError::NotFetched { path }) }
 }

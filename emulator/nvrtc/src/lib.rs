@@ -18,5 +18,5 @@ mod folder;
 mod nvrtc;
 
 pub use error::NvrtcError;
-pub use folder::{Release, cuda_folder};
+pub use folder::{Release, cuda_folder, tool};
 pub use nvrtc::{Compiled, Nvrtc, Target};

@@ -2,7 +2,7 @@
 #![cfg(all(target_os = "linux", target_arch = "x86_64"))]
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
-use tilefold_emulator_nvrtc::{Nvrtc, NvrtcError, Release, Target};
+use tilefold_emulator_nvrtc::{Nvrtc, NvrtcError, Release, Target, tool};
 
 const SOURCE: &str = r#"extern "C" __global__ void twice(float* x) { x[threadIdx.x] *= 2.0f; }"#;
 
@@ -33,5 +33,8 @@ fn a_refusal_has_the_compilers_words() {
 
 #[test]
 fn what_is_not_there_is_named() {
+    let error = tool("no-such-tool").unwrap_err();
+    assert!(error.to_string().contains("cargo xtask setup"), "{error}");
     assert!(matches!(Nvrtc::load("/no/such/libnvrtc.so".as_ref()), Err(NvrtcError::Load { .. })));
+    assert!(tool("nvdisasm").is_ok() && tool("cuobjdump").is_ok());
 }

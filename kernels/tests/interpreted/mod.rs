@@ -1,4 +1,4 @@
-//! A device that compiles kernels with NVRTC to PTX and interprets them: enough of a backend for the forward pass.
+//! A device that compiles kernels with NVRTC to PTX and interprets them: enough of a backend for attention.
 
 use std::any::Any;
 use std::collections::HashMap;
@@ -7,12 +7,15 @@ use std::sync::{Arc, Mutex};
 use bytemuck::bytes_of;
 use tilefold_core::{
     AttentionPlan, AttentionProblem, Backend, BackwardArgs, DType, DeviceError, DeviceId, DeviceInfo, DeviceKind,
-    DeviceResult, Event, ForwardArgs, MergeArgs, RelayoutArgs, Storage, Stream, TensorViewMut,
+    DeviceResult, Event, ForwardArgs, MergeArgs, RelayoutArgs, Storage, Stream, TensorView, TensorViewMut,
 };
 use tilefold_emulator_nvrtc::{Nvrtc, Release, Target};
 use tilefold_emulator_ptx::{Launch as Run, Memory, Module, run};
 use tilefold_kernels::params::{Operand, Params};
-use tilefold_kernels::{AttentionOperands, ForwardOutputs, Kernel, Launch, forward, kv_lengths_strides};
+use tilefold_kernels::{
+    AttentionOperands, BackwardLaunch, BackwardOperands, ForwardOutputs, Kernel, Launch, backward,
+    backward_workspace_bytes, fill_view, forward, kv_lengths_strides, merge, relayout,
+};
 
 const ID: DeviceId = DeviceId { kind: DeviceKind::Custom, ordinal: 0 };
 
@@ -78,7 +81,8 @@ impl Interpreted {
         Ok(module)
     }
 
-    fn launch<P: Params>(&self, launch: &Launch<P>) -> DeviceResult<()> {
+    /// Compiles and runs one launch.
+    pub(crate) fn launch<P: Params>(&self, launch: &Launch<P>) -> DeviceResult<()> {
         let module = self.module(&launch.kernel)?;
         let kernel = module.kernel(launch.kernel.entry).ok_or_else(|| failed("cuModuleGetFunction", "not found"))?;
         for (blocks, params) in launch.parts() {
@@ -101,6 +105,47 @@ impl Interpreted {
         let mut storage = self.alloc(stream, bytes.len())?;
         self.upload(stream, bytes, &mut storage)?;
         Ok(storage)
+    }
+}
+
+/// The problem's own lists on the device, kept until its launches have run.
+struct Lists {
+    lengths: Option<Storage>,
+    slopes: Option<Storage>,
+}
+
+impl Interpreted {
+    fn lists(&self, stream: &Stream, problem: &AttentionProblem) -> DeviceResult<Lists> {
+        let spec = problem.spec();
+        Ok(Lists {
+            lengths: spec.kv_lengths.as_ref().map(|lengths| self.list(stream, lengths)).transpose()?,
+            slopes: spec.mask.alibi_slopes.as_ref().map(|slopes| self.list(stream, slopes)).transpose()?,
+        })
+    }
+}
+
+impl Lists {
+    fn inputs(
+        &self,
+        problem: &AttentionProblem,
+        [q, k, v]: [&TensorView<'_>; 3],
+        biases: &[TensorView<'_>],
+        [key_mask, gate]: [Option<&TensorView<'_>>; 2],
+        segments: Option<(&TensorView<'_>, &TensorView<'_>)>,
+    ) -> AttentionOperands {
+        let [batch, row] = kv_lengths_strides(problem);
+        let lengths = self.lengths.as_ref();
+        AttentionOperands {
+            q: Operand::of(q),
+            k: Operand::of(k),
+            v: Operand::of(v),
+            biases: biases.iter().map(Operand::of).collect(),
+            key_mask: key_mask.map(Operand::of),
+            segments: segments.map(|(q, k)| [Operand::of(q), Operand::of(k)]),
+            kv_lengths: lengths.map(|list| Operand { data: address(list), strides: [batch, row, 0, 0, 0] }),
+            alibi_slopes: self.slopes.as_ref().map(address),
+            gate: gate.map(Operand::of),
+        }
     }
 }
 
@@ -133,12 +178,13 @@ impl Backend for Interpreted {
         self.memory.read(address(source), destination).map_err(|e| failed("cuMemcpyDtoH", e))
     }
 
-    fn fill(&self, _: &Stream, _: TensorViewMut<'_>, _: f64) -> DeviceResult<()> {
-        Err(failed("fill", "not part of these tests"))
+    fn fill(&self, _: &Stream, destination: TensorViewMut<'_>, value: f64) -> DeviceResult<()> {
+        self.launch(&fill_view(destination.as_view(), value).map_err(|e| failed("plan", e))?)
     }
 
-    fn relayout(&self, _: &Stream, _: RelayoutArgs<'_>) -> DeviceResult<()> {
-        Err(failed("relayout", "not part of these tests"))
+    fn relayout(&self, _: &Stream, args: RelayoutArgs<'_>) -> DeviceResult<()> {
+        let (source, destination) = args.into_parts();
+        self.launch(&relayout(&source, destination.as_view()).map_err(|e| failed("plan", e))?)
     }
 
     fn record(&self, _: &Stream) -> DeviceResult<Event> {
@@ -168,23 +214,12 @@ impl Backend for Interpreted {
 
     fn attention_forward(&self, stream: &Stream, args: ForwardArgs<'_>) -> DeviceResult<()> {
         let problem = &args.plan().problem;
-        let spec = problem.spec();
         let mut operands = args.into_operands();
-        let lengths = spec.kv_lengths.as_ref().map(|lengths| self.list(stream, lengths)).transpose()?;
-        let slopes = spec.mask.alibi_slopes.as_ref().map(|slopes| self.list(stream, slopes)).transpose()?;
-        let [batch, row] = kv_lengths_strides(problem);
-        let segments = operands.q_segments.as_ref().zip(operands.k_segments.as_ref());
-        let inputs = AttentionOperands {
-            q: Operand::of(&operands.q),
-            k: Operand::of(&operands.k),
-            v: Operand::of(&operands.v),
-            biases: operands.biases.iter().map(Operand::of).collect(),
-            key_mask: operands.key_mask.as_ref().map(Operand::of),
-            segments: segments.map(|(q, k)| [Operand::of(q), Operand::of(k)]),
-            kv_lengths: lengths.as_ref().map(|list| Operand { data: address(list), strides: [batch, row, 0, 0, 0] }),
-            alibi_slopes: slopes.as_ref().map(address),
-            gate: operands.gate.as_ref().map(Operand::of),
-        };
+        let lists = self.lists(stream, problem)?;
+        let o = &operands;
+        let segments = o.q_segments.as_ref().zip(o.k_segments.as_ref());
+        let inputs =
+            lists.inputs(problem, [&o.q, &o.k, &o.v], &o.biases, [o.key_mask.as_ref(), o.gate.as_ref()], segments);
         let written = |view: &mut TensorViewMut<'_>| Operand::of(view.as_view());
         let outputs = ForwardOutputs {
             out: written(&mut operands.out),
@@ -195,11 +230,41 @@ impl Backend for Interpreted {
         self.launch(&launch)
     }
 
-    fn attention_backward(&self, _: &Stream, _: BackwardArgs<'_>) -> DeviceResult<()> {
-        Err(failed("attention_backward", "not part of these tests"))
+    fn attention_backward(&self, stream: &Stream, args: BackwardArgs<'_>) -> DeviceResult<()> {
+        let problem = &args.plan().problem;
+        let mut operands = args.into_operands();
+        let lists = self.lists(stream, problem)?;
+        let o = &operands;
+        let segments = o.q_segments.as_ref().zip(o.k_segments.as_ref());
+        let inputs =
+            lists.inputs(problem, [&o.q, &o.k, &o.v], &o.biases, [o.key_mask.as_ref(), o.gate.as_ref()], segments);
+        let written = |view: &mut TensorViewMut<'_>| Operand::of(view.as_view());
+        let operands = BackwardOperands {
+            inputs,
+            out: Operand::of(&operands.out),
+            lse: Operand::of(&operands.lse),
+            lse_low: Operand::of(&operands.lse_low),
+            d_out: Operand::of(&operands.d_out),
+            dq: operands.dq.as_mut().map(written),
+            dk: operands.dk.as_mut().map(written),
+            dv: operands.dv.as_mut().map(written),
+            dbiases: (operands.dbiases.iter_mut())
+                .map(|view| view.as_mut().map(|view| (written(view), view.as_view().dtype())))
+                .collect(),
+            d_gate: operands.d_gate.as_mut().map(written),
+        };
+        let bytes = usize::try_from(backward_workspace_bytes(problem)).unwrap().max(1);
+        let workspace = self.alloc(stream, bytes)?;
+        for launch in backward(problem, &operands, address(&workspace)).map_err(|e| failed("plan", e))? {
+            match &launch {
+                BackwardLaunch::Attention(launch) => self.launch(launch)?,
+                BackwardLaunch::Sums(launch) => self.launch(launch)?,
+            }
+        }
+        Ok(())
     }
 
-    fn merge(&self, _: &Stream, _: MergeArgs<'_>) -> DeviceResult<()> {
-        Err(failed("merge", "not part of these tests"))
+    fn merge(&self, _: &Stream, args: MergeArgs<'_>) -> DeviceResult<()> {
+        self.launch(&merge(&args.into_operands()).map_err(|e| failed("plan", e))?)
     }
 }

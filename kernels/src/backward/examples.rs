@@ -1,0 +1,111 @@
+//! Backward kernels of representative problems, for the checks of every kernel.
+
+use tilefold_core::{AttentionProblem, AttentionSpec, BiasSpec, DType, EmptyRows, Layout, StructuralMask};
+
+use super::{BackwardOperands, backward};
+use crate::kernel::{Kernel, KernelError};
+use crate::operands::AttentionOperands;
+use crate::params::Operand;
+
+/// Head dimensions that kernels are tuned for, and the largest.
+const HEAD_DIMS: [usize; 8] = [8, 16, 24, 32, 48, 64, 128, 256];
+
+const ROWS: usize = 512;
+const HEADS: usize = 4;
+
+/// Every backward kernel of these problems, and whether its speed is followed.
+///
+/// In every dtype Evoformer problems (a mask bias and a pair bias, a gate, all gradients), with key mask and without,
+/// short and long enough for each choice of passes; and one problem with every switch and kind of bias. f16, whose kernels
+/// differ from those of bf16 in single instructions, has one head dimension.
+pub(crate) fn kernels() -> Result<Vec<(Kernel, bool)>, KernelError> {
+    let mut kernels = Vec::new();
+    for dtype in [DType::F32, DType::F16, DType::BF16] {
+        let head_dims = if dtype == DType::F16 { &[32][..] } else { &HEAD_DIMS };
+        for &head_dim in head_dims {
+            for (seqlen, key_mask) in [(256, false), (2048, true)] {
+                let evoformer = AttentionSpec { key_mask, ..evoformer(dtype, head_dim, seqlen) };
+                kernels.extend(launches(evoformer)?.into_iter().map(|kernel| (kernel, true)));
+            }
+        }
+        kernels.extend(launches(everything(dtype))?.into_iter().map(|kernel| (kernel, false)));
+    }
+    Ok(kernels)
+}
+
+fn evoformer(dtype: DType, head_dim: usize, seqlen: usize) -> AttentionSpec {
+    let mut spec = AttentionSpec::new(dtype, 1, ROWS, seqlen, HEADS, head_dim);
+    spec.biases = vec![
+        BiasSpec { shape: [1, ROWS, 1, 1, seqlen], dtype },
+        BiasSpec { shape: [1, 1, HEADS, seqlen, seqlen], dtype },
+    ];
+    spec.gate = true;
+    let mut spec = spec.with_all_gradients();
+    // The mask bias has no gradient.
+    spec.gradients.biases[0] = false;
+    spec
+}
+
+fn everything(dtype: DType) -> AttentionSpec {
+    let seqlen = 384;
+    let mut spec = AttentionSpec::new(dtype, 1, ROWS, seqlen, HEADS, 32);
+    spec.biases = vec![
+        BiasSpec { shape: [1, ROWS, 1, 1, seqlen], dtype },
+        BiasSpec { shape: [1, 1, HEADS, seqlen, seqlen], dtype },
+        BiasSpec { shape: [1, ROWS, HEADS, seqlen, 1], dtype: DType::F32 },
+        BiasSpec { shape: [1, ROWS, HEADS, seqlen, seqlen], dtype },
+    ];
+    (spec.key_mask, spec.kv_lengths, spec.segments, spec.gate) = (true, Some(vec![300]), true, true);
+    spec.mask = StructuralMask { causal: true, alibi_slopes: Some(vec![0.5; HEADS]), ..StructuralMask::default() };
+    spec.empty_rows = EmptyRows::Uniform;
+    spec.with_all_gradients()
+}
+
+fn launches(spec: AttentionSpec) -> Result<Vec<Kernel>, KernelError> {
+    let Ok(problem) = AttentionProblem::new(spec) else { return Ok(Vec::new()) };
+    let spec = problem.spec();
+    let dense = |shape: &[usize]| {
+        let layout = Layout::contiguous(shape).ok();
+        layout.map_or_else(Operand::default, |layout| Operand::new(256, shape, layout.strides()))
+    };
+    let inputs = AttentionOperands {
+        q: dense(&problem.q_shape()),
+        k: dense(&problem.k_shape()),
+        v: dense(&problem.v_shape()),
+        biases: spec.biases.iter().map(|bias| dense(&bias.shape)).collect(),
+        key_mask: spec.key_mask.then(|| dense(&[1, ROWS, spec.seqlen_k])),
+        segments: spec.segments.then(|| [dense(&[1, ROWS, spec.seqlen_q]), dense(&[1, ROWS, spec.seqlen_k])]),
+        kv_lengths: spec.kv_lengths.is_some().then(Operand::default),
+        alibi_slopes: spec.mask.alibi_slopes.is_some().then_some(256),
+        gate: Some(dense(&problem.out_shape())),
+    };
+    let operands = BackwardOperands {
+        inputs,
+        out: dense(&problem.out_shape()),
+        lse: dense(&problem.lse_shape()),
+        lse_low: dense(&problem.lse_shape()),
+        d_out: dense(&problem.out_shape()),
+        dq: Some(dense(&problem.q_shape())),
+        dk: Some(dense(&problem.k_shape())),
+        dv: Some(dense(&problem.v_shape())),
+        dbiases: (spec.biases.iter().zip(spec.gradients.biases))
+            .map(|(bias, wanted)| wanted.then(|| (dense(&bias.shape), bias.dtype)))
+            .collect(),
+        d_gate: Some(dense(&problem.out_shape())),
+    };
+    Ok(backward(&problem, &operands, 256)?.iter().map(|launch| launch.kernel().clone()).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_example_is_a_problem() {
+        for dtype in [DType::F32, DType::F16, DType::BF16] {
+            for spec in [everything(dtype), evoformer(dtype, 32, 256)] {
+                assert!(!launches(spec).unwrap().is_empty(), "{dtype}");
+            }
+        }
+    }
+}

@@ -1,0 +1,96 @@
+//! The backward pass as a list of launches: preparation, passes by keys, passes by queries, sums of partials.
+//!
+//! `attention/README.md` describes the kernels. What is decided from the problem alone (passes, tiles, chunks, workspace)
+//! is [`schedule`]; what addresses and strides decide (pieces of 16 bytes) is decided here.
+
+mod examples;
+mod launches;
+mod schedule;
+mod tiles;
+
+pub(crate) use examples::kernels;
+use launches::Launches;
+use schedule::Schedule;
+use tilefold_core::{AttentionProblem, DType};
+
+use crate::kernel::{Kernel, KernelError, Launch};
+use crate::operands::AttentionOperands;
+use crate::params::{BackwardParams, Operand, SumParams};
+
+/// Operands of a backward pass on a device, gradients exactly as the problem asks.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct BackwardOperands {
+    /// What forward read.
+    pub inputs: AttentionOperands,
+    /// What forward wrote.
+    pub out: Operand,
+    /// What forward wrote.
+    pub lse: Operand,
+    /// What forward wrote.
+    pub lse_low: Operand,
+    /// Gradient of the output.
+    pub d_out: Operand,
+    /// Gradient of q.
+    pub dq: Option<Operand>,
+    /// Gradient of k.
+    pub dk: Option<Operand>,
+    /// Gradient of v.
+    pub dv: Option<Operand>,
+    /// Gradient of each bias, and its dtype: the bias's own or f32.
+    pub dbiases: Vec<Option<(Operand, DType)>>,
+    /// Gradient of the gate.
+    pub d_gate: Option<Operand>,
+}
+
+/// One launch of a backward pass; they run in order.
+#[derive(Clone, Debug, PartialEq)]
+pub enum BackwardLaunch {
+    /// A kernel of the pass itself.
+    Attention(Box<Launch<BackwardParams>>),
+    /// Sums of what chunks left.
+    Sums(Box<Launch<SumParams>>),
+}
+
+impl BackwardLaunch {
+    /// The kernel it launches.
+    #[must_use]
+    pub fn kernel(&self) -> &Kernel {
+        match self {
+            Self::Attention(launch) => &launch.kernel,
+            Self::Sums(launch) => &launch.kernel,
+        }
+    }
+}
+
+/// Bytes of device memory a backward launch needs beside its operands; saturates.
+///
+/// Three f32 for each query and head; with a gate, the gradient of the ungated output in the problem's dtype; for biases
+/// without a query or key axis, one f32 for each key or query and head; and where a walk is cut into chunks, up to 8 times
+/// the f32 size of dK, dV and a bias gradient and up to 4 times that of dQ. Nothing grows with seqlen_q · seqlen_k per row.
+#[must_use]
+pub fn backward_workspace_bytes(problem: &AttentionProblem) -> u64 {
+    Schedule::new(problem).workspace.bytes
+}
+
+/// Shared memory that some block of a backward pass takes; at most 99 KiB, which every supported device has.
+#[must_use]
+pub fn backward_shared_bytes(problem: &AttentionProblem) -> u32 {
+    let schedule = Schedule::new(problem);
+    let keys = schedule.keys.iter().map(|pass| pass.tiles.shared_bytes);
+    keys.chain(schedule.queries.iter().map(|pass| pass.tiles.shared_bytes)).max().unwrap_or(0)
+}
+
+/// The launches of a backward pass. `workspace` is the address of [`backward_workspace_bytes`] bytes, aligned to 256.
+///
+/// *Numerics*: sums, softmax and dS in f32, in an order that depends on the problem alone; no atomics: equal inputs give
+/// equal bits.
+///
+/// # Errors
+/// [`KernelError`].
+pub fn backward(
+    problem: &AttentionProblem,
+    operands: &BackwardOperands,
+    workspace: u64,
+) -> Result<Vec<BackwardLaunch>, KernelError> {
+    Launches::new(problem, operands, workspace)?.list()
+}

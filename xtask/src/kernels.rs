@@ -1,0 +1,82 @@
+//! `cargo xtask kernels`: every kernel compiled with real compilers, and what can be said of it without a GPU.
+
+mod check;
+mod compile;
+mod model;
+mod record;
+mod resources;
+mod workload;
+
+use anyhow::{Result, ensure};
+use clap::Args;
+use clap::Subcommand;
+use tilefold_kernels::{Entry, catalogue};
+
+use crate::report::Count;
+
+/// What to do with the kernels.
+#[derive(Debug, Subcommand)]
+pub(crate) enum Task {
+    /// Compiles with the newest NVRTC to machine code and with the oldest to PTX; refuses spills and too few warps
+    Check(Chosen),
+    /// Counts what the hot loops cost, holds it against the record, prints static floors of the workloads
+    Model {
+        #[command(flatten)]
+        chosen: Chosen,
+        /// Writes the record instead of comparing with it
+        #[arg(long)]
+        record: bool,
+        /// Leaves out the replay with latencies, which takes most of the time
+        #[arg(long)]
+        no_replay: bool,
+    },
+}
+
+/// Which kernels.
+#[derive(Debug, Default, Args)]
+pub(crate) struct Chosen {
+    /// Only kernels whose names hold this text
+    #[arg(long)]
+    pub(crate) only: Option<String>,
+    /// Only kernels whose speed is followed, of head dimensions 8 and 32, for sm_80: what CI does
+    #[arg(long)]
+    pub(crate) quick: bool,
+}
+
+/// Does it.
+pub(crate) fn run(task: &Task) -> Result<()> {
+    match task {
+        Task::Check(chosen) => check::check(chosen).map(drop),
+        Task::Model { chosen, record, no_replay } => model::model(chosen, *record, !no_replay).map(drop),
+    }
+}
+
+/// What CI does: the quick check, and the quick model held against the record.
+pub(crate) fn quick() -> Result<Count> {
+    let chosen = Chosen { quick: true, ..Chosen::default() };
+    let mut count = check::check(&chosen)?;
+    count += model::model(&chosen, false, false)?;
+    Ok(count)
+}
+
+/// Head dimensions of the quick checks.
+const QUICK_HEAD_DIMS: [usize; 2] = [8, 32];
+
+impl Chosen {
+    /// These of all kernels.
+    fn entries(&self) -> Result<Vec<Entry>> {
+        let mut entries = catalogue()?;
+        entries.retain(|entry| {
+            let named = self.only.as_ref().is_none_or(|text| entry.kernel.name.contains(text));
+            let quick = entry.scores.as_ref().is_some_and(|scores| QUICK_HEAD_DIMS.contains(&scores.head_dim));
+            named && (!self.quick || (entry.followed && quick))
+        });
+        ensure!(!entries.is_empty(), "no kernel's name holds {:?}", self.only);
+        Ok(entries)
+    }
+
+    /// For these architectures.
+    fn archs(&self) -> &'static [resources::Arch] {
+        if self.quick { &resources::ARCHS[..1] } else { &resources::ARCHS }
+    }
+}
