@@ -75,9 +75,11 @@ struct JsonTrial<'a> {
 pub(crate) fn run(args: &Args, global: &Global) -> Result<Outcome> {
     let junit = args.junit.as_deref().map(|path| OutFile::new(path, "--junit")).transpose()?;
     let device = global.open()?;
-    let mut filter = Filter { contains: args.filter.clone(), large: !args.no_large, ..Filter::default() };
+    let mut filter = Filter { contains: args.filter.clone(), ..Filter::for_device(device.info()) };
+    filter.large &= !args.no_large;
     if !args.dtype.is_empty() {
         filter.dtypes.clone_from(&args.dtype);
+        filter.sampled.clear();
     }
     let trials = trials(&Subject::of(&device)?, &filter);
     ensure!(
@@ -99,7 +101,9 @@ pub(crate) fn run(args: &Args, global: &Global) -> Result<Outcome> {
     } else {
         say(&format!("{} ({}, {})", info.id, info.name, info.arch))?;
         print(&report)?;
-        if args.no_large {
+        if info.is_virtual {
+            say("left out on a virtual device: large problems; of dtypes not asked for by --dtype, all but a sample")?;
+        } else if args.no_large {
             say("left out: tensors of more than 2^31 elements (--no-large)")?;
         }
     }

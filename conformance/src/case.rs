@@ -56,6 +56,14 @@ impl Case {
     pub fn title(&self) -> String {
         format!("{}/{}/{}", self.spec.dtype, self.group, self.name)
     }
+
+    /// Tiles of 64 queries by 64 keys, padded ones whole: the work of a device whose kernels are interpreted.
+    #[must_use]
+    pub fn tiles(&self) -> usize {
+        let s = &self.spec;
+        let tiles = [s.batch, s.rows, s.heads, s.seqlen_q.div_ceil(64), s.seqlen_k.div_ceil(64)];
+        tiles.into_iter().fold(1, usize::saturating_mul)
+    }
 }
 
 /// FNV-1a over the name: a case keeps its inputs when others are added to the table.

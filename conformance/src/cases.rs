@@ -29,6 +29,7 @@ pub fn all(dtype: DType, tiles: &[usize]) -> Vec<Case> {
         gradient_subsets(dtype),
         magnitudes(dtype),
         nans(dtype),
+        walks(dtype),
         everything(dtype),
         workloads(dtype),
     ];
@@ -643,6 +644,27 @@ fn nans(dtype: DType) -> Vec<Case> {
         poisoned(base("in_one_query"), Poison::OneQuery),
         poisoned(base("in_one_key"), Poison::OneKey),
     ]
+}
+
+/// Sizes by which a backward plan decides: broadcast axes walked whole or in chunks, dQ and a bias's gradient in one
+/// pass or two, dQ whole or as parts that are added, dK and dV in one pass or two.
+fn walks(dtype: DType) -> Vec<Case> {
+    let per_head = [false, false, true, true, true];
+    let list = [
+        ("rows", 120, (9, 10), 8, PAIR),
+        ("rows_and_batch", 120, (9, 10), 32, per_head),
+        ("parts_of_dq", 2, (5, 150), 32, PAIR),
+        ("most_parts_of_dq", 1, (3, 760), 8, PAIR),
+        ("two_passes", 1, (3, 780), 8, PAIR),
+        ("two_passes_by_channels", 2, (20, 40), 33, PAIR),
+        ("dk_and_dv_apart", 1, (18, 20), 136, PAIR),
+    ];
+    let case = |(name, rows, seqlen, head_dim, bias)| {
+        let mut spec = spec(dtype, rows, seqlen, 2, head_dim);
+        spec.batch = 2;
+        Case::new("walks", name, spec).with_bias(bias, dtype, Values::Normal(1.0))
+    };
+    list.into_iter().map(case).collect()
 }
 
 /// Features together: what single cases cannot see is how they share tiles.

@@ -29,13 +29,15 @@ const CASES: [&str; 14] = [
     "everything/130x65/2",
 ];
 
-/// Trials of the cases of `table` named in this file; a name without its case is a trial that fails.
-pub(crate) fn trials(subject: &Subject, table: &[Case]) -> Vec<Trial> {
+/// Trials of the cases of `table` named in this file, if they fit; a name without its case is a trial that fails.
+pub(crate) fn trials(subject: &Subject, table: &[Case], fits: impl Fn(&Case) -> bool) -> Vec<Trial> {
     let mut trials = Vec::new();
     for name in CASES {
         let found: Vec<&Case> = table.iter().filter(|case| name == format!("{}/{}", case.group, case.name)).collect();
         if let [case] = found[..] {
-            trials.extend(case_trials(subject, case));
+            if fits(case) {
+                trials.extend(case_trials(subject, case));
+            }
         } else {
             let message = format!("{name}: {} cases of the table have this name, expected one", found.len());
             trials.push(Trial::new(GROUP, format!("{GROUP}/{name}"), move || Err(message)));

@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use tilefold_core::{AttentionProblem, AttentionSpec, Backend, DType};
+use tilefold_core::{AttentionProblem, AttentionSpec, Backend, DType, DeviceInfo};
 
 use crate::case::{Case, DTYPES};
 use crate::{cases, determinism, device_trials, large, merging, oracle, packed, relayouts};
@@ -26,11 +26,31 @@ pub struct Filter {
     pub contains: Option<String>,
     /// Whether to try problems that fill the memory: half a minute, and 11 GB where there are as many.
     pub large: bool,
+    /// Only cases of at most so many tiles of 64 queries by 64 keys.
+    pub most_tiles: usize,
+    /// Dtypes of which every sixth case is enough.
+    pub sampled: Vec<DType>,
 }
 
 impl Default for Filter {
     fn default() -> Self {
-        Self { dtypes: DTYPES.to_vec(), contains: None, large: true }
+        Self { dtypes: DTYPES.to_vec(), contains: None, large: true, most_tiles: usize::MAX, sampled: Vec::new() }
+    }
+}
+
+/// Of a sampled dtype, one case of so many.
+const SAMPLE: usize = 6;
+
+impl Filter {
+    /// What a device gets through in minutes: everything. On a virtual one, which compiles a kernel for most cases and
+    /// interprets it: small cases, all in bf16, some in the other dtypes, whose kernels have the same source.
+    #[must_use]
+    pub fn for_device(device: &DeviceInfo) -> Self {
+        let all = Self::default();
+        if !device.is_virtual {
+            return all;
+        }
+        Self { large: false, most_tiles: 1000, sampled: vec![DType::F32, DType::F16], ..all }
     }
 }
 
@@ -81,9 +101,13 @@ impl Trial {
 pub fn trials(subject: &Subject, filter: &Filter) -> Vec<Trial> {
     let mut trials = device_trials::trials(&subject.device);
     for &dtype in &filter.dtypes {
-        let table = cases::all(dtype, &tiles(&*subject.device, dtype));
-        trials.extend(determinism::trials(subject, &table));
-        trials.extend(table.into_iter().map(|case| case_trial(&subject.device, case)));
+        let mut table = cases::all(dtype, &tiles(&*subject.device, dtype));
+        let fits = |case: &Case| case.tiles() <= filter.most_tiles;
+        trials.extend(determinism::trials(subject, &table, fits));
+        if filter.sampled.contains(&dtype) {
+            table = table.into_iter().step_by(SAMPLE).collect();
+        }
+        trials.extend(table.into_iter().filter(fits).map(|case| case_trial(&subject.device, case)));
         trials.extend(packed::trials(&subject.device, dtype));
         trials.extend(merging::trials(&subject.device, dtype));
         if filter.large {

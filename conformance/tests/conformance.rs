@@ -15,7 +15,7 @@ fn main() -> ExitCode {
     for candidate in subject::candidates() {
         match candidate {
             Candidate { name, subject: Ok(subject), .. } => {
-                let made = suite::trials(&subject, &Filter::default());
+                let made = suite::trials(&subject, &Filter::for_device(subject.device.info()));
                 trials.extend(made.into_iter().map(|trial| wrap(&name, trial)));
             }
             Candidate { name, subject: Err(reason), required } => trials.push(absent(&name, reason, required)),

@@ -16,7 +16,7 @@ fn report(bug: Option<Bug>, dtype: DType, part: &str) -> Report {
     let inner: Arc<dyn Backend> = Arc::new(CpuBackend::new().unwrap());
     let device: Arc<dyn Backend> = Arc::new(Planted::new(inner, bug));
     let subject = Subject { device, twins: Vec::new() };
-    let filter = Filter { dtypes: vec![dtype], contains: Some(part.to_owned()), large: true };
+    let filter = Filter { dtypes: vec![dtype], contains: Some(part.to_owned()), ..Filter::default() };
     Report::of(trials(&subject, &filter), |_| ())
 }
 

@@ -11,12 +11,14 @@ mod licences;
 mod report;
 mod setup;
 mod suite;
+mod virtual_gpu;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::{Context, Result};
 use clap::{Parser, Subcommand};
+use tilefold_emulator_nvrtc::Release;
 
 /// Chores of the tilefold workspace.
 #[derive(Debug, Parser)]
@@ -33,6 +35,15 @@ enum Task {
     /// Compiles the GPU kernels and looks at what came out
     #[command(subcommand)]
     Kernels(kernels::Task),
+    /// Runs a command on the virtual GPU: `cargo xtask virtual-gpu cargo run --features cuda -- doctor`
+    VirtualGpu {
+        /// Compiles kernels with the oldest NVRTC that is supported
+        #[arg(long)]
+        oldest: bool,
+        /// The command and its arguments
+        #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
+        command: Vec<String>,
+    },
     /// Runs tests on an instruction set that this machine lacks
     #[command(subcommand)]
     Emulate(Emulate),
@@ -68,6 +79,10 @@ fn main() -> Result<ExitCode> {
         Task::Setup => {
             cuda::fetch()?;
             println!("{}: there", clang::Clang::get()?.name());
+        }
+        Task::VirtualGpu { oldest, command } => {
+            let release = if oldest { Release::Oldest } else { Release::Newest };
+            virtual_gpu::with_virtual_gpu(release, &[], &as_strs(&command))?;
         }
         Task::Emulate(Emulate::Neon { arguments }) => emulate::neon(&as_strs(&arguments))?,
         Task::Emulate(Emulate::Avx512 { binary, arguments }) => emulate::avx512(&binary, &as_strs(&arguments))?,

@@ -7,8 +7,11 @@ use std::path::Path;
 use anyhow::{Context, Result, bail, ensure};
 use serde::Deserialize;
 
+use tilefold_emulator_nvrtc::Release;
+
 use crate::command::{output, run};
 use crate::report::{Count, Report};
+use crate::virtual_gpu::with_virtual_gpu;
 use crate::{cuda, files, kernels, licences, setup};
 
 /// Runs everything; with `quick` what takes long is left out. Whether all passed.
@@ -37,6 +40,7 @@ fn steps(report: &mut Report, quick: bool) -> Result<()> {
     tests(report)?;
     examples(report)?;
     if !quick {
+        virtual_gpu(report)?;
         kernels(report)?;
         for features in others {
             lints(report, features)?;
@@ -62,6 +66,21 @@ fn gpu_compilers(report: &mut Report) -> Result<()> {
 
 fn cargo(arguments: &[&str]) -> Result<Count> {
     run(&[], &[&["cargo"], arguments].concat())
+}
+
+/// Conformance through the CUDA backend on the virtual GPU; with the oldest compiler all features at once.
+fn virtual_gpu(report: &mut Report) -> Result<()> {
+    if !cuda::SUPPORTED {
+        return Ok(());
+    }
+    for (release, what, filter) in [(Release::Newest, "", ""), (Release::Oldest, ", NVRTC 12.0", "bf16/everything")] {
+        report.step(&format!("conformance on the virtual GPU{what}"), || {
+            let test =
+                ["cargo", "test", "--workspace", "--all-features", "--test", CONFORMANCE, "--", filter, "--quiet"];
+            with_virtual_gpu(release, &[("TILEFOLD_REQUIRE", "cuda")], &test)
+        })?;
+    }
+    Ok(())
 }
 
 /// The kernels without a GPU: what the compilers make of them, and what that costs by the static instrument.
@@ -95,10 +114,14 @@ fn tests(report: &mut Report) -> Result<()> {
 const REQUIRED: (&str, &str) = ("TILEFOLD_REQUIRE", "cpu");
 
 /// Unit tests of the crate whose features they are, with fewer of them.
+///
+/// Built with the workspace: built alone, its dependencies would have other features, and be built again.
 fn unit_tests(report: &mut Report, features: &str) -> Result<()> {
     report.step(&format!("unit tests, features: {}", named(features)), || {
         let features = format!("--features={features}");
-        cargo(&["test", "--package", "tilefold", "--lib", &features, "--", "--quiet"])
+        let built = executables(&["test", "--workspace", "--lib", "--no-run", &features])?;
+        let (_, tests) = built.into_iter().find(|(name, _)| name == "tilefold").context("no tests of tilefold")?;
+        run(&[], &[&tests, "--quiet"])
     })
 }
 

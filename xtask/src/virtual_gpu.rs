@@ -1,0 +1,65 @@
+//! Running a command with the virtual GPU in place of NVIDIA's driver.
+
+use std::env;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result};
+use tilefold_emulator_nvrtc::Release;
+
+use crate::command::{output, run};
+use crate::cuda;
+use crate::report::Count;
+
+/// Names under which programs look for the driver.
+const NAMES: [&str; 2] = ["libcuda.so", "libcuda.so.1"];
+
+/// What the dynamic linker reads.
+const LIBRARY_PATH: &str = "LD_LIBRARY_PATH";
+
+/// Runs a command with `cuda` for its device, on the virtual GPU, with kernels compiled by a release of NVRTC.
+///
+/// Compiled kernels are kept in the build folder.
+pub(crate) fn with_virtual_gpu(release: Release, environment: &[(&str, &str)], command: &[&str]) -> Result<Count> {
+    cuda::fetch()?;
+    let stand_in = stand_in()?;
+    let home = stand_in.parent().context("a library without a folder")?.join("virtual-gpu");
+    fs::create_dir_all(&home).with_context(|| format!("cannot make {}", home.display()))?;
+    for name in NAMES {
+        // A new file: processes that use the old one keep it.
+        let file = home.join(name);
+        let _ = fs::remove_file(&file);
+        fs::copy(&stand_in, &file).with_context(|| format!("cannot write {}", file.display()))?;
+    }
+    let before = env::var_os(LIBRARY_PATH).unwrap_or_default();
+    let before = env::split_paths(&before).filter(|folder| !folder.as_os_str().is_empty());
+    let path = env::join_paths([home.clone()].into_iter().chain(before))?;
+    let (cache, nvrtc) = (home.join("kernels"), release.library());
+    let own = [
+        (LIBRARY_PATH, path.to_str()),
+        ("TILEFOLD_NVRTC", nvrtc.to_str()),
+        ("TILEFOLD_CACHE_DIR", cache.to_str()),
+        ("TILEFOLD_DEVICE", Some("cuda")),
+    ];
+    let own = own.into_iter().map(|(name, value)| Ok((name, value.context("a path that is no text")?)));
+    let own: Vec<_> = own.collect::<Result<_>>()?;
+    run(&[&own[..], environment].concat(), command)
+}
+
+/// The library that stands for the driver, built with the features of the tests: nothing is built twice.
+fn stand_in() -> Result<PathBuf> {
+    let build = ["cargo", "build", "--workspace", "--all-features", "--lib", "--message-format", "json"];
+    let messages = String::from_utf8(output(&build)?).context("cargo's messages are no text")?;
+    let names = messages.lines().filter_map(|line| serde_json::from_str::<Artifact>(line).ok());
+    let library = names.flat_map(|artifact| artifact.filenames).find(|name| is_stand_in(name));
+    library.map(PathBuf::from).context("cargo built no tilefold-emulator-cuda")
+}
+
+fn is_stand_in(file: &str) -> bool {
+    Path::new(file).file_name().is_some_and(|name| name == "libtilefold_emulator_cuda.so")
+}
+
+#[derive(serde::Deserialize)]
+struct Artifact {
+    filenames: Vec<String>,
+}
