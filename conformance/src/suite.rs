@@ -28,29 +28,23 @@ pub struct Filter {
     pub large: bool,
     /// Only cases of at most so many tiles of 64 queries by 64 keys.
     pub most_tiles: usize,
-    /// Dtypes of which every sixth case is enough.
-    pub sampled: Vec<DType>,
+    /// Each case in one of the dtypes, in turn.
+    pub in_turn: bool,
 }
 
 impl Default for Filter {
     fn default() -> Self {
-        Self { dtypes: DTYPES.to_vec(), contains: None, large: true, most_tiles: usize::MAX, sampled: Vec::new() }
+        Self { dtypes: DTYPES.to_vec(), contains: None, large: true, most_tiles: usize::MAX, in_turn: false }
     }
 }
 
-/// Of a sampled dtype, one case of so many.
-const SAMPLE: usize = 6;
-
 impl Filter {
     /// What a device gets through in minutes: everything. On a virtual one, which compiles a kernel for most cases and
-    /// interprets it: small cases, all in bf16, some in the other dtypes, whose kernels have the same source.
+    /// interprets it, small cases, each in one dtype.
     #[must_use]
     pub fn for_device(device: &DeviceInfo) -> Self {
         let all = Self::default();
-        if !device.is_virtual {
-            return all;
-        }
-        Self { large: false, most_tiles: 1000, sampled: vec![DType::F32, DType::F16], ..all }
+        if device.is_virtual { Self { large: false, most_tiles: 1000, in_turn: true, ..all } } else { all }
     }
 }
 
@@ -100,12 +94,12 @@ impl Trial {
 #[must_use]
 pub fn trials(subject: &Subject, filter: &Filter) -> Vec<Trial> {
     let mut trials = device_trials::trials(&subject.device);
-    for &dtype in &filter.dtypes {
+    for (turn, &dtype) in filter.dtypes.iter().enumerate() {
         let mut table = cases::all(dtype, &tiles(&*subject.device, dtype));
         let fits = |case: &Case| case.tiles() <= filter.most_tiles;
         trials.extend(determinism::trials(subject, &table, fits));
-        if filter.sampled.contains(&dtype) {
-            table = table.into_iter().step_by(SAMPLE).collect();
+        if filter.in_turn {
+            table = table.into_iter().skip(turn).step_by(filter.dtypes.len()).collect();
         }
         trials.extend(table.into_iter().filter(fits).map(|case| case_trial(&subject.device, case)));
         trials.extend(packed::trials(&subject.device, dtype));

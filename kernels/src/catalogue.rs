@@ -56,15 +56,6 @@ mod tests {
     use super::*;
 
     #[test]
-    fn kernels_have_sources_of_their_own() {
-        let mut hashes: Vec<_> = catalogue().unwrap().into_iter().map(|entry| entry.kernel.hash).collect();
-        let entries = hashes.len();
-        hashes.sort_unstable();
-        hashes.dedup();
-        assert_eq!(hashes.len(), entries);
-    }
-
-    #[test]
     fn the_work_of_every_pass_is_known() {
         let entries = catalogue().unwrap();
         for pass in [Pass::Forward, Pass::BackwardKeys, Pass::BackwardQueries] {

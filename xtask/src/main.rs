@@ -82,7 +82,7 @@ fn main() -> Result<ExitCode> {
         }
         Task::VirtualGpu { oldest, command } => {
             let release = if oldest { Release::Oldest } else { Release::Newest };
-            virtual_gpu::with_virtual_gpu(release, &[], &as_strs(&command))?;
+            virtual_gpu::with_virtual_gpu(release, &as_strs(&command))?;
         }
         Task::Emulate(Emulate::Neon { arguments }) => emulate::neon(&as_strs(&arguments))?,
         Task::Emulate(Emulate::Avx512 { binary, arguments }) => emulate::avx512(&binary, &as_strs(&arguments))?,

@@ -77,7 +77,7 @@ fn virtual_gpu(report: &mut Report) -> Result<()> {
         report.step(&format!("conformance on the virtual GPU{what}"), || {
             let test =
                 ["cargo", "test", "--workspace", "--all-features", "--test", CONFORMANCE, "--", filter, "--quiet"];
-            with_virtual_gpu(release, &[("TILEFOLD_REQUIRE", "cuda")], &test)
+            with_virtual_gpu(release, &test)
         })?;
     }
     Ok(())

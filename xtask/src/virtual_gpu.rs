@@ -17,10 +17,10 @@ const NAMES: [&str; 2] = ["libcuda.so", "libcuda.so.1"];
 /// What the dynamic linker reads.
 const LIBRARY_PATH: &str = "LD_LIBRARY_PATH";
 
-/// Runs a command with `cuda` for its device, on the virtual GPU, with kernels compiled by a release of NVRTC.
+/// Runs a command with `cuda` for its device, which may not be absent, on the virtual GPU, with kernels compiled by a release of NVRTC.
 ///
 /// Compiled kernels are kept in the build folder.
-pub(crate) fn with_virtual_gpu(release: Release, environment: &[(&str, &str)], command: &[&str]) -> Result<Count> {
+pub(crate) fn with_virtual_gpu(release: Release, command: &[&str]) -> Result<Count> {
     cuda::fetch()?;
     let stand_in = stand_in()?;
     let home = stand_in.parent().context("a library without a folder")?.join("virtual-gpu");
@@ -40,10 +40,10 @@ pub(crate) fn with_virtual_gpu(release: Release, environment: &[(&str, &str)], c
         ("TILEFOLD_NVRTC", nvrtc.to_str()),
         ("TILEFOLD_CACHE_DIR", cache.to_str()),
         ("TILEFOLD_DEVICE", Some("cuda")),
+        ("TILEFOLD_REQUIRE", Some("cuda")),
     ];
     let own = own.into_iter().map(|(name, value)| Ok((name, value.context("a path that is no text")?)));
-    let own: Vec<_> = own.collect::<Result<_>>()?;
-    run(&[&own[..], environment].concat(), command)
+    run(&own.collect::<Result<Vec<_>>>()?, command)
 }
 
 /// The library that stands for the driver, built with the features of the tests: nothing is built twice.

@@ -16,8 +16,9 @@ const HEADS: usize = 4;
 /// Every backward kernel of these problems, and whether its speed is followed.
 ///
 /// In every dtype Evoformer problems (a mask bias and a pair bias, a gate, all gradients), with key mask and without,
-/// short and long enough for each choice of passes; and one problem with every switch and kind of bias. f16, whose kernels
-/// differ from those of bf16 in single instructions, has one head dimension.
+/// short and long enough for each choice of passes; one problem with every switch and kind of bias, dense and strided; sizes
+/// that are no multiple of a piece. f16, whose kernels differ from those of bf16 in single instructions, has one head
+/// dimension of the first kind.
 pub(crate) fn kernels() -> Result<Vec<(Kernel, bool)>, KernelError> {
     let mut kernels = Vec::new();
     for dtype in [DType::F32, DType::F16, DType::BF16] {
@@ -25,12 +26,25 @@ pub(crate) fn kernels() -> Result<Vec<(Kernel, bool)>, KernelError> {
         for &head_dim in head_dims {
             for (seqlen, key_mask) in [(256, false), (2048, true)] {
                 let evoformer = AttentionSpec { key_mask, ..evoformer(dtype, head_dim, seqlen) };
-                kernels.extend(launches(evoformer)?.into_iter().map(|kernel| (kernel, true)));
+                kernels.extend(launches(evoformer, 1)?.into_iter().map(|kernel| (kernel, true)));
             }
         }
-        kernels.extend(launches(everything(dtype))?.into_iter().map(|kernel| (kernel, false)));
+        for (spec, step) in others(dtype) {
+            kernels.extend(launches(spec, step)?.into_iter().map(|kernel| (kernel, false)));
+        }
     }
     Ok(kernels)
+}
+
+/// Problems whose speed is not followed, with the distance of neighbouring channels and keys in memory.
+fn others(dtype: DType) -> Vec<(AttentionSpec, i64)> {
+    let mut others = vec![(everything(dtype), 1), (everything(dtype), 3)];
+    for (head_dim, head_dim_v, seqlen) in [(5, 5, 77), (20, 40, 384), (33, 16, 1000), (136, 136, 40), (8, 8, 9)] {
+        let spec = AttentionSpec { head_dim_v, batch: 2, ..evoformer(dtype, head_dim, seqlen) };
+        let biases = spec.biases.iter().map(|bias| BiasSpec { shape: [1, 1, bias.shape[2], seqlen, seqlen], ..*bias });
+        others.push((AttentionSpec { biases: biases.collect(), ..spec }, 1));
+    }
+    others
 }
 
 fn evoformer(dtype: DType, head_dim: usize, seqlen: usize) -> AttentionSpec {
@@ -61,23 +75,28 @@ fn everything(dtype: DType) -> AttentionSpec {
     spec.with_all_gradients()
 }
 
-fn launches(spec: AttentionSpec) -> Result<Vec<Kernel>, KernelError> {
+/// Kernels of a problem (none where it is none, which the tests refuse), in operands whose innermost axis has a stride of
+/// `step`.
+fn launches(spec: AttentionSpec, step: i64) -> Result<Vec<Kernel>, KernelError> {
     let Ok(problem) = AttentionProblem::new(spec) else { return Ok(Vec::new()) };
     let spec = problem.spec();
     let dense = |shape: &[usize]| {
-        let layout = Layout::contiguous(shape).ok();
-        layout.map_or_else(Operand::default, |layout| Operand::new(256, shape, layout.strides()))
+        let strides =
+            Layout::contiguous(shape).map(|layout| layout.strides().iter().map(|stride| stride * step).collect());
+        Operand::new(256, shape, &strides.unwrap_or_else(|_| vec![0; shape.len()]))
     };
     let inputs = AttentionOperands {
         q: dense(&problem.q_shape()),
         k: dense(&problem.k_shape()),
         v: dense(&problem.v_shape()),
         biases: spec.biases.iter().map(|bias| dense(&bias.shape)).collect(),
-        key_mask: spec.key_mask.then(|| dense(&[1, ROWS, spec.seqlen_k])),
-        segments: spec.segments.then(|| [dense(&[1, ROWS, spec.seqlen_q]), dense(&[1, ROWS, spec.seqlen_k])]),
+        key_mask: spec.key_mask.then(|| dense(&[spec.batch, ROWS, spec.seqlen_k])),
+        segments: spec
+            .segments
+            .then(|| [spec.seqlen_q, spec.seqlen_k].map(|seqlen| dense(&[spec.batch, ROWS, seqlen]))),
         kv_lengths: spec.kv_lengths.is_some().then(Operand::default),
         alibi_slopes: spec.mask.alibi_slopes.is_some().then_some(256),
-        gate: Some(dense(&problem.out_shape())),
+        gate: spec.gate.then(|| dense(&problem.out_shape())),
     };
     let operands = BackwardOperands {
         inputs,
@@ -91,7 +110,7 @@ fn launches(spec: AttentionSpec) -> Result<Vec<Kernel>, KernelError> {
         dbiases: (spec.biases.iter().zip(spec.gradients.biases))
             .map(|(bias, wanted)| wanted.then(|| (dense(&bias.shape), bias.dtype)))
             .collect(),
-        d_gate: Some(dense(&problem.out_shape())),
+        d_gate: spec.gate.then(|| dense(&problem.out_shape())),
     };
     Ok(backward(&problem, &operands, 256)?.iter().map(|launch| launch.kernel().clone()).collect())
 }
@@ -103,8 +122,9 @@ mod tests {
     #[test]
     fn every_example_is_a_problem() {
         for dtype in [DType::F32, DType::F16, DType::BF16] {
-            for spec in [everything(dtype), evoformer(dtype, 32, 256)] {
-                assert!(!launches(spec).unwrap().is_empty(), "{dtype}");
+            let followed = HEAD_DIMS.map(|head_dim| (evoformer(dtype, head_dim, 2048), 1));
+            for (spec, step) in others(dtype).into_iter().chain(followed) {
+                assert!(!launches(spec.clone(), step).unwrap().is_empty(), "{spec:?}");
             }
         }
     }

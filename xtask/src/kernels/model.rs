@@ -54,7 +54,7 @@ struct Answer {
     floors: BTreeMap<String, Floor>,
 }
 
-/// Times of one workload that nothing can beat: not this code, and not any code.
+/// Times of one workload: of this code by its busiest pipe, and what no code can beat.
 #[derive(Clone, Copy, Deserialize)]
 struct Floor {
     floor_ms: f64,
@@ -78,7 +78,7 @@ pub(crate) fn model(chosen: &Chosen, record: bool, replay: bool) -> Result<Count
     println!("{}", table(&modelled));
     println!("\ncycles of a sub-partition for 1024 scores; a model, see benches/static/README.md\n");
     println!("{}", floors(&modelled));
-    println!("\nstatic floors in ms: no launch of this code can be faster; ideal: no code can");
+    println!("\nstatic floor: milliseconds of a launch by the bound; ideal: what no code can beat");
     for arch in chosen.archs() {
         let of_arch = modelled.iter().filter(|one| one.compiled.arch.name == arch.name);
         let costs: BTreeMap<String, Costs> =
