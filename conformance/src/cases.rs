@@ -360,6 +360,14 @@ fn extreme_biases(dtype: DType) -> Vec<Case> {
             .with_bias(KEY, DType::F32, masking(-1e9))
             .with_bias(PAIR, DType::F32, masking(-1e9)),
     );
+    // Large biases that leave nothing when they are added to each other.
+    for (name, value) in [("1e5", 1e5), ("1e9", 1e9)] {
+        cases.push(
+            Case::new("extreme", format!("cancelling_{name}"), spec(dtype, 2, (21, 140), 2, 8))
+                .with_bias(KEY, DType::F32, everywhere(value))
+                .with_bias(PAIR, DType::F32, everywhere(-value)),
+        );
+    }
     cases
 }
 

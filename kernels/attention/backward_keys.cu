@@ -211,22 +211,32 @@ KERNEL_WITH_BLOCKS(THREADS, MIN_BLOCKS) backward_keys(const BackwardParams param
         if (STAGES == 2 && step + 1 < steps) fetch(1 - stage);
 
 #pragma unroll
-        for (int x = 0; x < QTile::steps; x++) {
-            if (!K_IN_REGISTERS) {
+        for (int pass = 0; pass < PASSES<ELEMENT>; pass++) {
 #pragma unroll
-                for (int i = 0; i < M; i++) k_fragments[0][i] = load_a<ELEMENT, HEAD_DIM>(shared, (warp * M + i) * 16, x);
-            }
-            multiply_rows<ELEMENT, HEAD_DIM>(s, k_fragments[K_IN_REGISTERS ? x : 0], staged, 0, x, [](int, int, int) { return 0.0f; });
-        }
-        if (NEEDS_DS) {
-#pragma unroll
-            for (int x = 0; x < VTile::steps; x++) {
+            for (int x = 0; x < QTile::steps; x++) {
                 if (!K_IN_REGISTERS) {
 #pragma unroll
-                    for (int i = 0; i < M; i++) v_fragments[0][i] = load_a<ELEMENT, HEAD_DIM_V>(shared + V_AT, (warp * M + i) * 16, x);
+                    for (int i = 0; i < M; i++) k_fragments[0][i] = load_a<ELEMENT, HEAD_DIM>(shared, (warp * M + i) * 16, x);
                 }
-                multiply_rows<ELEMENT, HEAD_DIM_V>(dp, v_fragments[K_IN_REGISTERS ? x : 0], staged + DO_AT, 0, x, [&](int, int j, int y) { return delta[j][y % 2]; });
+                const auto zero = [](int, int, int) { return 0.0f; };
+                multiply_rows<ELEMENT, HEAD_DIM>(s, k_fragments[K_IN_REGISTERS ? x : 0], staged, 0, pass, x, zero);
             }
+        }
+        if (NEEDS_DS) {
+            const auto minus_delta = [&](int, int j, int y) { return delta[j][y % 2]; };
+            const auto start = [&](int i, int j, int y) { return STARTS_FROM_DELTA ? minus_delta(i, j, y) : 0.0f; };
+#pragma unroll
+            for (int pass = 0; pass < PASSES<ELEMENT>; pass++) {
+#pragma unroll
+                for (int x = 0; x < VTile::steps; x++) {
+                    if (!K_IN_REGISTERS) {
+#pragma unroll
+                        for (int i = 0; i < M; i++) v_fragments[0][i] = load_a<ELEMENT, HEAD_DIM_V>(shared + V_AT, (warp * M + i) * 16, x);
+                    }
+                    multiply_rows<ELEMENT, HEAD_DIM_V>(dp, v_fragments[K_IN_REGISTERS ? x : 0], staged + DO_AT, 0, pass, x, start);
+                }
+            }
+            if (!STARTS_FROM_DELTA) add_to_all(dp, minus_delta);
         }
         bool plain = true;
 #pragma unroll

@@ -168,7 +168,7 @@ KERNEL_WITH_BLOCKS(THREADS, MIN_BLOCKS) backward_queries(const BackwardParams pa
     };
     auto fetch_keys = [&](const Position& term, int step, int stage) {
         const u32 to = shared + KEYS_AT + stage * KEY_BYTES;
-        const i64 first_key = tile_start + step * STEP_K, left = greatest(kv_length(in, term) - first_key, 0);
+        const i64 first_key = tile_start + (i64)step * STEP_K, left = greatest(kv_length(in, term) - first_key, 0);
         k_walk.next(to, left);
         v_walk.next(to + V_AT, left);
         if (KEY_MASK) {
@@ -210,22 +210,29 @@ KERNEL_WITH_BLOCKS(THREADS, MIN_BLOCKS) backward_queries(const BackwardParams pa
         biases.fetch(in, key);
         const bool all_kept = !KEY_MASK && first_key + STEP_K <= end;
         const u32 kept = all_kept ? 0 : kept_keys(term, key, end);
+        const auto zero = [](int, int, int) { return 0.0f; };
+        const auto minus_delta = [&](int i, int, int y) { return delta[i][y / 2]; };
+        const auto start = [&](int i, int j, int y) { return STARTS_FROM_DELTA ? minus_delta(i, j, y) : 0.0f; };
 #pragma unroll
-        for (int x = 0; x < QTile::steps; x++) {
-            if (!Q_IN_REGISTERS) {
+        for (int pass = 0; pass < PASSES<ELEMENT>; pass++) {
 #pragma unroll
-                for (int i = 0; i < M; i++) q_fragments[0][i] = load_a<ELEMENT, HEAD_DIM>(queries, (query_warp * M + i) * 16, x);
+            for (int x = 0; x < QTile::steps; x++) {
+                if (!Q_IN_REGISTERS) {
+#pragma unroll
+                    for (int i = 0; i < M; i++) q_fragments[0][i] = load_a<ELEMENT, HEAD_DIM>(queries, (query_warp * M + i) * 16, x);
+                }
+                multiply_rows<ELEMENT, HEAD_DIM>(s, q_fragments[Q_IN_REGISTERS ? x : 0], keys, first_row, pass, x, zero);
             }
-            multiply_rows<ELEMENT, HEAD_DIM>(s, q_fragments[Q_IN_REGISTERS ? x : 0], keys, first_row, x, [](int, int, int) { return 0.0f; });
-        }
 #pragma unroll
-        for (int x = 0; x < VTile::steps; x++) {
-            if (!Q_IN_REGISTERS) {
+            for (int x = 0; x < VTile::steps; x++) {
+                if (!Q_IN_REGISTERS) {
 #pragma unroll
-                for (int i = 0; i < M; i++) d_o_fragments[0][i] = load_a<ELEMENT, HEAD_DIM_V>(queries + DO_AT, (query_warp * M + i) * 16, x);
+                    for (int i = 0; i < M; i++) d_o_fragments[0][i] = load_a<ELEMENT, HEAD_DIM_V>(queries + DO_AT, (query_warp * M + i) * 16, x);
+                }
+                multiply_rows<ELEMENT, HEAD_DIM_V>(dp, d_o_fragments[Q_IN_REGISTERS ? x : 0], keys + V_AT, first_row, pass, x, start);
             }
-            multiply_rows<ELEMENT, HEAD_DIM_V>(dp, d_o_fragments[Q_IN_REGISTERS ? x : 0], keys + V_AT, first_row, x, [&](int i, int, int y) { return delta[i][y / 2]; });
         }
+        if (!STARTS_FROM_DELTA) add_to_all(dp, minus_delta);
         if (plain) {
             biases.take<true>(s, in, key, lse, lse);
         } else {

@@ -52,15 +52,21 @@ PRODUCT_FROM(f16, "f16")
 PRODUCT_FROM(bf16, "bf16")
 #undef PRODUCT_FROM
 
-// d = a b + c over one whole step.
-template <class T> DEVICE void multiply_step(Accumulator& d, const FragmentA& a, const FragmentB& b, const float (&c)[4]) {
+// Passes over the steps of one sum: with f32 the small terms of all steps come first (mma.cuh).
+template <class T> constexpr int PASSES = sizeof(T) == 4 ? 2 : 1;
+
+// d = a b + c over one whole step, in the pass `pass`.
+template <class T> DEVICE void multiply_step(Accumulator& d, const FragmentA& a, const FragmentB& b, const float (&c)[4], int pass) {
     if constexpr (sizeof(T) == 4) {
         const Factor<T, 4> left = factor<T>(a.words);
         const Factor<T, 2> right = factor<T>(b.words);
 #pragma unroll
         for (int x = 0; x < 4; x++) d[x] = c[x];
-        mma_step<SMALL_TERMS>(d, left, right);
-        mma_step<LARGE_TERMS>(d, left, right);
+        if (pass == 0) {
+            mma_step<SMALL_TERMS>(d, left, right);
+        } else {
+            mma_step<LARGE_TERMS>(d, left, right);
+        }
     } else {
         mma_from(d, a.words, b.words, c, T());
     }
@@ -81,10 +87,10 @@ template <class T, int channels> DEVICE FragmentA load_a(u32 tile, int first_row
     return a;
 }
 
-// acc[i][j] += a[i] (rows 8 j .. 8 j + 7 of the tile, transposed) over one step of channels; the first step starts from
-// `start(i, j, x)` instead.
+// acc[i][j] += a[i] (rows 8 j .. 8 j + 7 of the tile, transposed) over one step of channels; the first step of the first pass
+// starts from `start(i, j, x)` instead.
 template <class T, int channels, int m, int n, class Start>
-DEVICE void multiply_rows(Accumulator (&acc)[m][n], const FragmentA (&a)[m], u32 tile, int first_row, int step, Start start) {
+DEVICE void multiply_rows(Accumulator (&acc)[m][n], const FragmentA (&a)[m], u32 tile, int first_row, int pass, int step, Start start) {
     using Rows = Tile<T, channels>;
     const int lane = lane_index();
     u32 words[4];
@@ -101,7 +107,7 @@ DEVICE void multiply_rows(Accumulator (&acc)[m][n], const FragmentA (&a)[m], u32
                 for (int i = 0; i < m; i++) {
                     float c[4];
 #pragma unroll
-                    for (int x = 0; x < 4; x++) c[x] = step == 0 ? start(i, j + part, x) : acc[i][j + part][x];
+                    for (int x = 0; x < 4; x++) c[x] = pass == 0 && step == 0 ? start(i, j + part, x) : acc[i][j + part][x];
                     multiply_half_step<T>(acc[i][j + part], a[i], b, c);
                 }
             }
@@ -120,8 +126,8 @@ DEVICE void multiply_rows(Accumulator (&acc)[m][n], const FragmentA (&a)[m], u32
             for (int i = 0; i < m; i++) {
                 float c[4];
 #pragma unroll
-                for (int x = 0; x < 4; x++) c[x] = step == 0 ? start(i, j + part, x) : acc[i][j + part][x];
-                multiply_step<T>(acc[i][j + part], a[i], b[part], c);
+                for (int x = 0; x < 4; x++) c[x] = pass == 0 && step == 0 ? start(i, j + part, x) : acc[i][j + part][x];
+                multiply_step<T>(acc[i][j + part], a[i], b[part], c, pass);
             }
         }
     }
@@ -158,7 +164,7 @@ template <class T, int channels, int m, int steps> struct ProductOverRows {
 #pragma unroll
                 for (int part = 0; part < 2; part++) {
 #pragma unroll
-                    for (int i = 0; i < m; i++) multiply_step<T>(acc[i][c + part], a[i][s], b[part], acc[i][c + part]);
+                    for (int i = 0; i < m; i++) multiply_step<T>(acc[i][c + part], a[i][s], b[part], acc[i][c + part], 0);
                 }
             }
             if (columns % 2 != 0 && s % 2 == 0) {
@@ -170,7 +176,7 @@ template <class T, int channels, int m, int steps> struct ProductOverRows {
                 for (int part = 0; part <= second; part++) {
                     const FragmentB b = {{words[2 * part], words[2 * part + 1]}};
 #pragma unroll
-                    for (int i = 0; i < m; i++) multiply_step<T>(acc[i][columns - 1], a[i][s + part], b, acc[i][columns - 1]);
+                    for (int i = 0; i < m; i++) multiply_step<T>(acc[i][columns - 1], a[i][s + part], b, acc[i][columns - 1], 0);
                 }
             }
         }
@@ -187,12 +193,15 @@ template <int channels, int m, int steps> struct ProductOverRows<float, channels
             // The matrix unit cuts sums off towards 0: a long one is added from short ones in f32.
             Accumulator sum[m] = {};
 #pragma unroll
-            for (int s = 0; s < steps; s++) {
-                const int row = first_row + 8 * s + 2 * (lane % 4);
-                const u32 at = tile + row * Rows::pitch + (8 * c + lane / 4) * 4;
-                const FragmentB b = {{load_shared(at), load_shared(at + Rows::pitch)}};
+            for (int pass = 0; pass < PASSES<float>; pass++) {
 #pragma unroll
-                for (int i = 0; i < m; i++) multiply_step<float>(sum[i], a[i][s], b, sum[i]);
+                for (int s = 0; s < steps; s++) {
+                    const int row = first_row + 8 * s + 2 * (lane % 4);
+                    const u32 at = tile + row * Rows::pitch + (8 * c + lane / 4) * 4;
+                    const FragmentB b = {{load_shared(at), load_shared(at + Rows::pitch)}};
+#pragma unroll
+                    for (int i = 0; i < m; i++) multiply_step<float>(sum[i], a[i][s], b, sum[i], pass);
+                }
             }
 #pragma unroll
             for (int i = 0; i < m; i++) {

@@ -4,9 +4,9 @@
 // columns are, and a run has 2 n. Biases whose rows move in pieces are read by such runs, where RUNS says that no run
 // crosses the end of the keys.
 //
-// Two ways, both in base 2. The plain one, scale (q k) + (biases * log2(e) - lse), holds while lse is small. The other does
-// what forward does, with biases rounded and saturated one by one, so that what is large cancels exactly, and subtracts
-// both parts of lse (9).
+// Two ways, both in base 2. The plain one, (scale (q k) - lse) + log2(e) (sum of biases), holds while lse is small; biases are
+// added to each other first, so that large ones that cancel leave what forward had. The other does what forward's general
+// path does, with biases rounded and saturated one by one, and subtracts both parts of lse (9).
 #pragma once
 
 #include "attention.cuh"
@@ -76,11 +76,36 @@ template <int queries, int threads> struct StatisticsWalk {
 
 // Whether the plain way may be taken next to this lse. f32 never does: its P is to be exact to f32.
 constexpr float PLAIN_LIMIT = 1024.0f;
+constexpr bool HAS_BIAS = BIAS_0 != ABSENT;
 DEVICE bool allows_plain(float lse) { return sizeof(ELEMENT) == 2 && (lse < 0.0f ? -lse <= PLAIN_LIMIT : lse <= PLAIN_LIMIT || lse == INFINITE); }
 
-// The sum so far and one more bias: base 2.
-template <bool plain> DEVICE float with_bias(float sum, float bias) {
-    return plain ? fused_multiply_add(bias, LOG2_E, sum) : sum + bias_base2(bias);
+// The sum so far and one more bias: in base 2, but on the plain way.
+template <bool plain> DEVICE float with_bias(float sum, float bias) { return sum + (plain ? bias : bias_base2(bias)); }
+
+// -0: what is added to it stays what it is, which the compiler knows.
+constexpr float NOTHING = -0.0f;
+
+// The logit of a product, with the biases added up by `with_bias`, and in base 2 what ALiBi adds.
+template <bool plain> DEVICE float logit_of(float product, float scale_base2, float biases, float alibi, float lse, float low) {
+    if constexpr (plain) {
+        const float rest = fused_multiply_add(product, scale_base2, -lse);
+        if constexpr (ALIBI) return rest + (HAS_BIAS ? fused_multiply_add(biases, LOG2_E, alibi) : alibi);
+        return HAS_BIAS ? fused_multiply_add(biases, LOG2_E, rest) : rest;
+    } else {
+        if constexpr (ALIBI) biases += alibi;
+        return add(add(fused_multiply_add(product, scale_base2, biases), -lse), -low);
+    }
+}
+
+// Whether dO v starts from -delta, which saves additions. What the matrix unit cuts off is then of delta's size: not in f32.
+constexpr bool STARTS_FROM_DELTA = sizeof(ELEMENT) == 2;
+template <int m, int n, class Term> DEVICE void add_to_all(Accumulator (&acc)[m][n], Term term) {
+#pragma unroll
+    for (int i = 0; i < m; i++)
+#pragma unroll
+        for (int j = 0; j < n; j++)
+#pragma unroll
+            for (int x = 0; x < 4; x++) acc[i][j][x] += term(i, j, x);
 }
 
 // Neighbouring numbers that are read at once; an even number of halves.
@@ -184,14 +209,14 @@ template <int m, int n> struct KeyBiases {
 #pragma unroll
                 for (int x = 0; x < 4; x++) {
                     const int half = x / 2, e = x % 2;
-                    float sum = plain ? -lse[j][e] : 0.0f;
+                    float sum = plain ? NOTHING : 0.0f;
                     sum = bias0.template add<plain>(sum, in, key, first, i, half, j, e);
                     sum = bias1.template add<plain>(sum, in, key, first, i, half, j, e);
                     sum = bias2.template add<plain>(sum, in, key, first, i, half, j, e);
                     sum = bias3.template add<plain>(sum, in, key, first, i, half, j, e);
-                    if (ALIBI) sum += alibi_base2(slope, distance(in, first + 8 * j + 2 * (lane_index() % 4) + e, key + 2 * i + half));
-                    const float logit = fused_multiply_add(s[i][j][x], in.scale_base2, sum);
-                    s[i][j][x] = plain ? logit : add(add(logit, -lse[j][e]), -low[j][e]);
+                    const i64 query = first + 8 * j + 2 * (lane_index() % 4) + e;
+                    const float alibi = ALIBI ? alibi_base2(slope, distance(in, query, key + 2 * i + half)) : 0.0f;
+                    s[i][j][x] = logit_of<plain>(s[i][j][x], in.scale_base2, sum, alibi, lse[j][e], low[j][e]);
                 }
             }
         }
@@ -295,14 +320,13 @@ template <int m, int n> struct QueryBiases {
 #pragma unroll
                 for (int x = 0; x < 4; x++) {
                     const int half = x / 2, e = x % 2;
-                    float sum = plain ? -lse[i][half] : 0.0f;
+                    float sum = plain ? NOTHING : 0.0f;
                     sum = bias0.template add<plain>(sum, in, query, key, i, half, j, e);
                     sum = bias1.template add<plain>(sum, in, query, key, i, half, j, e);
                     sum = bias2.template add<plain>(sum, in, query, key, i, half, j, e);
                     sum = bias3.template add<plain>(sum, in, query, key, i, half, j, e);
-                    if (ALIBI) sum += alibi_base2(slope, distance(in, query + 16 * i + 8 * half, key + 2 * j + e));
-                    const float logit = fused_multiply_add(s[i][j][x], in.scale_base2, sum);
-                    s[i][j][x] = plain ? logit : add(add(logit, -lse[i][half]), -low[i][half]);
+                    const float alibi = ALIBI ? alibi_base2(slope, distance(in, query + 16 * i + 8 * half, key + 2 * j + e)) : 0.0f;
+                    s[i][j][x] = logit_of<plain>(s[i][j][x], in.scale_base2, sum, alibi, lse[i][half], low[i][half]);
                 }
             }
         }

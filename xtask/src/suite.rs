@@ -191,13 +191,17 @@ fn emulated_archs(report: &mut Report, archs: &[Arch], in_ci: bool) -> Result<()
         let command = [&["cargo", "xtask", "emulate", kind], arguments, &["--quiet", "--color=never"]].concat();
         run(&[REQUIRED, ("TILEFOLD_CPU_ARCH", arch)], &command)
     };
+    // Other numbers of workers share out the same work, whatever the instructions.
+    let without_twins = ["--skip", "determinism"];
     if lacks("neon") {
+        // Both packages in both steps: what they depend on is built once.
+        let packages = ["--", "--package", BACKEND, "--package", "tilefold-conformance"];
         report.step("operations of neon, emulated", || {
-            emulate("neon", "neon", &["--", "--package", BACKEND, "--lib", "--", OPERATIONS])
+            emulate("neon", "neon", &[&packages[..], &["--lib", "--", OPERATIONS]].concat())
         })?;
         report.step("conformance on neon, emulated", || {
-            let package = ["--", "--package", "tilefold-conformance", "--test", CONFORMANCE, "--", EMULATED];
-            emulate("neon", "neon", &package)
+            let chosen = ["--test", CONFORMANCE, "--", EMULATED];
+            emulate("neon", "neon", &[&packages[..], &chosen, &without_twins].concat())
         })?;
     }
     let lacking: Vec<_> = ["avx512", "avx512bf16"].into_iter().filter(|name| lacks(name)).collect();
@@ -206,27 +210,27 @@ fn emulated_archs(report: &mut Report, archs: &[Arch], in_ci: bool) -> Result<()
             setup::programs(&[("g++", "g++"), ("make", "make"), ("tar", "tar"), ("xz", "xz-utils")])
         })?;
         report.step("operations of avx512 and avx512bf16, emulated", || {
-            let tests = test_executable(&["--package", BACKEND, "--lib"])?;
+            let tests = test_executable(&["--lib"], &BACKEND.replace('-', "_"))?;
             emulate("avx512", "avx512", &[&tests, "--", OPERATIONS])
         })?;
     }
     for arch in lacking {
         report.step(&format!("conformance on {arch}, emulated"), || {
-            let tests = test_executable(&["--workspace", "--test", CONFORMANCE])?;
+            let tests = test_executable(&["--test", CONFORMANCE], CONFORMANCE)?;
             // In the other dtypes the two compute alike.
             let chosen = if arch == "avx512bf16" { format!("bf16/{EMULATED}") } else { EMULATED.to_owned() };
-            emulate("avx512", arch, &[&tests, "--", &chosen])
+            emulate("avx512", arch, &[&[&*tests, "--", &*chosen], &without_twins[..]].concat())
         })?;
     }
     Ok(())
 }
 
-/// The file that the one test target chosen is run as.
-fn test_executable(chosen: &[&str]) -> Result<String> {
-    let built = executables(&[&["test", "--all-features", "--no-run"], chosen].concat())?;
-    match &built[..] {
-        [(_, executable)] => Ok(executable.clone()),
-        _ => bail!("expected one test executable of {chosen:?}, got {built:?}"),
+/// The file that a test target of the workspace is run as, built as for the tests of all crates.
+fn test_executable(kind: &[&str], name: &str) -> Result<String> {
+    let built = executables(&[&["test", "--workspace", "--all-features", "--no-run"], kind].concat())?;
+    match built.into_iter().find(|(target, _)| target == name) {
+        Some((_, executable)) => Ok(executable),
+        None => bail!("cargo built no test target {name}"),
     }
 }
 
