@@ -116,9 +116,12 @@ impl ForwardKernel {
             // Read ahead for two tiles of queries, such a bias would take 64 registers.
             tile.query_tiles = 1;
         }
+        // Rows of a bias are addressed with 32 bits from the block's first, of 4 bytes an element at most.
+        let bias_span = tile.tile_q() as u64 * 4;
+        let narrow = |bias: &Operand| bias.strides[3].unsigned_abs() < (1 << 31) / bias_span;
         Self {
             tile,
-            preload: divisible && preloaded && !attention.alibi,
+            preload: divisible && preloaded && !attention.alibi && operands.biases.iter().all(narrow),
             rows_first: operands.biases.iter().zip(&attention.biases).any(shared_by_rows),
             pieces: [
                 in_pieces(&operands.q, spec.head_dim),
