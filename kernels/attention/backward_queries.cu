@@ -211,8 +211,6 @@ KERNEL_WITH_BLOCKS(THREADS, MIN_BLOCKS) backward_queries(const BackwardParams pa
         const bool all_kept = !KEY_MASK && first_key + STEP_K <= end;
         const u32 kept = all_kept ? 0 : kept_keys(term, key, end);
         const auto zero = [](int, int, int) { return 0.0f; };
-        const auto minus_delta = [&](int i, int, int y) { return delta[i][y / 2]; };
-        const auto start = [&](int i, int j, int y) { return STARTS_FROM_DELTA ? minus_delta(i, j, y) : 0.0f; };
 #pragma unroll
         for (int pass = 0; pass < PASSES<ELEMENT>; pass++) {
 #pragma unroll
@@ -229,10 +227,11 @@ KERNEL_WITH_BLOCKS(THREADS, MIN_BLOCKS) backward_queries(const BackwardParams pa
 #pragma unroll
                     for (int i = 0; i < M; i++) d_o_fragments[0][i] = load_a<ELEMENT, HEAD_DIM_V>(queries + DO_AT, (query_warp * M + i) * 16, x);
                 }
-                multiply_rows<ELEMENT, HEAD_DIM_V>(dp, d_o_fragments[Q_IN_REGISTERS ? x : 0], keys + V_AT, first_row, pass, x, start);
+                multiply_rows<ELEMENT, HEAD_DIM_V>(dp, d_o_fragments[Q_IN_REGISTERS ? x : 0], keys + V_AT, first_row, pass, x,
+                                                   [&](int i, int, int y) { return STARTS_FROM_DELTA ? delta[i][y / 2] : 0.0f; });
             }
         }
-        if (!STARTS_FROM_DELTA) add_to_all(dp, minus_delta);
+        if (!STARTS_FROM_DELTA) add_to_all(dp, [&](int i, int, int y) { return delta[i][y / 2]; });
         if (plain) {
             biases.take<true>(s, in, key, lse, lse);
         } else {
