@@ -79,6 +79,7 @@ pub(crate) fn run(args: &Args, global: &Global) -> Result<Outcome> {
     filter.large &= !args.no_large;
     if !args.dtype.is_empty() {
         filter.dtypes.clone_from(&args.dtype);
+        filter.in_turn = false;
     }
     let trials = trials(&Subject::of(&device)?, &filter);
     ensure!(
@@ -101,7 +102,9 @@ pub(crate) fn run(args: &Args, global: &Global) -> Result<Outcome> {
         say(&format!("{} ({}, {})", info.id, info.name, info.arch))?;
         print(&report)?;
         if info.is_virtual {
-            say("left out on a virtual device: large problems; each case was run in one of the dtypes")?;
+            say(
+                "left out on a virtual device: large problems; without --dtype all but every sixth case of each dtype",
+            )?;
         } else if args.no_large {
             say("left out: tensors of more than 2^31 elements (--no-large)")?;
         }

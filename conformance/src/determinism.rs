@@ -29,10 +29,16 @@ const CASES: [&str; 14] = [
     "everything/130x65/2",
 ];
 
-/// Trials of the cases of `table` named in this file, if they fit; a name without its case is a trial that fails.
-pub(crate) fn trials(subject: &Subject, table: &[Case], fits: impl Fn(&Case) -> bool) -> Vec<Trial> {
+/// Trials of the cases of `table` named in this file, if they fit and have their turn by their number here; a name without
+/// its case is a trial that fails.
+pub(crate) fn trials(
+    subject: &Subject,
+    table: &[Case],
+    fits: impl Fn(&Case) -> bool,
+    has_turn: impl Fn(usize) -> bool,
+) -> Vec<Trial> {
     let mut trials = Vec::new();
-    for name in CASES {
+    for (_, name) in CASES.into_iter().enumerate().filter(|&(number, _)| has_turn(number)) {
         let found: Vec<&Case> = table.iter().filter(|case| name == format!("{}/{}", case.group, case.name)).collect();
         if let [case] = found[..] {
             if fits(case) {

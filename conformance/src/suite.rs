@@ -28,7 +28,7 @@ pub struct Filter {
     pub large: bool,
     /// Only cases of at most so many tiles of 64 queries by 64 keys.
     pub most_tiles: usize,
-    /// Each case in one of the dtypes, in turn.
+    /// Every second case, in one of the dtypes in turn.
     pub in_turn: bool,
 }
 
@@ -40,7 +40,7 @@ impl Default for Filter {
 
 impl Filter {
     /// What a device gets through in minutes: everything. On a virtual one, which compiles a kernel for most cases and
-    /// interprets it, small cases, each in one dtype.
+    /// interprets it, every second of the small cases, each in one dtype.
     #[must_use]
     pub fn for_device(device: &DeviceInfo) -> Self {
         let all = Self::default();
@@ -95,13 +95,12 @@ impl Trial {
 pub fn trials(subject: &Subject, filter: &Filter) -> Vec<Trial> {
     let mut trials = device_trials::trials(&subject.device);
     for (turn, &dtype) in filter.dtypes.iter().enumerate() {
-        let mut table = cases::all(dtype, &tiles(&*subject.device, dtype));
+        let table = cases::all(dtype, &tiles(&*subject.device, dtype));
         let fits = |case: &Case| case.tiles() <= filter.most_tiles;
-        trials.extend(determinism::trials(subject, &table, fits));
-        if filter.in_turn {
-            table = table.into_iter().skip(turn).step_by(filter.dtypes.len()).collect();
-        }
-        trials.extend(table.into_iter().filter(fits).map(|case| case_trial(&subject.device, case)));
+        let has_turn = |number: usize| !filter.in_turn || number % (2 * filter.dtypes.len()) == 2 * turn;
+        trials.extend(determinism::trials(subject, &table, fits, has_turn));
+        let cases = table.into_iter().enumerate().filter(|&(number, ref case)| has_turn(number) && fits(case));
+        trials.extend(cases.map(|(_, case)| case_trial(&subject.device, case)));
         trials.extend(packed::trials(&subject.device, dtype));
         trials.extend(merging::trials(&subject.device, dtype));
         if filter.large {

@@ -46,9 +46,9 @@ pub(crate) fn with_virtual_gpu(release: Release, command: &[&str]) -> Result<Cou
     run(&own.collect::<Result<Vec<_>>>()?, command)
 }
 
-/// The library that stands for the driver, built with the features of the tests: nothing is built twice.
+/// The library that stands for the driver, built as for the tests, which depend on it: nothing is built twice.
 fn stand_in() -> Result<PathBuf> {
-    let build = ["cargo", "build", "--workspace", "--all-features", "--lib", "--message-format", "json"];
+    let build = ["cargo", "test", "--workspace", "--all-features", "--lib", "--no-run", "--message-format", "json"];
     let messages = String::from_utf8(output(&build)?).context("cargo's messages are no text")?;
     let names = messages.lines().filter_map(|line| serde_json::from_str::<Artifact>(line).ok());
     let library = names.flat_map(|artifact| artifact.filenames).find(|name| is_stand_in(name));
