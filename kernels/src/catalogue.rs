@@ -1,8 +1,9 @@
 //! Every kernel that a launch of this crate can choose, for checks of all of them.
 //!
 //! Copies, fills and merges have few variants, and all are here. Attention has more than anyone can compile: a head
-//! dimension of 1 to 256 for q and for v, four biases of four kinds, nine switches. What is here covers each constant's
-//! values, and the combinations that models use, in the way in which the plan itself chooses them.
+//! dimension of 1 to 256 for q and for v, four biases of four kinds, nine switches. What is here are the combinations that
+//! models use, and problems that turn on each switch and are odd or strided, in the way in which the plan itself chooses
+//! their constants.
 
 mod attention;
 mod scores;

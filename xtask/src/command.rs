@@ -4,6 +4,7 @@ use std::io::{BufRead, BufReader, Write};
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result};
+use serde::Deserialize;
 
 use crate::report::Count;
 
@@ -66,6 +67,29 @@ pub(crate) fn output(command: &[&str]) -> Result<Vec<u8>> {
         return Err(Failed { repeat: spell(&[], command), count: Count::default() }.into());
     }
     Ok(output.stdout)
+}
+
+/// Something that cargo built.
+#[derive(Debug, Deserialize)]
+pub(crate) struct Artifact {
+    pub(crate) target: Target,
+    /// The program, where it is one.
+    pub(crate) executable: Option<String>,
+    pub(crate) filenames: Vec<String>,
+}
+
+/// What it is of.
+#[derive(Debug, Deserialize)]
+pub(crate) struct Target {
+    pub(crate) name: String,
+}
+
+/// What a cargo command builds, or has built before.
+pub(crate) fn artifacts(arguments: &[&str]) -> Result<Vec<Artifact>> {
+    let messages = output(&[&["cargo"], arguments, &["--message-format", "json"]].concat())?;
+    let lines = messages.split(|&byte| byte == b'\n');
+    // Messages of other kinds have other fields.
+    Ok(lines.filter_map(|line| serde_json::from_slice(line).ok()).collect())
 }
 
 /// Whether a command runs and succeeds, in silence.

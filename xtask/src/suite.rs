@@ -9,7 +9,7 @@ use serde::Deserialize;
 
 use tilefold_emulator_nvrtc::Release;
 
-use crate::command::{output, run};
+use crate::command::{artifacts, output, run};
 use crate::report::{Count, Report};
 use crate::virtual_gpu::with_virtual_gpu;
 use crate::{cuda, files, kernels, licences, setup};
@@ -118,9 +118,7 @@ const REQUIRED: (&str, &str) = ("TILEFOLD_REQUIRE", "cpu");
 /// Built with the workspace: built alone, its dependencies would have other features, and be built again.
 fn unit_tests(report: &mut Report, features: &str) -> Result<()> {
     report.step(&format!("unit tests, features: {}", named(features)), || {
-        let features = format!("--features={features}");
-        let built = executables(&["test", "--workspace", "--lib", "--no-run", &features])?;
-        let (_, tests) = built.into_iter().find(|(name, _)| name == "tilefold").context("no tests of tilefold")?;
+        let tests = test_executable(&["--lib", &format!("--features={features}")], "tilefold")?;
         run(&[], &[&tests, "--quiet"])
     })
 }
@@ -210,13 +208,13 @@ fn emulated_archs(report: &mut Report, archs: &[Arch], in_ci: bool) -> Result<()
             setup::programs(&[("g++", "g++"), ("make", "make"), ("tar", "tar"), ("xz", "xz-utils")])
         })?;
         report.step("operations of avx512 and avx512bf16, emulated", || {
-            let tests = test_executable(&["--lib"], &BACKEND.replace('-', "_"))?;
+            let tests = test_executable(&["--all-features", "--lib"], &BACKEND.replace('-', "_"))?;
             emulate("avx512", "avx512", &[&tests, "--", OPERATIONS])
         })?;
     }
     for arch in lacking {
         report.step(&format!("conformance on {arch}, emulated"), || {
-            let tests = test_executable(&["--test", CONFORMANCE], CONFORMANCE)?;
+            let tests = test_executable(&["--all-features", "--test", CONFORMANCE], CONFORMANCE)?;
             // In the other dtypes the two compute alike.
             let chosen = if arch == "avx512bf16" { format!("bf16/{EMULATED}") } else { EMULATED.to_owned() };
             emulate("avx512", arch, &[&[&*tests, "--", &*chosen], &without_twins[..]].concat())
@@ -226,31 +224,18 @@ fn emulated_archs(report: &mut Report, archs: &[Arch], in_ci: bool) -> Result<()
 }
 
 /// The file that a test target of the workspace is run as, built as for the tests of all crates.
-fn test_executable(kind: &[&str], name: &str) -> Result<String> {
-    let built = executables(&[&["test", "--workspace", "--all-features", "--no-run"], kind].concat())?;
+fn test_executable(chosen: &[&str], name: &str) -> Result<String> {
+    let built = executables(&[&["test", "--workspace", "--no-run"], chosen].concat())?;
     match built.into_iter().find(|(target, _)| target == name) {
         Some((_, executable)) => Ok(executable),
         None => bail!("cargo built no test target {name}"),
     }
 }
 
-#[derive(Deserialize)]
-struct Artifact {
-    target: Target,
-    executable: Option<String>,
-}
-
-#[derive(Deserialize)]
-struct Target {
-    name: String,
-}
-
 /// Names and files of what a cargo command builds; asked of cargo with the features of the tests, nothing is built again.
 fn executables(arguments: &[&str]) -> Result<Vec<(String, String)>> {
-    let messages = output(&[&["cargo"], arguments, &["--message-format", "json"]].concat())?;
-    let lines = messages.split(|&byte| byte == b'\n');
-    let artifacts = lines.filter_map(|line| serde_json::from_slice::<Artifact>(line).ok());
-    Ok(artifacts.filter_map(|artifact| Some((artifact.target.name, artifact.executable?))).collect())
+    let built = artifacts(arguments)?.into_iter();
+    Ok(built.filter_map(|artifact| Some((artifact.target.name, artifact.executable?))).collect())
 }
 
 #[derive(Deserialize)]

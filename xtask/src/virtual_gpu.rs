@@ -2,14 +2,17 @@
 
 use std::env;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use anyhow::{Context, Result};
 use tilefold_emulator_nvrtc::Release;
 
-use crate::command::{output, run};
+use crate::command::{artifacts, run};
 use crate::cuda;
 use crate::report::Count;
+
+/// The library's file as cargo builds it.
+const LIBRARY: &str = "libtilefold_emulator_cuda.so";
 
 /// Names under which programs look for the driver.
 const NAMES: [&str; 2] = ["libcuda.so", "libcuda.so.1"];
@@ -46,20 +49,11 @@ pub(crate) fn with_virtual_gpu(release: Release, command: &[&str]) -> Result<Cou
     run(&own.collect::<Result<Vec<_>>>()?, command)
 }
 
-/// The library that stands for the driver, built as for the tests, which depend on it: nothing is built twice.
+/// The library that stands for the driver, built as for the tests, which depend on it: nothing is built twice. It is no
+/// dependency of this program, since its interpreter takes minutes to build.
 fn stand_in() -> Result<PathBuf> {
-    let build = ["cargo", "test", "--workspace", "--all-features", "--lib", "--no-run", "--message-format", "json"];
-    let messages = String::from_utf8(output(&build)?).context("cargo's messages are no text")?;
-    let names = messages.lines().filter_map(|line| serde_json::from_str::<Artifact>(line).ok());
-    let library = names.flat_map(|artifact| artifact.filenames).find(|name| is_stand_in(name));
-    library.map(PathBuf::from).context("cargo built no tilefold-emulator-cuda")
-}
-
-fn is_stand_in(file: &str) -> bool {
-    Path::new(file).file_name().is_some_and(|name| name == "libtilefold_emulator_cuda.so")
-}
-
-#[derive(serde::Deserialize)]
-struct Artifact {
-    filenames: Vec<String>,
+    let built = artifacts(&["test", "--workspace", "--all-features", "--lib", "--no-run"])?;
+    let files = built.into_iter().flat_map(|artifact| artifact.filenames).map(PathBuf::from);
+    let is_it = |file: &PathBuf| file.file_name().is_some_and(|name| name == LIBRARY);
+    files.into_iter().find(is_it).context("cargo built no tilefold-emulator-cuda")
 }
