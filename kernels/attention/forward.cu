@@ -8,40 +8,20 @@
 // pairs aligned), LSE, LSE_LOW.
 #include "../include/attention.cuh"
 #include "../include/gpu.h"
-#include "../include/mma.cuh"
 #include "../include/params.h"
-#include "../include/tile.cuh"
+#include "../include/products.cuh"
 #include "../include/walk.cuh"
 
 using T = ELEMENT;
 
 constexpr int THREADS = WARPS * WARP_THREADS;
-constexpr int WARP_QUERIES = 16 * QUERY_TILES;
 constexpr int TILE_Q = WARPS * WARP_QUERIES;
-constexpr int LANE_KEYS = TILE_K / 4;     // neighbouring keys that one lane of a quad owns
-constexpr int KEY_COLUMNS = TILE_K / 8;   // products of 8 keys
-constexpr int OUT_COLUMNS = (HEAD_DIM_V + 7) / 8;
 
-using QueryTile = Tile<T, TILE_Q, HEAD_DIM, IN_ROWS>;
-using KeyTileShape = Tile<T, TILE_K, HEAD_DIM, LANE_KEYS>;
-using ValueTile = Tile<T, TILE_K, HEAD_DIM_V, LANE_KEYS>;
-constexpr int QUERY_STEPS = QueryTile::steps + QueryTile::half_step;
-
-// Largest row maximum, in base 2, that the plain path keeps: see attention/README.md. Without biases nothing is divided.
+// Largest reference, in base 2, next to which the plain path holds: see attention/README.md. Without biases nothing is divided.
 constexpr bool HAS_BIAS = BIAS_0 != ABSENT;
 constexpr float PLAIN_LIMIT = HAS_BIAS ? 512.0f : 4194304.0f;
-
-// Where a lane stands in the block's tile.
-struct Lane {
-    int group;  // row of a product, 0..7
-    int quad;   // lane of the four that share a row
-    int query;  // first query of the warp, in the tile
-    DEVICE Lane() : group(lane_index() / 4), quad(lane_index() % 4), query(warp_index() * WARP_QUERIES) {}
-    // Query, in the tile, of row half `half` of query tile `m`.
-    DEVICE int row(int m, int half) const { return query + 16 * m + 8 * half + group; }
-    // Key, in the tile, of column `column` (0 or 1) of product `product`.
-    DEVICE int key(int product, int column) const { return quad * LANE_KEYS + 2 * product + column; }
-};
+// Largest sum of a lane's P in a tile that the plain path keeps: f16 ends at 2^16.
+constexpr float LARGEST_SHARE = 32768.0f;
 
 // The block's work.
 struct Work {
@@ -62,177 +42,19 @@ struct Work {
     }
 };
 
-// Logits of the warp's queries and one tile of keys: C of the products q k.
-using Scores = float[QUERY_TILES][KEY_COLUMNS][4];
-// What the warp has of the output: C of the products P v.
-using Output = float[QUERY_TILES][OUT_COLUMNS][4];
 // One number for each of a lane's rows.
-using RowValues = float[QUERY_TILES][2];
+using RowValues = float[LANE_ROWS];
 
 template <class Action> DEVICE void for_rows(Action action) {
 #pragma unroll
-    for (int m = 0; m < QUERY_TILES; m++)
-#pragma unroll
-        for (int half = 0; half < 2; half++) action(m, half);
+    for (int r = 0; r < LANE_ROWS; r++) action(r);
 }
-
-// A of q, in registers or loaded for every tile of keys.
-struct Queries {
-    u32 words[QUERIES_IN_REGISTERS ? QUERY_TILES : 1][QUERIES_IN_REGISTERS ? QUERY_STEPS : 1][4];
-    const Piece* tile;
-    int query;
-
-    DEVICE void load(const Piece* shared, int first) {
-        tile = shared;
-        query = first;
-        if constexpr (QUERIES_IN_REGISTERS) {
-#pragma unroll
-            for (int m = 0; m < QUERY_TILES; m++)
-#pragma unroll
-                for (int step = 0; step < QUERY_STEPS; step++)
-                    load_left<QueryTile>(words[m][step], tile, query + 16 * m, step);
-        }
-    }
-    DEVICE void left(u32 (&a)[4], int m, int step) const {
-        if constexpr (QUERIES_IN_REGISTERS) {
-#pragma unroll
-            for (int i = 0; i < 4; i++) a[i] = words[m][step][i];
-        } else {
-            load_left<QueryTile>(a, tile, query + 16 * m, step);
-        }
-    }
-};
 
 DEVICE void start_with_zeros(Scores& s) {
+    for_rows([&](int r) {
 #pragma unroll
-    for (int m = 0; m < QUERY_TILES; m++)
-#pragma unroll
-        for (int n = 0; n < KEY_COLUMNS; n++)
-#pragma unroll
-            for (int i = 0; i < 4; i++) s[m][n][i] = 0.0f;
-}
-
-// Some terms of S += q k, for one tile of keys.
-template <int terms> DEVICE void add_logit_terms(Scores& s, const Queries& queries, const Piece* keys) {
-    constexpr int products = products_of_load<KeyTileShape>, words = 4 / products;
-#pragma unroll
-    for (int step = 0; step < QUERY_STEPS; step += 2) {
-        Factor<T, 4> a[QUERY_TILES][2];
-#pragma unroll
-        for (int m = 0; m < QUERY_TILES; m++)
-#pragma unroll
-            for (int i = 0; i < 2 && step + i < QUERY_STEPS; i++) {
-                u32 raw[4];
-                queries.left(raw, m, step + i);
-                a[m][i] = factor<T>(raw);
-            }
-#pragma unroll
-        for (int n = 0; n < KEY_COLUMNS; n += products) {
-            u32 b[4];
-            load_right<KeyTileShape, LANE_KEYS>(b, keys, n, step);
-#pragma unroll
-            for (int p = 0; p < products; p++)
-#pragma unroll
-                for (int i = 0; i < 2 && step + i < QUERY_STEPS; i++) {
-                    const bool half = KeyTileShape::half_step && step + i == KeyTileShape::steps;
-                    const int at = p * words + 2 * i;
-                    const u32 pair[2] = {b[at], b[half ? at : at + 1]};
-                    const Factor<T, 2> right = factor<T>(pair);
-#pragma unroll
-                    for (int m = 0; m < QUERY_TILES; m++) {
-                        if constexpr (KeyTileShape::half_step) {
-                            if (half) {
-                                mma_step<terms>(s[m][n + p], half_of(a[m][i]), half_of(right));
-                                continue;
-                            }
-                        }
-                        mma_step<terms>(s[m][n + p], a[m][i], right);
-                    }
-                }
-        }
-    }
-}
-
-// S += q k, for one tile of keys.
-template <class T> DEVICE void add_logits(Scores& s, const Queries& queries, const Piece* keys) {
-    if constexpr (sizeof(T) == 4) add_logit_terms<SMALL_TERMS>(s, queries, keys);
-    add_logit_terms<LARGE_TERMS>(s, queries, keys);
-}
-
-// Some terms of P v for one tile of keys and 8 channels, f32.
-template <int terms, class T>
-DEVICE void add_share_terms(float (&share)[QUERY_TILES][4], const Factor<T, 4> (&p)[QUERY_TILES][KEY_COLUMNS],
-                            const Piece* values, int column) {
-#pragma unroll
-    for (int n = 0; n < KEY_COLUMNS; n++) {
-        u32 b[2];
-        load_right_columns<ValueTile, LANE_KEYS>(b, values, n, column);
-        const Factor<T, 2> right = factor<T>(b);
-#pragma unroll
-        for (int m = 0; m < QUERY_TILES; m++) mma_step<terms>(share[m], p[m][n], right);
-    }
-}
-
-// O += P v, with P as C of the first product.
-template <class T> DEVICE void add_values(Output& out, const Scores& p, const Piece* values) {
-    if constexpr (sizeof(T) == 4) {
-        Factor<T, 4> a[QUERY_TILES][KEY_COLUMNS];
-#pragma unroll
-        for (int m = 0; m < QUERY_TILES; m++)
-#pragma unroll
-            for (int n = 0; n < KEY_COLUMNS; n++) {
-                const u32 raw[4] = {bits_of(p[m][n][0]), bits_of(p[m][n][2]), bits_of(p[m][n][1]), bits_of(p[m][n][3])};
-                a[m][n] = factor<T>(raw);
-            }
-#pragma unroll
-        for (int c = 0; c < OUT_COLUMNS; c++) {
-            // The tile's share, small terms first: what the matrix unit cuts off is then small, and O is added in f32.
-            float share[QUERY_TILES][4] = {};
-            add_share_terms<SMALL_TERMS, T>(share, a, values, c);
-            add_share_terms<LARGE_TERMS, T>(share, a, values, c);
-#pragma unroll
-            for (int m = 0; m < QUERY_TILES; m++)
-#pragma unroll
-                for (int i = 0; i < 4; i++) out[m][c][i] += share[m][i];
-        }
-    } else {
-        constexpr int STEPS = KEY_COLUMNS / 2;  // of 16 keys: two products' columns
-        Factor<T, 4> a[QUERY_TILES][STEPS];
-#pragma unroll
-        for (int m = 0; m < QUERY_TILES; m++)
-#pragma unroll
-            for (int k = 0; k < STEPS; k++)
-#pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    const float* c = p[m][2 * k + i / 2];
-                    a[m][k].high[i] = pack<T>(c[2 * (i % 2)], c[2 * (i % 2) + 1]);
-                }
-#pragma unroll
-        for (int k = 0; k < STEPS; k++)
-#pragma unroll
-            for (int c = 0; c + 1 < OUT_COLUMNS; c += 2) {
-                u32 b[4];
-                load_right_transposed<ValueTile, LANE_KEYS>(b, values, 2 * k, c);
-#pragma unroll
-                for (int i = 0; i < 2; i++)
-#pragma unroll
-                    for (int m = 0; m < QUERY_TILES; m++)
-                        mma_step<LARGE_TERMS>(out[m][c + i], a[m][k], Factor<T, 2>{{b[2 * i], b[2 * i + 1]}});
-            }
-        if constexpr (OUT_COLUMNS % 2 == 1) {
-            constexpr int c = OUT_COLUMNS - 1;
-#pragma unroll
-            for (int k = 0; k < STEPS; k += 2) {
-                u32 b[4];
-                load_right_transposed_column<ValueTile, LANE_KEYS>(b, values, 2 * k, c);
-#pragma unroll
-                for (int i = 0; i < 2; i++)
-#pragma unroll
-                    for (int m = 0; m < QUERY_TILES; m++)
-                        mma_step<LARGE_TERMS>(out[m][c], a[m][k + i], Factor<T, 2>{{b[2 * i], b[2 * i + 1]}});
-            }
-        }
-    }
+        for (int j = 0; j < LANE_KEYS; j++) score(s, r, j) = 0.0f;
+    });
 }
 
 // ------------------------------------------------------------------------------------------------- the plain path
@@ -243,24 +65,23 @@ template <int index> struct BiasPieces {
     using B = typename Bias<index>::T;
     static constexpr bool present = PRELOAD && Bias<index>::kind >= PIECES;
     static constexpr bool by_query = Bias<index>::kind == PIECES;
+    static constexpr int rows = present && by_query ? LANE_ROWS : 1;
     static constexpr int count = LANE_KEYS / PIECE_ELEMENTS<B>;
-    Piece pieces[present ? (by_query ? QUERY_TILES : 1) : 1][present && by_query ? 2 : 1][present ? count : 1];
+    Piece pieces[rows][present ? count : 1];
 
-    const B* lane_data;                       // the lane's keys of tile 0, at the block's first query
-    i32 offsets[present && by_query ? QUERY_TILES : 1][2];  // of the lane's rows, in bytes; the plan keeps them below 2^31
+    const B* lane_data;  // the lane's keys of tile 0, at the block's first query
+    i32 offsets[rows];   // of the lane's rows, in bytes; the plan keeps them below 2^31
 
     DEVICE void start(const AttentionInputs& inputs, const Work& work, const Lane& lane) {
         if constexpr (present) {
             const i64 stride = inputs.biases[index].strides[3];
-            lane_data = bias_data<index>(inputs, work.at) + (by_query ? work.query * stride : 0) + lane.quad * LANE_KEYS;
+            lane_data = bias_data<index>(inputs, work.at) + (by_query ? work.query * stride : 0) + lane.first_key();
 #pragma unroll
-            for (int m = 0; m < (by_query ? QUERY_TILES : 1); m++)
-#pragma unroll
-                for (int half = 0; half < 2; half++) {
-                    // Queries that do not exist read the last one that does.
-                    const int row = lane.row(m, half), last = work.queries - 1;
-                    offsets[m][half] = opaque(by_query ? (i32)((row < last ? row : last) * stride * (i64)sizeof(B)) : 0);
-                }
+            for (int r = 0; r < rows; r++) {
+                // Queries that do not exist read the last one that does.
+                const int row = lane.row(r), last = work.queries - 1;
+                offsets[r] = opaque(by_query ? (i32)((row < last ? row : last) * stride * (i64)sizeof(B)) : 0);
+            }
         }
     }
 
@@ -268,18 +89,14 @@ template <int index> struct BiasPieces {
         if constexpr (present) {
             const char* from = (const char*)(lane_data + key);
 #pragma unroll
-            for (int m = 0; m < (by_query ? QUERY_TILES : 1); m++)
+            for (int r = 0; r < rows; r++)
 #pragma unroll
-                for (int half = 0; half < (by_query ? 2 : 1); half++)
-#pragma unroll
-                    for (int i = 0; i < count; i++)
-                        pieces[m][half][i] = load_piece(from + offsets[m][half] + 16 * i);
+                for (int i = 0; i < count; i++) pieces[r][i] = load_piece(from + offsets[r] + 16 * i);
         }
     }
 
-    // Key `key` of the lane's, 0 .. LANE_KEYS.
-    DEVICE float value(int m, int half, int key) const {
-        const Piece& piece = pieces[by_query ? m : 0][by_query ? half : 0][key / PIECE_ELEMENTS<B>];
+    DEVICE float value(int row, int key) const {
+        const Piece& piece = pieces[by_query ? row : 0][key / PIECE_ELEMENTS<B>];
         const int element = key % PIECE_ELEMENTS<B>;
         if constexpr (sizeof(B) == 4) {
             return float_of(piece.words[element]);
@@ -290,8 +107,8 @@ template <int index> struct BiasPieces {
     }
 
     // sum + bias / scale, for a bias that varies with queries or not.
-    template <bool queries> DEVICE float add(float sum, float inverse_scale, int m, int half, int key) const {
-        if constexpr (present && by_query == queries) sum = fused_multiply_add(value(m, half, key), inverse_scale, sum);
+    template <bool queries> DEVICE float add(float sum, float inverse_scale, int row, int key) const {
+        if constexpr (present && by_query == queries) sum = fused_multiply_add(value(row, key), inverse_scale, sum);
         return sum;
     }
 };
@@ -317,40 +134,23 @@ struct BiasTiles {
         bias2.load(key);
         bias3.load(key);
     }
-    template <bool queries> DEVICE float add(float sum, float inverse_scale, int m, int half, int key) const {
-        sum = bias0.add<queries>(sum, inverse_scale, m, half, key);
-        sum = bias1.add<queries>(sum, inverse_scale, m, half, key);
-        sum = bias2.add<queries>(sum, inverse_scale, m, half, key);
-        return bias3.add<queries>(sum, inverse_scale, m, half, key);
+    template <bool queries> DEVICE float add(float sum, float inverse_scale, int row, int key) const {
+        sum = bias0.add<queries>(sum, inverse_scale, row, key);
+        sum = bias1.add<queries>(sum, inverse_scale, row, key);
+        sum = bias2.add<queries>(sum, inverse_scale, row, key);
+        return bias3.add<queries>(sum, inverse_scale, row, key);
     }
 };
 
-// Starts S with the biases over the scale; -inf where the key mask excludes.
+// Starts S with the biases over the scale; -inf where key mask or length exclude. (A bias of +inf there makes NaN, which
+// leaves the plain path.)
 DEVICE void start_with_biases(Scores& s, const BiasTiles& biases, float inverse_scale, u64 keeps, const Lane& lane) {
+    const u32 kept = (u32)(keeps >> lane.first_key());
 #pragma unroll
-    for (int n = 0; n < KEY_COLUMNS; n++)
-#pragma unroll
-        for (int column = 0; column < 2; column++) {
-            const int key = 2 * n + column;
-            const float of_key = biases.add<false>(0.0f, inverse_scale, 0, 0, key);
-#pragma unroll
-            for (int m = 0; m < QUERY_TILES; m++)
-#pragma unroll
-                for (int half = 0; half < 2; half++)
-                    s[m][n][2 * half + column] = biases.add<true>(of_key, inverse_scale, m, half, key);
-        }
-    if constexpr (KEY_MASK || KV_LENGTHS) {
-        if (keeps != ~0ull >> (64 - TILE_K)) {
-            const u32 kept = (u32)(keeps >> (lane.quad * LANE_KEYS));
-#pragma unroll
-            for (int n = 0; n < KEY_COLUMNS; n++)
-#pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    const bool keep = kept >> (2 * n + i % 2) & 1;
-#pragma unroll
-                    for (int m = 0; m < QUERY_TILES; m++) s[m][n][i] = keep ? s[m][n][i] : -INFINITE;
-                }
-        }
+    for (int j = 0; j < LANE_KEYS; j++) {
+        float of_key = biases.add<false>(0.0f, inverse_scale, 0, j);
+        if constexpr (KEY_MASK || KV_LENGTHS) of_key = kept >> j & 1 ? of_key : -INFINITE;
+        for_rows([&](int r) { score(s, r, j) = biases.add<true>(of_key, inverse_scale, r, j); });
     }
 }
 
@@ -359,85 +159,96 @@ DEVICE void start_with_biases(Scores& s, const BiasTiles& biases, float inverse_
 // S from products to logits in base 2, with whatever the problem adds and excludes: equations (1), (2).
 DEVICE void finish_logits(Scores& s, const AttentionInputs& inputs, const Work& work, const KeyTile& tile, const Lane& lane) {
     const i64 first_query = opaque(work.query);
-    const int last = opaque(work.queries) - 1, quad = opaque(lane.quad);
+    const int last = opaque(work.queries) - 1, first_key = opaque(lane.first_key());
     const float slope = ALIBI ? ((const float*)inputs.alibi_slopes)[work.at.head] : 0.0f;
-    const u32 kept = (u32)(tile.keeps >> (quad * LANE_KEYS));
+    const u32 kept = (u32)(tile.keeps >> first_key);
+    for_rows([&](int r) {
+        const int row = lane.row(r);
+        const i64 query = first_query + (row < last ? row : last);
+        const i32 id = SEGMENTS ? segment(inputs.q_segments, work.at, query) : 0;
 #pragma unroll
-    for (int m = 0; m < QUERY_TILES; m++)
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            const int row = lane.row(m, half);
-            const i64 query = first_query + (row < last ? row : last);
-            const i32 id = SEGMENTS ? segment(inputs.q_segments, work.at, query) : 0;
-#pragma unroll
-            for (int n = 0; n < KEY_COLUMNS; n++)
-#pragma unroll
-                for (int column = 0; column < 2; column++) {
-                    float& logit = s[m][n][2 * half + column];
-                    const i64 key = tile.key + quad * LANE_KEYS + 2 * n + column;
-                    bool keep = kept >> (2 * n + column) & 1;
-                    if (keep) {
-                        if constexpr (POSITIONS) keep = keep && position_keeps(inputs, query, key);
-                        if constexpr (SEGMENTS) keep = keep && segment(inputs.k_segments, work.at, key) == id;
-                        float added = biases_base2(inputs, work.at, query, key);
-                        if constexpr (ALIBI) added += alibi_base2(slope, distance(inputs, query, key));
-                        logit = fused_multiply_add(logit, inputs.scale_base2, added);
-                    }
-                    logit = keep ? logit : -INFINITE;
-                }
+        for (int j = 0; j < LANE_KEYS; j++) {
+            float& logit = score(s, r, j);
+            const i64 key = tile.key + first_key + j;
+            bool keep = kept >> j & 1;
+            if (keep) {
+                if constexpr (POSITIONS) keep = keep && position_keeps(inputs, query, key);
+                if constexpr (SEGMENTS) keep = keep && segment(inputs.k_segments, work.at, key) == id;
+                float added = biases_base2(inputs, work.at, query, key);
+                if constexpr (ALIBI) added += alibi_base2(slope, distance(inputs, query, key));
+                logit = fused_multiply_add(logit, inputs.scale_base2, added);
+            }
+            logit = keep ? logit : -INFINITE;
         }
+    });
 }
 
 // ----------------------------------------------------------------------------------------------------------- softmax
 
-// The new row maxima in base 2, of what came before and of S times `scale`, which is positive.
-DEVICE void row_maxima(RowValues& to, const RowValues& before, const Scores& s, float scale) {
-#pragma unroll
-    for (int m = 0; m < QUERY_TILES; m++)
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            float top = maximum(s[m][0][2 * half], s[m][0][2 * half + 1]);
-#pragma unroll
-            for (int n = 1; n < KEY_COLUMNS; n++) top = maximum(top, maximum(s[m][n][2 * half], s[m][n][2 * half + 1]));
-            to[m][half] = maximum(before[m][half], quad_maximum(top) * scale);
-        }
-}
+// What a warp has of its rows so far. P, l and O are relative to a reference in base 2: at first the row maximum, and as
+// long as no tile's P grow large beside it, the same for all tiles: equations (3a)-(3c).
+struct Softmax {
+    RowValues references;
+    RowValues sums;
+    bool settled;  // whether all references allow the plain path
 
-// Whether the plain path's arithmetic holds for every row of the warp.
-DEVICE bool in_plain_range(const RowValues& maxima) {
-    float farthest = 0.0f;
-#pragma unroll
-    for (int m = 0; m < QUERY_TILES; m++)
-#pragma unroll
-        for (int half = 0; half < 2; half++) farthest = maximum(farthest, magnitude(maxima[m][half]));
-    return warp_all(farthest <= PLAIN_LIMIT);
-}
+    DEVICE Softmax() : settled(false) {
+        for_rows([&](int r) {
+            references[r] = -INFINITE;
+            sums[r] = 0.0f;
+        });
+    }
 
-// P = 2^(S scale - reference), row sums, and O and row sums brought from the old maximum to the new reference, which is the
-// new maximum or, where that is -inf, 0: equations (3a)-(3c).
-DEVICE void exponentials(Scores& s, float scale, const RowValues& maxima, const RowValues& references, RowValues& sums, Output& out) {
+    // Raises the references to the maxima of S times `scale`, which is positive, and brings l and O to them; on the plain
+    // path only where that stays within its range.
+    template <bool plain> DEVICE bool raise(Scores& s, float scale, Output& out) {
+        RowValues raised;
+        float farthest = 0.0f;
+        for_rows([&](int r) {
+            float top = score(s, r, 0);
 #pragma unroll
-    for (int m = 0; m < QUERY_TILES; m++)
+            for (int j = 1; j < LANE_KEYS; j++) top = maximum(top, score(s, r, j));
+            raised[r] = maximum(references[r], row_maximum(top) * scale);
+            farthest = maximum(farthest, magnitude(raised[r]));
+        });
+        settled = warp_all(farthest <= PLAIN_LIMIT);
+        if (plain && !settled) return false;
+        for_rows([&](int r) {
+            const float factor = exp2(references[r] - finite_reference(raised[r]));
+            references[r] = raised[r];
+            sums[r] *= factor;
 #pragma unroll
-        for (int half = 0; half < 2; half++) {
-            const float reference = references[m][half];
-            const float factor = exp2(maxima[m][half] - reference);
-            float sum = 0.0f;
+            for (int i = 0; i < LANE_CHANNELS; i++) value(out, r, i) *= factor;
+        });
+        return true;
+    }
+
+    // Where all logits so far are -inf any reference does.
+    static DEVICE float finite_reference(float reference) { return reference == -INFINITE ? 0.0f : reference; }
+
+    // P = 2^(S scale - reference), and its sums over the lane's keys.
+    DEVICE void exponentials(Scores& s, float scale, RowValues& shares) const {
+        for_rows([&](int r) {
+            const float reference = finite_reference(references[r]);
 #pragma unroll
-            for (int n = 0; n < KEY_COLUMNS; n++)
-#pragma unroll
-                for (int column = 0; column < 2; column++) {
-                    float& score = s[m][n][2 * half + column];
-                    score = exp2(fused_multiply_add(score, scale, -reference));
-                    sum = n + column == 0 ? score : sum + score;
-                }
-            sums[m][half] = fused_multiply_add(sums[m][half], factor, sum);
-#pragma unroll
-            for (int c = 0; c < OUT_COLUMNS; c++) {
-                out[m][c][2 * half] *= factor;
-                out[m][c][2 * half + 1] *= factor;
+            for (int j = 0; j < LANE_KEYS; j++) {
+                float& p = score(s, r, j);
+                p = exp2(fused_multiply_add(p, scale, -reference));
+                shares[r] = j == 0 ? p : shares[r] + p;
             }
-        }
+        });
+    }
+
+    DEVICE void add(const RowValues& shares) {
+        for_rows([&](int r) { sums[r] += shares[r]; });
+    }
+};
+
+// Whether the references still serve. False for NaN.
+DEVICE bool in_range(const RowValues& shares) {
+    bool small = true;
+    for_rows([&](int r) { small = small && shares[r] <= LARGEST_SHARE; });
+    return warp_all(small);
 }
 
 // ---------------------------------------------------------------------------------------------------------- the end
@@ -522,16 +333,13 @@ DEVICE void mean_of_values(float* mean, float* sums, const Rows<T>& values, i64 
 }
 
 // Divides by the row sums and stores what belongs to the warp's queries.
-DEVICE void finish(const ForwardParams& params, const Work& work, const Lane& lane, const RowValues& maxima, RowValues& sums, const Output& out,
+DEVICE void finish(const ForwardParams& params, const Work& work, const Lane& lane, Softmax& softmax, const Output& out,
                    const Rows<T>& values, float* shared) {
     bool empty = false;
-#pragma unroll
-    for (int m = 0; m < QUERY_TILES; m++)
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-            sums[m][half] = quad_sum(sums[m][half]);
-            empty = empty || (lane.row(m, half) < work.queries && sums[m][half] == 0.0f);
-        }
+    for_rows([&](int r) {
+        softmax.sums[r] = row_sum(softmax.sums[r]);
+        empty = empty || (lane.row(r) < work.queries && softmax.sums[r] == 0.0f);
+    });
     float* const mean = shared;
     if constexpr (UNIFORM_ROWS) {
         u32* const flags = (u32*)shared;
@@ -543,28 +351,25 @@ DEVICE void finish(const ForwardParams& params, const Work& work, const Lane& la
         block_barrier();
         if (any) mean_of_values(mean, shared + HEAD_DIM_V, values, params.inputs.seqlen_k);
     }
+    for_rows([&](int r) {
+        if (lane.row(r) >= work.queries) return;
+        const i64 query = work.query + lane.row(r);
+        const float sum = softmax.sums[r];
+        if ((LSE || LSE_LOW) && lane.leads()) store_lse(params, work, query, softmax.references[r], sum);
+        const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
 #pragma unroll
-    for (int m = 0; m < QUERY_TILES; m++)
+        for (int c = 0; c < LANE_CHANNELS; c += 2) {
+            const int channel = lane.channel(c);
+            if (HEAD_DIM_V % 8 != 0 && channel >= HEAD_DIM_V) continue;
+            float pair[2];
 #pragma unroll
-        for (int half = 0; half < 2; half++) {
-            if (lane.row(m, half) >= work.queries) continue;
-            const i64 query = work.query + lane.row(m, half);
-            const float sum = sums[m][half];
-            if ((LSE || LSE_LOW) && lane.quad == 0) store_lse(params, work, query, maxima[m][half], sum);
-            const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
-#pragma unroll
-            for (int c = 0; c < OUT_COLUMNS; c++) {
-                const int channel = 8 * c + 2 * lane.quad;
-                if (HEAD_DIM_V % 8 != 0 && channel >= HEAD_DIM_V) continue;
-                float pair[2];
-#pragma unroll
-                for (int i = 0; i < 2; i++) {
-                    pair[i] = out[m][c][2 * half + i] * inverse;
-                    if (UNIFORM_ROWS && sum == 0.0f && channel + i < HEAD_DIM_V) pair[i] = mean[channel + i];
-                }
-                store_pair<T>(params, work, query, channel, pair[0], pair[1]);
+            for (int i = 0; i < 2; i++) {
+                pair[i] = value(out, r, c + i) * inverse;
+                if (UNIFORM_ROWS && sum == 0.0f && channel + i < HEAD_DIM_V) pair[i] = mean[channel + i];
             }
+            store_pair<T>(params, work, query, channel, pair[0], pair[1]);
         }
+    });
 }
 
 // ------------------------------------------------------------------------------------------------------- the kernel
@@ -613,9 +418,7 @@ KERNEL(THREADS) attention_forward(const ForwardParams params) {
 
     const float inverse_scale = 1.0f / inputs.scale;
     Output out = {};
-    RowValues maxima, sums = {};
-#pragma unroll
-    for (int m = 0; m < QUERY_TILES; m++) maxima[m][0] = maxima[m][1] = -INFINITE;
+    Softmax softmax;
 
     for (int stage = 0; !walk.done();) {
         const KeyTile tile = walk.tile;
@@ -627,37 +430,41 @@ KERNEL(THREADS) attention_forward(const ForwardParams params) {
         const Piece* const keys = shared_keys + stage * KeyTileShape::size;
 
         Scores s;
-        RowValues new_maxima, references;
-        float scale = inputs.scale_base2;
-        bool plain = PRELOAD && tile.cover == FULL;
-        if (plain) {
-            biases.load_now(tile.key);
+        RowValues shares;
+        const bool plain = PRELOAD && tile.cover == FULL;
+        bool done = false;
+        if (plain) biases.load_now(tile.key);
+        if (plain && softmax.settled) {
             start_with_biases(s, biases, inverse_scale, tile.keeps, lane);
+            if (more) walk.read_ahead();
+            add_logits(s, queries, keys);
+            softmax.exponentials(s, inputs.scale_base2, shares);
+            done = in_range(shares);
+        } else if (more) {
+            walk.read_ahead();
         }
-        if (more) walk.read_ahead();
-        if (plain) {
-            add_logits<T>(s, queries, keys);
-            row_maxima(new_maxima, maxima, s, scale);
-            for_rows([&](int m, int half) { references[m][half] = new_maxima[m][half]; });
-            plain = in_plain_range(new_maxima);
+        if (!done) {
+            float scale = inputs.scale_base2;
+            if (plain && !softmax.settled) {
+                start_with_biases(s, biases, inverse_scale, tile.keeps, lane);
+                add_logits(s, queries, keys);
+                done = softmax.raise<true>(s, scale, out);
+            }
+            if (!done) {
+                start_with_zeros(s);
+                add_logits(s, queries, keys);
+                finish_logits(s, inputs, work, tile, lane);
+                // Read again, so that finish_logits may use the registers.
+                queries.load(shared_queries, lane.query);
+                scale = 1.0f;
+                softmax.raise<false>(s, scale, out);
+            }
+            softmax.exponentials(s, scale, shares);
         }
-        if (!plain) {
-            start_with_zeros(s);
-            add_logits<T>(s, queries, keys);
-            finish_logits(s, inputs, work, tile, lane);
-            // Read again, so that finish_logits may use the registers.
-            queries.load(shared_queries, lane.query);
-            scale = 1.0f;
-            row_maxima(new_maxima, maxima, s, scale);
-            for_rows([&](int m, int half) {
-                references[m][half] = new_maxima[m][half] == -INFINITE ? 0.0f : new_maxima[m][half];
-            });
-        }
-        exponentials(s, scale, maxima, references, sums, out);
-        for_rows([&](int m, int half) { maxima[m][half] = new_maxima[m][half]; });
+        softmax.add(shares);
         // Not earlier: here P takes half the registers that S took.
         if (more && walk.tile.cover == FULL) biases.load_ahead(walk.tile.key);
-        add_values<T>(out, s, shared_values + stage * ValueTile::size);
+        add_values(out, s, shared_values + stage * ValueTile::size);
 
         if (STAGES == 2) {
             stage = 1 - stage;
@@ -667,5 +474,5 @@ KERNEL(THREADS) attention_forward(const ForwardParams params) {
         }
     }
 
-    finish(params, work, lane, maxima, sums, out, v, (float*)shared);
+    finish(params, work, lane, softmax, out, v, (float*)shared);
 }

@@ -9,6 +9,8 @@ const FILES: &[(&str, &str)] = &[
     ("include/axes.cuh", include_str!("../include/axes.cuh")),
     ("include/mma.cuh", include_str!("../include/mma.cuh")),
     ("include/tile.cuh", include_str!("../include/tile.cuh")),
+    ("include/products.cuh", include_str!("../include/products.cuh")),
+    ("include/products_cuda.cuh", include_str!("../include/products_cuda.cuh")),
     ("include/attention.cuh", include_str!("../include/attention.cuh")),
     ("include/walk.cuh", include_str!("../include/walk.cuh")),
     ("include/fragment.cuh", include_str!("../include/fragment.cuh")),

@@ -1,0 +1,199 @@
+// Matrix products of the forward pass on NVIDIA's tensor cores: which of a tile's numbers a lane holds, S = q k, O += P v.
+//
+// Products are those of mma.cuh: a lane holds two neighbouring columns of two rows. Keys are dealt (tile.cuh), so that a
+// lane's keys are neighbours; P is the left factor of the second product as it lies.
+#pragma once
+
+#include "gpu.h"
+#include "mma.cuh"
+#include "tile.cuh"
+
+constexpr int WARP_QUERIES = 16 * QUERY_TILES;
+constexpr int LANE_ROWS = 2 * QUERY_TILES;
+constexpr int LANE_KEYS = TILE_K / 4;
+constexpr int KEY_COLUMNS = TILE_K / 8;  // products of 8 keys
+constexpr int OUT_COLUMNS = (HEAD_DIM_V + 7) / 8;
+constexpr int LANE_CHANNELS = 2 * OUT_COLUMNS;
+
+using QueryTile = Tile<ELEMENT, WARPS * WARP_QUERIES, HEAD_DIM, IN_ROWS>;
+using KeyTileShape = Tile<ELEMENT, TILE_K, HEAD_DIM, LANE_KEYS>;
+using ValueTile = Tile<ELEMENT, TILE_K, HEAD_DIM_V, LANE_KEYS>;
+constexpr int QUERY_STEPS = QueryTile::steps + QueryTile::half_step;
+
+// Where a lane stands in the block's tile.
+struct Lane {
+    int group;  // row of a product, 0..7
+    int quad;   // lane of the four that share a row
+    int query;  // first query of the warp, in the tile
+    DEVICE Lane() : group(lane_index() / 4), quad(lane_index() % 4), query(warp_index() * WARP_QUERIES) {}
+    // Query, in the tile, of the lane's row `r`.
+    DEVICE int row(int r) const { return query + 8 * r + group; }
+    // First of the lane's neighbouring keys, in the tile.
+    DEVICE int first_key() const { return quad * LANE_KEYS; }
+    // The lane's channel `i`: 2 i and 2 i + 1 are neighbours.
+    DEVICE int channel(int i) const { return 8 * (i / 2) + 2 * quad + i % 2; }
+    // One lane of those that share a row.
+    DEVICE bool leads() const { return quad == 0; }
+};
+
+// Logits of the warp's queries and one tile of keys: C of the products q k.
+using Scores = float[QUERY_TILES][KEY_COLUMNS][4];
+DEVICE float& score(Scores& s, int row, int key) { return s[row / 2][key / 2][2 * (row % 2) + key % 2]; }
+// What the warp has of the output: C of the products P v.
+using Output = float[QUERY_TILES][OUT_COLUMNS][4];
+DEVICE float& value(Output& out, int row, int channel) { return out[row / 2][channel / 2][2 * (row % 2) + channel % 2]; }
+DEVICE float value(const Output& out, int row, int channel) { return out[row / 2][channel / 2][2 * (row % 2) + channel % 2]; }
+
+// Over the lanes that share a row.
+DEVICE float row_maximum(float x) { return quad_maximum(x); }
+DEVICE float row_sum(float x) { return quad_sum(x); }
+
+// A of q, in registers or loaded for every tile of keys.
+struct Queries {
+    u32 words[QUERIES_IN_REGISTERS ? QUERY_TILES : 1][QUERIES_IN_REGISTERS ? QUERY_STEPS : 1][4];
+    const Piece* tile;
+    int query;
+
+    DEVICE void load(const Piece* shared, int first) {
+        tile = shared;
+        query = first;
+        if constexpr (QUERIES_IN_REGISTERS) {
+#pragma unroll
+            for (int m = 0; m < QUERY_TILES; m++)
+#pragma unroll
+                for (int step = 0; step < QUERY_STEPS; step++)
+                    load_left<QueryTile>(words[m][step], tile, query + 16 * m, step);
+        }
+    }
+    DEVICE void left(u32 (&a)[4], int m, int step) const {
+        if constexpr (QUERIES_IN_REGISTERS) {
+#pragma unroll
+            for (int i = 0; i < 4; i++) a[i] = words[m][step][i];
+        } else {
+            load_left<QueryTile>(a, tile, query + 16 * m, step);
+        }
+    }
+};
+
+// Some terms of S += q k, for one tile of keys.
+template <int terms> DEVICE void add_logit_terms(Scores& s, const Queries& queries, const Piece* keys) {
+    constexpr int products = products_of_load<KeyTileShape>, words = 4 / products;
+#pragma unroll
+    for (int step = 0; step < QUERY_STEPS; step += 2) {
+        Factor<ELEMENT, 4> a[QUERY_TILES][2];
+#pragma unroll
+        for (int m = 0; m < QUERY_TILES; m++)
+#pragma unroll
+            for (int i = 0; i < 2 && step + i < QUERY_STEPS; i++) {
+                u32 raw[4];
+                queries.left(raw, m, step + i);
+                a[m][i] = factor<ELEMENT>(raw);
+            }
+#pragma unroll
+        for (int n = 0; n < KEY_COLUMNS; n += products) {
+            u32 b[4];
+            load_right<KeyTileShape, LANE_KEYS>(b, keys, n, step);
+#pragma unroll
+            for (int p = 0; p < products; p++)
+#pragma unroll
+                for (int i = 0; i < 2 && step + i < QUERY_STEPS; i++) {
+                    const bool half = KeyTileShape::half_step && step + i == KeyTileShape::steps;
+                    const int at = p * words + 2 * i;
+                    const u32 pair[2] = {b[at], b[half ? at : at + 1]};
+                    const Factor<ELEMENT, 2> right = factor<ELEMENT>(pair);
+#pragma unroll
+                    for (int m = 0; m < QUERY_TILES; m++) {
+                        if constexpr (KeyTileShape::half_step) {
+                            if (half) {
+                                mma_step<terms>(s[m][n + p], half_of(a[m][i]), half_of(right));
+                                continue;
+                            }
+                        }
+                        mma_step<terms>(s[m][n + p], a[m][i], right);
+                    }
+                }
+        }
+    }
+}
+
+// S += q k, for one tile of keys.
+template <class T = ELEMENT> DEVICE void add_logits(Scores& s, const Queries& queries, const Piece* keys) {
+    if constexpr (sizeof(T) == 4) add_logit_terms<SMALL_TERMS>(s, queries, keys);
+    add_logit_terms<LARGE_TERMS>(s, queries, keys);
+}
+
+// Some terms of P v for one tile of keys and 8 channels, f32.
+template <int terms, class T>
+DEVICE void add_share_terms(float (&share)[QUERY_TILES][4], const Factor<T, 4> (&p)[QUERY_TILES][KEY_COLUMNS],
+                            const Piece* values, int column) {
+#pragma unroll
+    for (int n = 0; n < KEY_COLUMNS; n++) {
+        u32 b[2];
+        load_right_columns<ValueTile, LANE_KEYS>(b, values, n, column);
+        const Factor<T, 2> right = factor<T>(b);
+#pragma unroll
+        for (int m = 0; m < QUERY_TILES; m++) mma_step<terms>(share[m], p[m][n], right);
+    }
+}
+
+// O += P v, with P as C of the first product.
+template <class T = ELEMENT> DEVICE void add_values(Output& out, const Scores& p, const Piece* values) {
+    if constexpr (sizeof(T) == 4) {
+        Factor<T, 4> a[QUERY_TILES][KEY_COLUMNS];
+#pragma unroll
+        for (int m = 0; m < QUERY_TILES; m++)
+#pragma unroll
+            for (int n = 0; n < KEY_COLUMNS; n++) {
+                const u32 raw[4] = {bits_of(p[m][n][0]), bits_of(p[m][n][2]), bits_of(p[m][n][1]), bits_of(p[m][n][3])};
+                a[m][n] = factor<T>(raw);
+            }
+#pragma unroll
+        for (int c = 0; c < OUT_COLUMNS; c++) {
+            // The tile's share, small terms first: what the matrix unit cuts off is then small, and O is added in f32.
+            float share[QUERY_TILES][4] = {};
+            add_share_terms<SMALL_TERMS, T>(share, a, values, c);
+            add_share_terms<LARGE_TERMS, T>(share, a, values, c);
+#pragma unroll
+            for (int m = 0; m < QUERY_TILES; m++)
+#pragma unroll
+                for (int i = 0; i < 4; i++) out[m][c][i] += share[m][i];
+        }
+    } else {
+        constexpr int STEPS = KEY_COLUMNS / 2;  // of 16 keys: two products' columns
+        Factor<T, 4> a[QUERY_TILES][STEPS];
+#pragma unroll
+        for (int m = 0; m < QUERY_TILES; m++)
+#pragma unroll
+            for (int k = 0; k < STEPS; k++)
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    const float* c = p[m][2 * k + i / 2];
+                    a[m][k].high[i] = pack<T>(c[2 * (i % 2)], c[2 * (i % 2) + 1]);
+                }
+#pragma unroll
+        for (int k = 0; k < STEPS; k++)
+#pragma unroll
+            for (int c = 0; c + 1 < OUT_COLUMNS; c += 2) {
+                u32 b[4];
+                load_right_transposed<ValueTile, LANE_KEYS>(b, values, 2 * k, c);
+#pragma unroll
+                for (int i = 0; i < 2; i++)
+#pragma unroll
+                    for (int m = 0; m < QUERY_TILES; m++)
+                        mma_step<LARGE_TERMS>(out[m][c + i], a[m][k], Factor<T, 2>{{b[2 * i], b[2 * i + 1]}});
+            }
+        if constexpr (OUT_COLUMNS % 2 == 1) {
+            constexpr int c = OUT_COLUMNS - 1;
+#pragma unroll
+            for (int k = 0; k < STEPS; k += 2) {
+                u32 b[4];
+                load_right_transposed_column<ValueTile, LANE_KEYS>(b, values, 2 * k, c);
+#pragma unroll
+                for (int i = 0; i < 2; i++)
+#pragma unroll
+                    for (int m = 0; m < QUERY_TILES; m++)
+                        mma_step<LARGE_TERMS>(out[m][c], a[m][k + i], Factor<T, 2>{{b[2 * i], b[2 * i + 1]}});
+            }
+        }
+    }
+}
