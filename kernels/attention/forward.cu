@@ -50,6 +50,11 @@ template <class Action> DEVICE void for_rows(Action action) {
     for (int r = 0; r < LANE_ROWS; r++) action(r);
 }
 
+template <class Action> DEVICE void for_groups(Action action) {
+#pragma unroll
+    for (int group = 0; group < KEY_GROUPS; group++) action(group);
+}
+
 DEVICE void start_with_zeros(Scores& s) {
     for_rows([&](int r) {
 #pragma unroll
@@ -76,6 +81,7 @@ template <int index> struct BiasPieces {
         if constexpr (present) {
             const i64 stride = inputs.biases[index].strides[3];
             lane_data = bias_data<index>(inputs, work.at) + (by_query ? work.query * stride : 0) + lane.first_key();
+            lane_data = (const B*)opaque((i64)lane_data);
 #pragma unroll
             for (int r = 0; r < rows; r++) {
                 // Queries that do not exist read the last one that does.
@@ -85,13 +91,16 @@ template <int index> struct BiasPieces {
         }
     }
 
-    DEVICE void load(i64 key) {
+    // The pieces of the tile at `key` that end in a group of its keys.
+    DEVICE void load(i64 key, int group) {
         if constexpr (present) {
             const char* from = (const char*)(lane_data + key);
 #pragma unroll
-            for (int r = 0; r < rows; r++)
+            for (int i = 0; i < count; i++) {
+                if ((PIECE_ELEMENTS<B> * (i + 1) - 1) / GROUP_KEYS != group) continue;
 #pragma unroll
-                for (int i = 0; i < count; i++) pieces[r][i] = load_piece(from + offsets[r] + 16 * i);
+                for (int r = 0; r < rows; r++) pieces[r][i] = load_piece(from + offsets[r] + 16 * i);
+            }
         }
     }
 
@@ -125,14 +134,19 @@ struct BiasTiles {
         bias2.start(inputs, work, lane);
         bias3.start(inputs, work, lane);
     }
+    DEVICE void load_ahead(i64 key, int group) {
+        bias0.load(key, group);
+        if constexpr (!BiasPieces<0>::by_query) bias1.load(key, group);
+    }
     DEVICE void load_ahead(i64 key) {
-        bias0.load(key);
-        if constexpr (!BiasPieces<0>::by_query) bias1.load(key);
+        for_groups([&](int group) { load_ahead(key, group); });
     }
     DEVICE void load_now(i64 key) {
-        if constexpr (BiasPieces<0>::by_query) bias1.load(key);
-        bias2.load(key);
-        bias3.load(key);
+        for_groups([&](int group) {
+            if constexpr (BiasPieces<0>::by_query) bias1.load(key, group);
+            bias2.load(key, group);
+            bias3.load(key, group);
+        });
     }
     template <bool queries> DEVICE float add(float sum, float inverse_scale, int row, int key) const {
         sum = bias0.add<queries>(sum, inverse_scale, row, key);
@@ -142,12 +156,11 @@ struct BiasTiles {
     }
 };
 
-// Starts S with the biases over the scale; -inf where key mask or length exclude. (A bias of +inf there makes NaN, which
+// Starts a group of S with the biases over the scale; -inf where key mask or length exclude. (A bias of +inf there makes NaN, which
 // leaves the plain path.)
-DEVICE void start_with_biases(Scores& s, const BiasTiles& biases, float inverse_scale, u64 keeps, const Lane& lane) {
-    const u32 kept = (u32)(keeps >> lane.first_key());
+DEVICE void start_with_biases(Scores& s, const BiasTiles& biases, float inverse_scale, u32 kept, int group) {
 #pragma unroll
-    for (int j = 0; j < LANE_KEYS; j++) {
+    for (int j = group * GROUP_KEYS; j < (group + 1) * GROUP_KEYS; j++) {
         float of_key = biases.add<false>(0.0f, inverse_scale, 0, j);
         if constexpr (KEY_MASK || KV_LENGTHS) of_key = kept >> j & 1 ? of_key : -INFINITE;
         for_rows([&](int r) { score(s, r, j) = biases.add<true>(of_key, inverse_scale, r, j); });
@@ -185,18 +198,23 @@ DEVICE void finish_logits(Scores& s, const AttentionInputs& inputs, const Work& 
 
 // ----------------------------------------------------------------------------------------------------------- softmax
 
-// What a warp has of its rows so far. P, l and O are relative to a reference in base 2: at first the row maximum, and as
-// long as no tile's P grow large beside it, the same for all tiles: equations (3a)-(3c).
+// What a warp has of its rows so far, relative to a reference in base 2: equations (3a)-(3c). The reference is the maximum
+// of the row's first tiles, and from then on stays, as long as no P grows large beside it.
 struct Softmax {
     RowValues references;
     RowValues sums;
-    bool settled;  // whether all references allow the plain path
+    float largest;  // sum of a lane's P in a tile
+    bool settled;   // whether all references are such that the plain path may keep them
 
-    DEVICE Softmax() : settled(false) {
+    DEVICE void start(Output& out) {
         for_rows([&](int r) {
             references[r] = -INFINITE;
             sums[r] = 0.0f;
+#pragma unroll
+            for (int i = 0; i < LANE_CHANNELS; i++) value(out, r, i) = 0.0f;
         });
+        largest = 0.0f;
+        settled = false;
     }
 
     // Raises the references to the maxima of S times `scale`, which is positive, and brings l and O to them; on the plain
@@ -214,7 +232,7 @@ struct Softmax {
         settled = warp_all(farthest <= PLAIN_LIMIT);
         if (plain && !settled) return false;
         for_rows([&](int r) {
-            const float factor = exp2(references[r] - finite_reference(raised[r]));
+            const float factor = exp2(references[r] - finite_reference(r, raised));
             references[r] = raised[r];
             sums[r] *= factor;
 #pragma unroll
@@ -224,14 +242,14 @@ struct Softmax {
     }
 
     // Where all logits so far are -inf any reference does.
-    static DEVICE float finite_reference(float reference) { return reference == -INFINITE ? 0.0f : reference; }
+    static DEVICE float finite_reference(int r, const RowValues& of) { return of[r] == -INFINITE ? 0.0f : of[r]; }
 
-    // P = 2^(S scale - reference), and its sums over the lane's keys.
-    DEVICE void exponentials(Scores& s, float scale, RowValues& shares) const {
+    // P = 2^(S scale - reference) for a group, and its sums over the lane's keys so far.
+    template <bool finite> DEVICE void exponentials(Scores& s, float scale, RowValues& shares, int group) const {
         for_rows([&](int r) {
-            const float reference = finite_reference(references[r]);
+            const float reference = finite ? references[r] : finite_reference(r, references);
 #pragma unroll
-            for (int j = 0; j < LANE_KEYS; j++) {
+            for (int j = group * GROUP_KEYS; j < (group + 1) * GROUP_KEYS; j++) {
                 float& p = score(s, r, j);
                 p = exp2(fused_multiply_add(p, scale, -reference));
                 shares[r] = j == 0 ? p : shares[r] + p;
@@ -240,15 +258,33 @@ struct Softmax {
     }
 
     DEVICE void add(const RowValues& shares) {
-        for_rows([&](int r) { sums[r] += shares[r]; });
+        for_rows([&](int r) {
+            sums[r] += shares[r];
+            largest = maximum(largest, shares[r]);
+        });
+    }
+
+    // Whether the references that stayed did not serve: P grew too large, or O did, or something is NaN.
+    DEVICE bool outgrown(const Output& out) const {
+        bool fine = largest <= LARGEST_SHARE;
+        for_rows([&](int r) {
+            fine = fine && sums[r] < INFINITE;
+#pragma unroll
+            for (int i = 0; i < LANE_CHANNELS; i++) fine = fine && magnitude(value(out, r, i)) < INFINITE;
+        });
+        return !fine;
     }
 };
 
-// Whether the references still serve. False for NaN.
-DEVICE bool in_range(const RowValues& shares) {
-    bool small = true;
-    for_rows([&](int r) { small = small && shares[r] <= LARGEST_SHARE; });
-    return warp_all(small);
+// Whether it holds in some thread of the block; `flags` holds WARPS words that nobody else uses until the next barrier.
+DEVICE bool block_any(bool predicate, u32* flags) {
+    block_barrier();
+    flags[warp_index()] = warp_any(predicate);
+    block_barrier();
+    bool any = false;
+    for (int i = 0; i < WARPS; i++) any = any || flags[i] != 0;
+    block_barrier();
+    return any;
 }
 
 // ---------------------------------------------------------------------------------------------------------- the end
@@ -342,14 +378,7 @@ DEVICE void finish(const ForwardParams& params, const Work& work, const Lane& la
     });
     float* const mean = shared;
     if constexpr (UNIFORM_ROWS) {
-        u32* const flags = (u32*)shared;
-        block_barrier();
-        flags[warp_index()] = warp_any(empty);
-        block_barrier();
-        bool any = false;
-        for (int i = 0; i < WARPS; i++) any = any || flags[i] != 0;
-        block_barrier();
-        if (any) mean_of_values(mean, shared + HEAD_DIM_V, values, params.inputs.seqlen_k);
+        if (block_any(empty, (u32*)shared)) mean_of_values(mean, shared + HEAD_DIM_V, values, params.inputs.seqlen_k);
     }
     for_rows([&](int r) {
         if (lane.row(r) >= work.queries) return;
@@ -400,78 +429,99 @@ KERNEL(THREADS) attention_forward(const ForwardParams params) {
         copy_async_commit();
     };
 
-    // The next tile of keys, on its way.
-    KeyWalk<TILE_K> walk(inputs, work.at, work.query, work.queries);
+    load_queries.load(shared_queries, work.query, [&](int row) { return row < work.queries; });
+    copy_async_commit();
     BiasTiles biases;
     biases.start(inputs, work, lane);
-    load_queries.load(shared_queries, work.query, [&](int row) { return row < work.queries; });
-    if (!walk.done()) {
-        load_keys(0, walk.tile);
-        if (walk.tile.cover == FULL) biases.load_ahead(walk.tile.key);
-        walk.read_ahead();
-    }
-    copy_async_commit();
-    copy_async_wait<0>();
-    block_barrier();
-    Queries queries;
-    queries.load(shared_queries, lane.query);
-
     const float inverse_scale = 1.0f / inputs.scale;
-    Output out = {};
+    Queries queries;
+    Output out;
     Softmax softmax;
 
-    for (int stage = 0; !walk.done();) {
-        const KeyTile tile = walk.tile;
+    // Once more, with references that follow the maxima, where those that stay do not serve.
+    for (bool careful = !PRELOAD;; careful = true) {
+        // The next tile of keys, on its way.
+        KeyWalk<TILE_K> walk(inputs, work.at, work.query, work.queries);
+        if (!walk.done()) {
+            load_keys(0, walk.tile);
+            if (walk.tile.cover == FULL) biases.load_ahead(walk.tile.key);
+        }
         copy_async_wait<0>();
         block_barrier();
-        walk.advance();
-        const bool more = !walk.done();
-        if (STAGES == 2 && more) load_keys(1 - stage, walk.tile);
-        const Piece* const keys = shared_keys + stage * KeyTileShape::size;
+        queries.load(shared_queries, lane.query);
+        softmax.start(out);
 
-        Scores s;
-        RowValues shares;
-        const bool plain = PRELOAD && tile.cover == FULL;
-        bool done = false;
-        if (plain) biases.load_now(tile.key);
-        if (plain && softmax.settled) {
-            start_with_biases(s, biases, inverse_scale, tile.keeps, lane);
-            if (more) walk.read_ahead();
-            add_logits(s, queries, keys);
-            softmax.exponentials(s, inputs.scale_base2, shares);
-            done = in_range(shares);
-        } else if (more) {
-            walk.read_ahead();
-        }
-        if (!done) {
-            float scale = inputs.scale_base2;
-            if (plain && !softmax.settled) {
-                start_with_biases(s, biases, inverse_scale, tile.keeps, lane);
-                add_logits(s, queries, keys);
-                done = softmax.raise<true>(s, scale, out);
-            }
-            if (!done) {
-                start_with_zeros(s);
-                add_logits(s, queries, keys);
-                finish_logits(s, inputs, work, tile, lane);
-                // Read again, so that finish_logits may use the registers.
-                queries.load(shared_queries, lane.query);
-                scale = 1.0f;
-                softmax.raise<false>(s, scale, out);
-            }
-            softmax.exponentials(s, scale, shares);
-        }
-        softmax.add(shares);
-        // Not earlier: here P takes half the registers that S took.
-        if (more && walk.tile.cover == FULL) biases.load_ahead(walk.tile.key);
-        add_values(out, s, shared_values + stage * ValueTile::size);
-
-        if (STAGES == 2) {
-            stage = 1 - stage;
-        } else if (more) {
+        for (int stage = 0; !walk.done();) {
+            const KeyTile tile = walk.tile;
+            copy_async_wait<0>();
             block_barrier();
-            load_keys(0, walk.tile);
+            walk.advance();
+            const bool more = !walk.done();
+            if (STAGES == 2 && more) load_keys(1 - stage, walk.tile);
+            const Piece* const keys = shared_keys + stage * KeyTileShape::size;
+            const Piece* const tile_values = shared_values + stage * ValueTile::size;
+
+            Scores s;
+            Weights p;
+            RowValues shares;
+            const bool ahead = more && walk.tile.cover == FULL;
+            const bool plain = PRELOAD && tile.cover == FULL;
+            const u32 kept = (u32)(tile.keeps >> lane.first_key());
+            if (plain) biases.load_now(tile.key);
+            if (plain && softmax.settled && !careful) {
+                // Without a next tile this one's biases are loaded once more, which costs less than a branch.
+                const i64 next = ahead ? walk.tile.key : tile.key;
+                // Exponentials of one group beside products of the next.
+#pragma unroll
+                for (int group = 0; group <= KEY_GROUPS; group++) {
+                    if (group < KEY_GROUPS) {
+                        start_with_biases(s, biases, inverse_scale, kept, group);
+                        biases.load_ahead(next, group);
+                        add_logits(s, queries, keys, group);
+                    }
+                    if (group > 0) {
+                        softmax.exponentials<true>(s, inputs.scale_base2, shares, group - 1);
+                        weights_of(p, s, group - 1);
+                    }
+                }
+                softmax.add(shares);
+                add_values(out, p, tile_values);
+            } else {
+                float scale = inputs.scale_base2;
+                bool in_range = false;
+                if (plain) {
+                    for_groups([&](int group) {
+                        start_with_biases(s, biases, inverse_scale, kept, group);
+                        add_logits(s, queries, keys, group);
+                    });
+                    in_range = softmax.raise<true>(s, scale, out);
+                }
+                if (!in_range) {
+                    start_with_zeros(s);
+                    for_groups([&](int group) { add_logits(s, queries, keys, group); });
+                    finish_logits(s, inputs, work, tile, lane);
+                    // Read again, so that finish_logits may use the registers.
+                    queries.load(shared_queries, lane.query);
+                    scale = 1.0f;
+                    softmax.raise<false>(s, scale, out);
+                }
+                for_groups([&](int group) {
+                    softmax.exponentials<false>(s, scale, shares, group);
+                    weights_of(p, s, group);
+                });
+                softmax.add(shares);
+                if (ahead) biases.load_ahead(walk.tile.key);
+                add_values(out, p, tile_values);
+            }
+
+            if (STAGES == 2) {
+                stage = 1 - stage;
+            } else if (more) {
+                block_barrier();
+                load_keys(0, walk.tile);
+            }
         }
+        if (careful || !block_any(softmax.outgrown(out), (u32*)shared_keys)) break;
     }
 
     finish(params, work, lane, softmax, out, v, (float*)shared);

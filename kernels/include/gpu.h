@@ -203,6 +203,16 @@ DEVICE Piece load_piece(const void* from) {
     return y;
 }
 
+// A byte of read-only global memory, or 0 without a look at it. Opaque, so that the wait for it is where it is used.
+DEVICE u32 load_byte_or_zero(const u8* from, bool there) {
+    u32 y;
+    asm volatile(
+        "{\n\t.reg .pred p;\n\tsetp.ne.u32 p, %2, 0;\n\tmov.u32 %0, 0;\n\t@p ld.global.nc.u8 %0, [%1];\n\t}"
+        : "=r"(y)
+        : "l"(from), "r"((u32)there));
+    return y;
+}
+
 // Starts a copy of 16 bytes from global to shared memory; only `bytes` (0 or 16) of them are read, the rest become 0.
 DEVICE void copy_async(u32 to, const void* from, u32 bytes) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");

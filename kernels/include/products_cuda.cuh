@@ -18,6 +18,11 @@ constexpr int LANE_CHANNELS = 2 * OUT_COLUMNS;
 using QueryTile = Tile<ELEMENT, WARPS * WARP_QUERIES, HEAD_DIM, IN_ROWS>;
 using KeyTileShape = Tile<ELEMENT, TILE_K, HEAD_DIM, LANE_KEYS>;
 using ValueTile = Tile<ELEMENT, TILE_K, HEAD_DIM_V, LANE_KEYS>;
+// Keys are taken in groups of two steps' worth of loads, or as many as one load fetches.
+constexpr int GROUP_PRODUCTS = products_of_load<KeyTileShape> > 2 ? products_of_load<KeyTileShape> : 2;
+constexpr int KEY_GROUPS = KEY_COLUMNS / GROUP_PRODUCTS;
+constexpr int GROUP_KEYS = LANE_KEYS / KEY_GROUPS;
+static_assert(KEY_COLUMNS % GROUP_PRODUCTS == 0, "whole groups");
 constexpr int QUERY_STEPS = QueryTile::steps + QueryTile::half_step;
 
 // Where a lane stands in the block's tile.
@@ -75,8 +80,8 @@ struct Queries {
     }
 };
 
-// Some terms of S += q k, for one tile of keys.
-template <int terms> DEVICE void add_logit_terms(Scores& s, const Queries& queries, const Piece* keys) {
+// Some terms of S += q k, for one group of keys.
+template <int terms> DEVICE void add_logit_terms(Scores& s, const Queries& queries, const Piece* keys, int group) {
     constexpr int products = products_of_load<KeyTileShape>, words = 4 / products;
 #pragma unroll
     for (int step = 0; step < QUERY_STEPS; step += 2) {
@@ -90,7 +95,7 @@ template <int terms> DEVICE void add_logit_terms(Scores& s, const Queries& queri
                 a[m][i] = factor<ELEMENT>(raw);
             }
 #pragma unroll
-        for (int n = 0; n < KEY_COLUMNS; n += products) {
+        for (int n = group * GROUP_PRODUCTS; n < (group + 1) * GROUP_PRODUCTS; n += products) {
             u32 b[4];
             load_right<KeyTileShape, LANE_KEYS>(b, keys, n, step);
 #pragma unroll
@@ -116,18 +121,41 @@ template <int terms> DEVICE void add_logit_terms(Scores& s, const Queries& queri
     }
 }
 
-// S += q k, for one tile of keys.
-template <class T = ELEMENT> DEVICE void add_logits(Scores& s, const Queries& queries, const Piece* keys) {
-    if constexpr (sizeof(T) == 4) add_logit_terms<SMALL_TERMS>(s, queries, keys);
-    add_logit_terms<LARGE_TERMS>(s, queries, keys);
+// S += q k, for one group of keys.
+template <class T = ELEMENT> DEVICE void add_logits(Scores& s, const Queries& queries, const Piece* keys, int group) {
+    if constexpr (sizeof(T) == 4) add_logit_terms<SMALL_TERMS>(s, queries, keys, group);
+    add_logit_terms<LARGE_TERMS>(s, queries, keys, group);
+}
+
+// P as the left factor of the second product: C of the first one as it lies, rounded to the element type. A step is 16
+// keys, 8 of f32.
+constexpr int WEIGHT_STEPS = sizeof(ELEMENT) == 4 ? KEY_COLUMNS : KEY_COLUMNS / 2;
+using Weights = u32[QUERY_TILES][WEIGHT_STEPS][4];
+
+// Those of one group of keys.
+template <class T = ELEMENT> DEVICE void weights_of(Weights& w, const Scores& p, int group) {
+    constexpr int steps = WEIGHT_STEPS / KEY_GROUPS;
+#pragma unroll
+    for (int m = 0; m < QUERY_TILES; m++)
+#pragma unroll
+        for (int k = group * steps; k < (group + 1) * steps; k++)
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                if constexpr (sizeof(T) == 4) {
+                    w[m][k][i] = bits_of(p[m][k][2 * (i % 2) + i / 2]);
+                } else {
+                    const float* c = p[m][2 * k + i / 2];
+                    w[m][k][i] = pack<T>(c[2 * (i % 2)], c[2 * (i % 2) + 1]);
+                }
+            }
 }
 
 // Some terms of P v for one tile of keys and 8 channels, f32.
 template <int terms, class T>
-DEVICE void add_share_terms(float (&share)[QUERY_TILES][4], const Factor<T, 4> (&p)[QUERY_TILES][KEY_COLUMNS],
+DEVICE void add_share_terms(float (&share)[QUERY_TILES][4], const Factor<T, 4> (&p)[QUERY_TILES][WEIGHT_STEPS],
                             const Piece* values, int column) {
 #pragma unroll
-    for (int n = 0; n < KEY_COLUMNS; n++) {
+    for (int n = 0; n < WEIGHT_STEPS; n++) {
         u32 b[2];
         load_right_columns<ValueTile, LANE_KEYS>(b, values, n, column);
         const Factor<T, 2> right = factor<T>(b);
@@ -136,17 +164,14 @@ DEVICE void add_share_terms(float (&share)[QUERY_TILES][4], const Factor<T, 4> (
     }
 }
 
-// O += P v, with P as C of the first product.
-template <class T = ELEMENT> DEVICE void add_values(Output& out, const Scores& p, const Piece* values) {
+// O += P v.
+template <class T = ELEMENT> DEVICE void add_values(Output& out, const Weights& p, const Piece* values) {
     if constexpr (sizeof(T) == 4) {
-        Factor<T, 4> a[QUERY_TILES][KEY_COLUMNS];
+        Factor<T, 4> a[QUERY_TILES][WEIGHT_STEPS];
 #pragma unroll
         for (int m = 0; m < QUERY_TILES; m++)
 #pragma unroll
-            for (int n = 0; n < KEY_COLUMNS; n++) {
-                const u32 raw[4] = {bits_of(p[m][n][0]), bits_of(p[m][n][2]), bits_of(p[m][n][1]), bits_of(p[m][n][3])};
-                a[m][n] = factor<T>(raw);
-            }
+            for (int n = 0; n < WEIGHT_STEPS; n++) a[m][n] = factor<T>(p[m][n]);
 #pragma unroll
         for (int c = 0; c < OUT_COLUMNS; c++) {
             // The tile's share, small terms first: what the matrix unit cuts off is then small, and O is added in f32.
@@ -159,19 +184,8 @@ template <class T = ELEMENT> DEVICE void add_values(Output& out, const Scores& p
                 for (int i = 0; i < 4; i++) out[m][c][i] += share[m][i];
         }
     } else {
-        constexpr int STEPS = KEY_COLUMNS / 2;  // of 16 keys: two products' columns
-        Factor<T, 4> a[QUERY_TILES][STEPS];
 #pragma unroll
-        for (int m = 0; m < QUERY_TILES; m++)
-#pragma unroll
-            for (int k = 0; k < STEPS; k++)
-#pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    const float* c = p[m][2 * k + i / 2];
-                    a[m][k].high[i] = pack<T>(c[2 * (i % 2)], c[2 * (i % 2) + 1]);
-                }
-#pragma unroll
-        for (int k = 0; k < STEPS; k++)
+        for (int k = 0; k < WEIGHT_STEPS; k++)
 #pragma unroll
             for (int c = 0; c + 1 < OUT_COLUMNS; c += 2) {
                 u32 b[4];
@@ -179,20 +193,18 @@ template <class T = ELEMENT> DEVICE void add_values(Output& out, const Scores& p
 #pragma unroll
                 for (int i = 0; i < 2; i++)
 #pragma unroll
-                    for (int m = 0; m < QUERY_TILES; m++)
-                        mma_step<LARGE_TERMS>(out[m][c + i], a[m][k], Factor<T, 2>{{b[2 * i], b[2 * i + 1]}});
+                    for (int m = 0; m < QUERY_TILES; m++) mma(out[m][c + i], p[m][k], {b[2 * i], b[2 * i + 1]}, T());
             }
         if constexpr (OUT_COLUMNS % 2 == 1) {
             constexpr int c = OUT_COLUMNS - 1;
 #pragma unroll
-            for (int k = 0; k < STEPS; k += 2) {
+            for (int k = 0; k < WEIGHT_STEPS; k += 2) {
                 u32 b[4];
                 load_right_transposed_column<ValueTile, LANE_KEYS>(b, values, 2 * k, c);
 #pragma unroll
                 for (int i = 0; i < 2; i++)
 #pragma unroll
-                    for (int m = 0; m < QUERY_TILES; m++)
-                        mma_step<LARGE_TERMS>(out[m][c], a[m][k + i], Factor<T, 2>{{b[2 * i], b[2 * i + 1]}});
+                    for (int m = 0; m < QUERY_TILES; m++) mma(out[m][c], p[m][k + i], {b[2 * i], b[2 * i + 1]}, T());
             }
         }
     }

@@ -13,9 +13,10 @@ struct KeyTile {
 // Visits the tiles of `tile_keys` keys that queries `query .. query + queries` may see, in ascending order; others are
 // skipped. Every warp walks for itself, and all alike. What the key mask says is read one tile ahead:
 //
-//     for (KeyWalk walk(...); !walk.done(); walk.advance()) { walk.read_ahead(); ... walk.tile ... }
+//     for (KeyWalk walk(...); !walk.done(); walk.advance()) ... walk.tile ...
 template <int tile_keys> struct KeyWalk {
     static_assert(tile_keys <= 2 * WARP_THREADS, "a lane looks after two keys");
+    static constexpr int looks = tile_keys > WARP_THREADS ? 2 : 1;
 
     const AttentionInputs& inputs;
     Position at;
@@ -23,16 +24,22 @@ template <int tile_keys> struct KeyWalk {
     int queries;
     i64 end;                              // keys that exist and are counted by lengths
     KeyTile tile;                         // where it is
-    i64 ahead_key;                        // the tile that was read ahead, and
-    bool ahead[2];                        // whether its keys lane and lane + 32 are kept
+    i64 next_key;                         // the tile after it, and
+    const u8* next_mask;                  // what the key mask says of the lane's first key of that, and
+    u32 next_keeps[looks];                // not 0 where its keys lane and lane + WARP_THREADS are kept
     i32 lowest_segment, highest_segment;  // of the queries
 
     DEVICE KeyWalk(const AttentionInputs& inputs, const Position& at, i64 query, int queries)
-        : inputs(inputs), at(at), query(query), queries(queries) {
+        : inputs(inputs), at(at), query(query), queries(queries), next_key(first_tile()) {
         const i64 length = kv_length(inputs, at);
         end = length < inputs.seqlen_k ? length : inputs.seqlen_k;
         if constexpr (SEGMENTS) segment_range(inputs.q_segments, query, queries, lowest_segment, highest_segment);
-        read_ahead(first_tile());
+        if constexpr (KEY_MASK) {
+            const Operand& mask = inputs.key_mask;
+            next_mask = (const u8*)mask.data + at.batch * mask.strides[0] + at.row * mask.strides[1] +
+                        (next_key + lane_index()) * mask.strides[2];
+        }
+        read_next();
         advance();
     }
 
@@ -48,41 +55,45 @@ template <int tile_keys> struct KeyWalk {
 
     DEVICE bool done() const { return tile.key >= end; }
 
-    // Starts reading what the mask says of the tile at `key`.
-    DEVICE void read_ahead(i64 key) {
-        ahead_key = key;
+    // Keys from `key` on that count, in a tile.
+    DEVICE int keys_from(i64 key) const { return end - key < tile_keys ? (int)(end - key) : tile_keys; }
+
+    // Starts reading what the mask says of the next tile.
+    DEVICE void read_next() {
         if constexpr (KEY_MASK) {
+            const int keys = next_key < end ? keys_from(next_key) : 0;
+            const i64 stride = inputs.key_mask.strides[2];
 #pragma unroll
-            for (int i = 0; i < 2; i++) {
-                // Opaque: addresses are worth no registers from tile to tile.
-                const int index = opaque(lane_index()) + i * WARP_THREADS;
-                ahead[i] = index < tile_keys && key + index < end && key_mask_keeps(inputs, at, key + index);
+            for (int i = 0; i < looks; i++) {
+                const int key = lane_index() + i * WARP_THREADS;
+                next_keeps[i] = load_byte_or_zero(next_mask + i * WARP_THREADS * stride, key < keys);
             }
+            next_mask += tile_keys * stride;
         }
     }
-    DEVICE void read_ahead() { read_ahead(tile.key + tile_keys); }
 
-    // Goes to the tile that was read ahead, or the first one after it that shows something.
+    // Goes to the next tile that shows something, or behind all.
     DEVICE void advance() {
-        for (;; read_ahead(ahead_key + tile_keys)) {
-            tile = {ahead_key, 0, ahead_key + tile_keys <= inputs.seqlen_k ? FULL : PARTIAL};
+        for (;;) {
+            tile = {next_key, 0, next_key + tile_keys <= inputs.seqlen_k ? FULL : PARTIAL};
             if (tile.key >= end) return;
-            const i64 there = end - tile.key;
-            const int keys = there < tile_keys ? (int)there : tile_keys;
+            const int keys = keys_from(tile.key);
+            if constexpr (KEY_MASK) {
+                tile.keeps = warp_ballot(next_keeps[0] != 0);
+                if constexpr (looks > 1) tile.keeps |= (u64)warp_ballot(next_keeps[1] != 0) << WARP_THREADS % 64;
+            } else {
+                tile.keeps = ~0ull >> (64 - keys);
+            }
+            next_key += tile_keys;
+            read_next();
+            if (KEY_MASK && tile.keeps == 0) continue;
             if constexpr (POSITIONS) {
                 const int cover = position_cover(inputs, query, queries, tile.key, keys);
                 tile.cover = cover < tile.cover ? cover : tile.cover;
                 if (cover == EMPTY) {
-                    if (distance(inputs, query + queries - 1, tile.key) > inputs.highest_distance) ahead_key = end;
+                    if (distance(inputs, query + queries - 1, tile.key) > inputs.highest_distance) next_key = end;
                     continue;
                 }
-            }
-            if constexpr (KEY_MASK) {
-                tile.keeps = warp_ballot(ahead[0]);
-                if constexpr (tile_keys > WARP_THREADS) tile.keeps |= (u64)warp_ballot(ahead[1]) << 32;
-                if (tile.keeps == 0) continue;
-            } else {
-                tile.keeps = ~0ull >> (64 - keys);
             }
             if constexpr (SEGMENTS) {
                 const int cover = segment_cover(keys);
