@@ -15,7 +15,8 @@ struct KeyTile {
 //
 //     for (KeyWalk walk(...); !walk.done(); walk.advance()) { walk.read_ahead(); ... walk.tile ... }
 template <int tile_keys> struct KeyWalk {
-    static_assert(tile_keys <= 2 * WARP_THREADS, "a lane looks after two keys");
+    static_assert(tile_keys <= 64 && tile_keys <= 2 * WARP_THREADS, "a lane looks after two keys at most");
+    static constexpr int lane_masks = tile_keys > WARP_THREADS ? 2 : 1;
 
     const AttentionInputs& inputs;
     Position at;
@@ -24,7 +25,7 @@ template <int tile_keys> struct KeyWalk {
     i64 end;                              // keys that exist and are counted by lengths
     KeyTile tile;                         // where it is
     i64 ahead_key;                        // the tile that was read ahead, and
-    bool ahead[2];                        // whether its keys lane and lane + 32 are kept
+    bool ahead[lane_masks];               // whether its keys lane, and lane + 32, are kept
     i32 lowest_segment, highest_segment;  // of the queries
 
     DEVICE KeyWalk(const AttentionInputs& inputs, const Position& at, i64 query, int queries)
@@ -53,7 +54,7 @@ template <int tile_keys> struct KeyWalk {
         ahead_key = key;
         if constexpr (KEY_MASK) {
 #pragma unroll
-            for (int i = 0; i < 2; i++) {
+            for (int i = 0; i < lane_masks; i++) {
                 // Opaque: addresses are worth no registers from tile to tile.
                 const int index = opaque(lane_index()) + i * WARP_THREADS;
                 ahead[i] = index < tile_keys && key + index < end && key_mask_keeps(inputs, at, key + index);
@@ -79,7 +80,7 @@ template <int tile_keys> struct KeyWalk {
             }
             if constexpr (KEY_MASK) {
                 tile.keeps = warp_ballot(ahead[0]);
-                if constexpr (tile_keys > WARP_THREADS) tile.keeps |= (u64)warp_ballot(ahead[1]) << 32;
+                if constexpr (lane_masks == 2) tile.keeps |= (u64)warp_ballot(ahead[1]) << 32;
                 if (tile.keeps == 0) continue;
             } else {
                 tile.keeps = ~0ull >> (64 - keys);
