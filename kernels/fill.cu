@@ -30,6 +30,10 @@ KERNEL(BLOCK_THREADS) fill(const FillParams params) {
     for (i64 step = 0; step < steps; step++) {
         const i64 index = first + step * BLOCK_THREADS;
         if (index >= params.count) break;
-        data[offset_of<AXES>(index, params.sizes, params.strides)] = (Element)params.value;
+        // In a long loop, what the divisions need of the sizes would take registers from step to step.
+        i64 sizes[AXES];
+#pragma unroll
+        for (int axis = 0; axis < AXES; axis++) sizes[axis] = SERIAL ? opaque(params.sizes[axis]) : params.sizes[axis];
+        data[offset_of<AXES>(index, sizes, params.strides)] = (Element)params.value;
     }
 }

@@ -9,7 +9,7 @@
 #include "../include/params.h"
 
 DEVICE float sigmoid(float x) {
-    const float e = exp2(-fabsf(x) * LOG2_E), r = 1.0f / (1.0f + e);
+    const float e = exp2(-magnitude(x) * LOG2_E), r = 1.0f / (1.0f + e);
     return x >= 0.0f ? r : e * r;
 }
 

@@ -15,7 +15,7 @@ struct KeyTile {
 //
 //     for (KeyWalk walk(...); !walk.done(); walk.advance()) ... walk.tile ...
 template <int tile_keys> struct KeyWalk {
-    static_assert(tile_keys <= 2 * WARP_THREADS, "a lane looks after two keys");
+    static_assert(tile_keys <= 64 && tile_keys <= 2 * WARP_THREADS, "a lane looks after two keys at most");
     static constexpr int looks = tile_keys > WARP_THREADS ? 2 : 1;
 
     const AttentionInputs& inputs;
@@ -80,7 +80,7 @@ template <int tile_keys> struct KeyWalk {
             const int keys = keys_from(tile.key);
             if constexpr (KEY_MASK) {
                 tile.keeps = warp_ballot(next_keeps[0] != 0);
-                if constexpr (looks > 1) tile.keeps |= (u64)warp_ballot(next_keeps[1] != 0) << WARP_THREADS % 64;
+                if constexpr (looks > 1) tile.keeps |= (u64)warp_ballot(next_keeps[1] != 0) << 32;
             } else {
                 tile.keeps = ~0ull >> (64 - keys);
             }

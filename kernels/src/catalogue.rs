@@ -13,6 +13,7 @@ pub use scores::{Pass, Scores, Walk};
 use tilefold_core::DType;
 
 use crate::kernel::{Kernel, KernelError};
+use crate::vendor::Vendor;
 use crate::{backward, fill, merge, relayout};
 
 /// One kernel.
@@ -26,15 +27,19 @@ pub struct Entry {
     pub followed: bool,
 }
 
-/// All kernels: those of copies, fills and merges in every dtype, those of attention.
+/// Kernels whose products are written for NVIDIA's tensor cores alone so far.
+const WITHOUT_AMD: [&str; 3] = ["attention_forward", "backward_keys", "backward_queries"];
+
+/// All kernels for one vendor: those of copies, fills and merges in every dtype, those of attention.
 ///
 /// # Errors
 /// [`KernelError::MissingSource`].
-pub fn catalogue() -> Result<Vec<Entry>, KernelError> {
+pub fn catalogue(vendor: Vendor) -> Result<Vec<Entry>, KernelError> {
     let moves = fill::kernels().chain(relayout::kernels()).chain(merge::kernels());
     let mut entries: Vec<Entry> = Vec::new();
     let mut add = |kernel: Kernel, followed| {
-        if !entries.iter().any(|entry| entry.kernel.hash == kernel.hash) {
+        let written = vendor == Vendor::Nvidia || !WITHOUT_AMD.contains(&kernel.entry);
+        if written && !entries.iter().any(|entry| entry.kernel.hash == kernel.hash) {
             let scores = Scores::of(&kernel);
             let followed = followed && scores.as_ref().is_some_and(|scores| scores.dtype == DType::BF16);
             entries.push(Entry { kernel, scores, followed });
@@ -58,7 +63,7 @@ mod tests {
 
     #[test]
     fn the_work_of_every_pass_is_known() {
-        let entries = catalogue().unwrap();
+        let entries = catalogue(Vendor::Nvidia).unwrap();
         for pass in [Pass::Forward, Pass::BackwardKeys, Pass::BackwardQueries] {
             let of_pass = |entry: &&Entry| entry.scores.as_ref().is_some_and(|scores| scores.pass == pass);
             assert!(entries.iter().filter(of_pass).any(|entry| entry.followed), "{pass:?}");

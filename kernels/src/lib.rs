@@ -24,6 +24,7 @@ pub mod params;
 mod relayout;
 mod source;
 mod tile;
+mod vendor;
 
 pub use backward::{BackwardLaunch, BackwardOperands, backward, backward_shared_bytes, backward_workspace_bytes};
 pub use catalogue::{Entry, Pass, Scores, Walk, catalogue};
@@ -36,3 +37,4 @@ pub use operands::{AttentionOperands, kv_lengths_strides};
 pub use relayout::relayout;
 pub use source::{Constant, Source, kernel_files};
 pub use tile::{MAX_SHARED_BYTES, PIECE_BYTES, tile_bytes};
+pub use vendor::Vendor;

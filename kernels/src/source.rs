@@ -5,6 +5,8 @@ use sha2::{Digest, Sha256};
 /// Every source file, by the path that `#include` lines use.
 const FILES: &[(&str, &str)] = &[
     ("include/gpu.h", include_str!("../include/gpu.h")),
+    ("include/gpu_cuda.h", include_str!("../include/gpu_cuda.h")),
+    ("include/gpu_hip.h", include_str!("../include/gpu_hip.h")),
     ("include/params.h", include_str!("../include/params.h")),
     ("include/axes.cuh", include_str!("../include/axes.cuh")),
     ("include/mma.cuh", include_str!("../include/mma.cuh")),

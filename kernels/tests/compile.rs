@@ -3,11 +3,11 @@
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use tilefold_emulator_nvrtc::{Nvrtc, Release, Target};
-use tilefold_kernels::{catalogue, kernel_files};
+use tilefold_kernels::{Vendor, catalogue, kernel_files};
 
 #[test]
 fn one_kernel_of_each_file_compiles_without_a_warning() {
-    let kernels = catalogue().unwrap();
+    let kernels = catalogue(Vendor::Nvidia).unwrap();
     for release in Release::ALL {
         let nvrtc = Nvrtc::fetched(release).unwrap();
         for file in kernel_files() {

@@ -10,14 +10,14 @@ mod workload;
 use anyhow::{Result, ensure};
 use clap::Args;
 use clap::Subcommand;
-use tilefold_kernels::{Entry, catalogue};
+use tilefold_kernels::{Entry, Vendor, catalogue};
 
 use crate::report::Count;
 
 /// What to do with the kernels.
 #[derive(Debug, Subcommand)]
 pub(crate) enum Task {
-    /// Compiles with the newest NVRTC to machine code and with the oldest to PTX; refuses spills and too few warps
+    /// Compiles with the newest NVRTC and clang to machine code, with the oldest NVRTC to PTX; refuses spills and too few warps
     Check(Chosen),
     /// Counts what the hot loops cost, holds it against the record, prints static floors of the workloads
     Model {
@@ -38,7 +38,10 @@ pub(crate) struct Chosen {
     /// Only kernels whose names hold this text
     #[arg(long)]
     pub(crate) only: Option<String>,
-    /// Only kernels whose speed is followed, of head dimensions 8 and 32, for sm_80: what CI does
+    /// Only for this architecture, sm_80 or gfx942 for instance
+    #[arg(long)]
+    pub(crate) arch: Option<String>,
+    /// Only kernels whose speed is followed, of head dimensions 8 and 32, for sm_80 and gfx942: what CI does
     #[arg(long)]
     pub(crate) quick: bool,
 }
@@ -62,21 +65,44 @@ pub(crate) fn quick() -> Result<Count> {
 /// Head dimensions of the quick checks.
 const QUICK_HEAD_DIMS: [usize; 2] = [8, 32];
 
+/// Architectures of the quick checks.
+const QUICK_ARCHS: [&str; 2] = ["sm_80", "gfx942"];
+
+/// Kernels of one vendor, and the architectures they are compiled for.
+pub(crate) struct Batch {
+    entries: Vec<Entry>,
+    archs: Vec<resources::Arch>,
+}
+
 impl Chosen {
-    /// These of all kernels.
-    fn entries(&self) -> Result<Vec<Entry>> {
-        let mut entries = catalogue()?;
+    /// These of all kernels, by vendor.
+    fn batches(&self) -> Result<Vec<Batch>> {
+        let mut batches = Vec::new();
+        for vendor in [Vendor::Nvidia, Vendor::Amd] {
+            let batch = Batch { entries: self.entries(vendor)?, archs: self.archs(vendor) };
+            if !batch.entries.is_empty() && !batch.archs.is_empty() {
+                batches.push(batch);
+            }
+        }
+        ensure!(!batches.is_empty(), "no kernel's name holds {:?}, or there is no such architecture", self.only);
+        Ok(batches)
+    }
+
+    fn entries(&self, vendor: Vendor) -> Result<Vec<Entry>> {
+        let mut entries = catalogue(vendor)?;
         entries.retain(|entry| {
             let named = self.only.as_ref().is_none_or(|text| entry.kernel.name.contains(text));
             let quick = entry.scores.as_ref().is_some_and(|scores| QUICK_HEAD_DIMS.contains(&scores.head_dim));
             named && (!self.quick || (entry.followed && quick))
         });
-        ensure!(!entries.is_empty(), "no kernel's name holds {:?}", self.only);
         Ok(entries)
     }
 
-    /// For these architectures.
-    fn archs(&self) -> &'static [resources::Arch] {
-        if self.quick { &resources::ARCHS[..1] } else { &resources::ARCHS }
+    fn archs(&self, vendor: Vendor) -> Vec<resources::Arch> {
+        let chosen = |arch: &&resources::Arch| {
+            let named = self.arch.as_ref().is_none_or(|name| name == arch.name);
+            named && arch.vendor == vendor && (!self.quick || QUICK_ARCHS.contains(&arch.name))
+        };
+        resources::ARCHS.iter().filter(chosen).copied().collect()
     }
 }

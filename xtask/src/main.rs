@@ -1,6 +1,7 @@
 //! The chores of this workspace: `cargo xtask test` and what it is made of.
 #![allow(clippy::print_stdout, reason = "a program says what it does")]
 
+mod clang;
 mod command;
 mod cuda;
 mod emulate;
@@ -77,6 +78,7 @@ fn main() -> Result<ExitCode> {
         Task::Kernels(task) => kernels::run(&task)?,
         Task::Setup => {
             cuda::fetch()?;
+            println!("{}: there", clang::Clang::get()?.name());
         }
         Task::VirtualGpu { oldest, command } => {
             let release = if oldest { Release::Oldest } else { Release::Newest };

@@ -9,6 +9,7 @@ use serde::Deserialize;
 
 use tilefold_emulator_nvrtc::Release;
 
+use crate::clang::Clang;
 use crate::command::{artifacts, output, run};
 use crate::report::{Count, Report};
 use crate::virtual_gpu::with_virtual_gpu;
@@ -61,7 +62,8 @@ fn gpu_compilers(report: &mut Report) -> Result<()> {
         println!("\nleft out: the kernels are compiled and run by the virtual device on x86-64 Linux only");
         return Ok(());
     }
-    report.step("CUDA compilers and disassemblers", cuda::fetch)
+    report.step("CUDA compilers and disassemblers", cuda::fetch)?;
+    report.step("clang for AMD", || Clang::get().map(|_| Count::one()))
 }
 
 fn cargo(arguments: &[&str]) -> Result<Count> {

@@ -8,11 +8,12 @@ use comfy_table::{Cell, CellAlignment, ContentArrangement, Row, Table};
 use rayon::prelude::*;
 use tilefold_core::DType;
 use tilefold_emulator_nvrtc::tool;
-use tilefold_kernels::Scores;
+use tilefold_kernels::{Scores, Vendor};
 
-use super::Chosen;
-use super::compile::{Compiled, cubins, to_oldest_ptx};
+use super::compile::{Compiled, machine_code, to_oldest_ptx};
 use super::resources::Arch;
+use super::{Batch, Chosen};
+use crate::clang::Clang;
 use crate::command::output;
 use crate::cuda;
 use crate::report::Count;
@@ -20,23 +21,35 @@ use crate::report::Count;
 /// Compiles kernels and prints a table; an error lists everything that is wrong.
 pub(crate) fn check(chosen: &Chosen) -> Result<Count> {
     cuda::fetch()?;
+    let mut wrong = Vec::new();
+    for batch in chosen.batches()? {
+        wrong.extend(check_batch(&batch)?);
+    }
+    ensure!(wrong.is_empty(), "{}", wrong.join("\n"));
+    Ok(Count::one())
+}
+
+/// The same for one vendor: what is wrong.
+fn check_batch(Batch { entries, archs }: &Batch) -> Result<Vec<String>> {
     let start = Instant::now();
-    let entries = chosen.entries()?;
-    let compiled = cubins(&entries, chosen.archs())?;
-    to_oldest_ptx(&entries).context("NVRTC 12.0 cannot compile a kernel")?;
-    println!("{}", table(&compiled, chosen.archs()));
+    let compiled = machine_code(entries, archs)?;
+    let nvidia = archs.iter().any(|arch| arch.vendor == Vendor::Nvidia);
+    if nvidia {
+        to_oldest_ptx(entries).context("NVRTC 12.0 cannot compile a kernel")?;
+    }
+    println!("{}", table(&compiled, archs));
     let mut wrong: Vec<String> = compiled.iter().flat_map(resource_complaints).collect();
     let missing = compiled.par_iter().map(missing_instructions).collect::<Result<Vec<_>>>()?;
     wrong.extend(missing.into_iter().flatten());
-    let archs: Vec<&str> = chosen.archs().iter().map(|arch| arch.name).collect();
+    let names: Vec<&str> = archs.iter().map(|arch| arch.name).collect();
     println!(
-        "{} kernels for {} with NVRTC 13.5, to PTX with 12.0, in {:.0} s",
+        "{} kernels for {} with {}, in {:.0} s",
         entries.len(),
-        archs.join(", "),
+        names.join(", "),
+        if nvidia { "NVRTC 13.5, to PTX with 12.0".to_owned() } else { Clang::get()?.name() },
         start.elapsed().as_secs_f64()
     );
-    ensure!(wrong.is_empty(), "{}", wrong.join("\n"));
-    Ok(Count::one())
+    Ok(wrong)
 }
 
 /// Resident warps of a sub-partition below which latency is not hidden, whatever the loop: by type and head dimension.
@@ -65,25 +78,40 @@ fn resource_complaints(compiled: &Compiled<'_>) -> Vec<String> {
     let warps = warps(compiled);
     // A block of one warp or less is a small problem's, or serial: blocks limit it, not registers.
     let least = entry.scores.as_ref().map_or(LEAST_WARPS_OF_MOVES, least_warps);
-    if warps < least && kernel.block_threads > 32 {
+    if warps < least && kernel.block_threads > arch.warp {
         complain(format!("{warps} warps of a sub-partition are resident, {least} are wanted"));
     }
     wrong
 }
 
-/// Instructions of the tensor cores, of ldmatrix and of asynchronous copies, where they are expected.
+/// Instructions of the matrix units, of ldmatrix and of asynchronous copies, where they are expected.
 fn missing_instructions(compiled: &Compiled<'_>) -> Result<Vec<String>> {
     let Compiled { entry, arch, path, .. } = compiled;
     let Some(scores) = &entry.scores else { return Ok(Vec::new()) };
-    let nvdisasm = tool("nvdisasm")?;
-    let command = [nvdisasm.to_str(), Some("-c"), path.to_str()].map(|word| word.context("a path that is no text"));
-    let [program, option, file] = command;
-    let code = output(&[program?, option?, file?])?;
-    let code = String::from_utf8_lossy(&code);
-    let ldmatrix = scores.dtype != DType::F32;
-    let expected = [("HMMA.", true), ("LDSM.", ldmatrix), ("LDGSTS.", scores.async_copies)];
+    let (code, expected) = match arch.vendor {
+        Vendor::Nvidia => {
+            let nvdisasm = tool("nvdisasm")?;
+            let command =
+                [nvdisasm.to_str(), Some("-c"), path.to_str()].map(|word| word.context("a path that is no text"));
+            let [program, option, file] = command;
+            let code = output(&[program?, option?, file?])?;
+            let ldmatrix = scores.dtype != DType::F32;
+            let expected = vec![("HMMA.", true), ("LDSM.", ldmatrix), ("LDGSTS.", scores.async_copies)];
+            (String::from_utf8_lossy(&code).into_owned(), expected)
+        }
+        Vendor::Amd => (Clang::get()?.disassembly(path)?, vec![(matrix_instruction(scores.dtype), true)]),
+    };
     let absent = expected.into_iter().filter(|(op, wanted)| *wanted && !code.contains(op));
     Ok(absent.map(|(op, _)| format!("{} for {}: no {op}", entry.kernel.name, arch.name)).collect())
+}
+
+/// AMD's matrix product of 32 rows; bf16 has two names, one for each generation.
+fn matrix_instruction(dtype: DType) -> &'static str {
+    match dtype {
+        DType::F32 => "v_mfma_f32_32x32x2",
+        DType::F16 => "v_mfma_f32_32x32x8",
+        _ => "bf16_1k",
+    }
 }
 
 /// One line for each kernel of attention, one for each file of the others with the most registers and fewest warps.

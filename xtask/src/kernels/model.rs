@@ -7,13 +7,15 @@ use anyhow::{Context, Result, ensure};
 use comfy_table::{Cell, ContentArrangement, Row, Table};
 use serde::{Deserialize, Serialize};
 use tilefold_emulator_nvrtc::cuda_folder;
-use tilefold_kernels::{Pass, Scores, Walk};
+use tilefold_kernels::{Pass, Scores, Vendor, Walk};
 
 use super::check::number;
-use super::compile::{Compiled, cubins};
+use super::compile::{Compiled, machine_code};
 use super::record::{Costs, Record};
+use super::resources::Arch;
 use super::workload::{Workload, workloads};
-use super::{Chosen, QUICK_HEAD_DIMS};
+use super::{Batch, Chosen, QUICK_HEAD_DIMS};
+use crate::clang::Clang;
 use crate::command::output;
 use crate::report::Count;
 use crate::{cuda, setup};
@@ -21,7 +23,7 @@ use crate::{cuda, setup};
 const PROGRAM: &str = "benches/static/pipes.py";
 /// The architecture whose scheduling the replay knows.
 const REPLAYED: &str = "sm_80";
-/// What the record's numbers are of.
+/// What NVIDIA's numbers in the record are of.
 const COMPILER: &str = "NVRTC 13.5.37";
 
 /// What the program is asked about one kernel.
@@ -71,35 +73,47 @@ struct Modelled<'a> {
 pub(crate) fn model(chosen: &Chosen, record: bool, replay: bool) -> Result<Count> {
     cuda::fetch()?;
     setup::programs(&[("python3", "python3")])?;
-    let mut entries = chosen.entries()?;
-    entries.retain(|entry| entry.followed);
-    let compiled = cubins(&entries, chosen.archs())?;
+    for mut batch in chosen.batches()? {
+        batch.entries.retain(|entry| entry.followed);
+        if !batch.entries.is_empty() {
+            model_batch(&batch, record, replay)?;
+        }
+    }
+    Ok(Count::one())
+}
+
+/// The same for one vendor.
+fn model_batch(Batch { entries, archs }: &Batch, record: bool, replay: bool) -> Result<()> {
+    let compiled = machine_code(entries, archs)?;
     let modelled = ask(&compiled, &workloads()?, replay)?;
     println!("{}", table(&modelled));
     println!("\ncycles of a sub-partition for 1024 scores; a model, see benches/static/README.md\n");
     println!("{}", floors(&modelled));
     println!("\nstatic floor: milliseconds of a launch by the bound; ideal: what no code can beat");
-    for arch in chosen.archs() {
+    for arch in archs {
         let of_arch = modelled.iter().filter(|one| one.compiled.arch.name == arch.name);
         let costs: BTreeMap<String, Costs> =
             of_arch.map(|one| (one.compiled.entry.kernel.name.clone(), one.answer.costs.clone())).collect();
-        if record { write(arch.name, costs)? } else { compare(arch.name, &costs)? }
+        if record { write(*arch, costs)? } else { compare(arch.name, &costs)? }
     }
     let unpriced: Vec<_> = modelled.iter().flat_map(|one| &one.answer.unpriced).collect();
     ensure!(unpriced.is_empty(), "benches/static/cost.py has no price for {unpriced:?}");
-    Ok(Count::one())
+    Ok(())
 }
 
-fn write(arch: &str, costs: BTreeMap<String, Costs>) -> Result<()> {
-    let mut record = Record::read(arch)?;
-    record.compiler = COMPILER.to_owned();
+fn write(arch: Arch, costs: BTreeMap<String, Costs>) -> Result<()> {
+    let mut record = Record::read(arch.name)?;
+    record.compiler = match arch.vendor {
+        Vendor::Nvidia => COMPILER.to_owned(),
+        Vendor::Amd => Clang::get()?.name(),
+    };
     for (name, mut costs) in costs {
         // A run without replays keeps what was replayed.
         let before = record.kernels.get(&name).and_then(|before| before.replay);
         costs.replay = costs.replay.or(before);
         record.kernels.insert(name, costs);
     }
-    record.write(arch)
+    record.write(arch.name)
 }
 
 fn compare(arch: &str, costs: &BTreeMap<String, Costs>) -> Result<()> {

@@ -1,0 +1,213 @@
+// The CUDA side of gpu.h.
+#pragma once
+
+// Constants and functions are for whichever kernel wants them.
+#pragma nv_diag_suppress 177
+
+#define DEVICE __device__ __forceinline__
+#define KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads)
+// As KERNEL, with the number of blocks that registers must leave room for on one multiprocessor.
+#define KERNEL_WITH_BLOCKS(threads, blocks) extern "C" __global__ void __launch_bounds__(threads, blocks)
+#define SHARED __shared__
+// Shared memory whose size the launch gives.
+#define DYNAMIC_SHARED(name) extern __shared__ Piece name[]
+
+constexpr int WARP_THREADS = 32;
+
+// ------------------------------------------------------------------------------------------------ threads and blocks
+
+DEVICE int thread_index() { return threadIdx.x; }
+DEVICE int lane_index() { return threadIdx.x % WARP_THREADS; }
+DEVICE int warp_index() { return threadIdx.x / WARP_THREADS; }
+DEVICE u32 block_index() { return blockIdx.x; }
+DEVICE u32 block_threads() { return blockDim.x; }
+
+DEVICE void block_barrier() { asm volatile("bar.sync 0;" ::: "memory"); }
+DEVICE void warp_barrier() { asm volatile("bar.warp.sync 0xffffffff;" ::: "memory"); }
+
+// Value of the lane whose index differs in `mask`.
+DEVICE float shuffle_xor(float x, int mask) {
+    float y;
+    asm volatile("shfl.sync.bfly.b32 %0, %1, %2, 0x1f, 0xffffffff;" : "=f"(y) : "f"(x), "r"(mask));
+    return y;
+}
+DEVICE u32 shuffle_xor(u32 x, int mask) {
+    u32 y;
+    asm volatile("shfl.sync.bfly.b32 %0, %1, %2, 0x1f, 0xffffffff;" : "=r"(y) : "r"(x), "r"(mask));
+    return y;
+}
+// Value of one lane.
+DEVICE u32 shuffle(u32 x, int lane) {
+    u32 y;
+    asm volatile("shfl.sync.idx.b32 %0, %1, %2, 0x1f, 0xffffffff;" : "=r"(y) : "r"(x), "r"(lane));
+    return y;
+}
+DEVICE float shuffle(float x, int lane) {
+    float y;
+    asm volatile("shfl.sync.idx.b32 %0, %1, %2, 0x1f, 0xffffffff;" : "=f"(y) : "f"(x), "r"(lane));
+    return y;
+}
+
+// One bit per lane of the warp.
+using LaneBits = u32;
+DEVICE LaneBits warp_ballot(bool predicate) {
+    u32 votes;
+    asm volatile(
+        "{\n\t.reg .pred p;\n\tsetp.ne.u32 p, %1, 0;\n\tvote.sync.ballot.b32 %0, p, 0xffffffff;\n\t}"
+        : "=r"(votes)
+        : "r"((u32)predicate));
+    return votes;
+}
+
+// ------------------------------------------------------------------------------------------------------- arithmetic
+
+constexpr float INFINITE = 1.0f / 0.0f;
+
+DEVICE u32 bits_of(float x) { return __float_as_uint(x); }
+DEVICE float float_of(u32 bits) { return __uint_as_float(bits); }
+
+// Fused, and not fused: written out where an error analysis depends on it.
+DEVICE float fused_multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+DEVICE float multiply(float a, float b) { return __fmul_rn(a, b); }
+DEVICE float add(float a, float b) { return __fadd_rn(a, b); }
+
+// The greater of two; a NaN loses.
+DEVICE float maximum(float a, float b) { return fmaxf(a, b); }
+DEVICE float minimum(float a, float b) { return fminf(a, b); }
+DEVICE float magnitude(float x) { return fabsf(x); }
+// The greater of two; a NaN wins.
+DEVICE float maximum_or_nan(float a, float b) {
+    float y;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
+    return y;
+}
+
+// 2^x: relative error below 2^-22, 0 below 2^-126, NaN for NaN.
+DEVICE float exp2(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+// 1/x: relative error below 2^-23.
+DEVICE float reciprocal(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// ------------------------------------------------------------------------------------------------------ conversions
+
+DEVICE float to_f32(f16 x) {
+    float y;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(y) : "h"(x.bits));
+    return y;
+}
+
+// Round to nearest, ties to even.
+DEVICE void round_to(f16& y, float x) { asm("cvt.rn.f16.f32 %0, %1;" : "=h"(y.bits) : "f"(x)); }
+DEVICE void round_to(bf16& y, float x) { asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(y.bits) : "f"(x)); }
+DEVICE u32 pack(float low, float high, f16) {
+    u32 y;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
+    return y;
+}
+DEVICE u32 pack(float low, float high, bf16) {
+    u32 y;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
+    return y;
+}
+
+// f32 rounded to tf32 (10 bits of mantissa), kept in 32 bits.
+DEVICE u32 to_tf32(float x) {
+    u32 y;
+    asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(x));
+    return y;
+}
+
+// The same number, of which the compiler knows nothing: what is computed from it stays where it is written, and does not
+// take registers through a loop.
+DEVICE int opaque(int x) {
+    asm volatile("" : "+r"(x));
+    return x;
+}
+DEVICE i64 opaque(i64 x) {
+    asm volatile("" : "+l"(x));
+    return x;
+}
+
+// ----------------------------------------------------------------------------------------------------------- memory
+
+// Address of shared memory as its own instructions take it.
+DEVICE u32 shared_address(const void* pointer) { return (u32)__cvta_generic_to_shared(pointer); }
+
+// 16 bytes of read-only global memory.
+DEVICE Piece load_piece(const void* from) {
+    Piece y;
+    asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(y.words[0]), "=r"(y.words[1]), "=r"(y.words[2]), "=r"(y.words[3])
+                 : "l"(from));
+    return y;
+}
+
+// A byte of read-only global memory, or 0 without a look at it. Opaque, so that the wait for it is where it is used.
+DEVICE u32 load_byte_or_zero(const u8* from, bool there) {
+    u32 y;
+    asm volatile(
+        "{\n\t.reg .pred p;\n\tsetp.ne.u32 p, %2, 0;\n\tmov.u32 %0, 0;\n\t@p ld.global.nc.u8 %0, [%1];\n\t}"
+        : "=r"(y)
+        : "l"(from), "r"((u32)there));
+    return y;
+}
+
+// Starts a copy of 16 bytes from global to shared memory; only `bytes` (0 or 16) of them are read, the rest become 0.
+DEVICE void copy_async(u32 to, const void* from, u32 bytes) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
+}
+// Ends a group of copies.
+DEVICE void copy_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Waits until at most `pending` of the latest groups are unfinished; other threads see them after a barrier.
+template <int pending> DEVICE void copy_async_wait() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
+}
+
+// Four 8x8 matrices of 16-bit elements; lane i gives the address of row i % 8 of matrix i / 8. Lane l receives of each
+// matrix elements 2 (l % 4) and 2 (l % 4) + 1 of row l / 4.
+DEVICE void load_matrices(u32 (&to)[4], u32 address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                 : "r"(address)
+                 : "memory");
+}
+// As above, each matrix transposed.
+DEVICE void load_matrices_transposed(u32 (&to)[4], u32 address) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                 : "r"(address)
+                 : "memory");
+}
+
+// Words of shared memory.
+DEVICE u32 load_shared(u32 address) {
+    u32 y;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(y) : "r"(address) : "memory");
+    return y;
+}
+DEVICE void load_shared_pair(float (&to)[2], u32 address) {
+    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(to[0]), "=f"(to[1]) : "r"(address) : "memory");
+}
+DEVICE Piece load_shared_piece(u32 address) {
+    Piece y;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(y.words[0]), "=r"(y.words[1]), "=r"(y.words[2]), "=r"(y.words[3])
+                 : "r"(address)
+                 : "memory");
+    return y;
+}
+DEVICE void store_shared_pair(u32 address, float x, float y) {
+    asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(x), "f"(y) : "memory");
+}
+DEVICE void store_shared_piece(u32 address, const Piece& x) {
+    asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(x.words[0]), "r"(x.words[1]),
+                 "r"(x.words[2]), "r"(x.words[3])
+                 : "memory");
+}

@@ -1,0 +1,127 @@
+// The HIP side of gpu.h: gfx90a and gfx942, whose waves have 64 lanes. Builtins of clang alone: run-time compilers come
+// without headers, and a host compiler that is given these builtins runs the same source (tests/host).
+#pragma once
+
+#define DEVICE __attribute__((device)) __attribute__((always_inline)) inline
+#define KERNEL(threads) \
+    extern "C" __attribute__((global)) __attribute__((amdgpu_flat_work_group_size(threads, threads))) void
+// As KERNEL, with the number of blocks that registers must leave room for on one compute unit: it has four SIMDs.
+#define KERNEL_WITH_BLOCKS(threads, blocks)                                                              \
+    extern "C" __attribute__((global)) __attribute__((amdgpu_flat_work_group_size(threads, threads),     \
+                                                      amdgpu_waves_per_eu(((threads) * (blocks) + 255) / 256))) void
+#define SHARED __attribute__((shared))
+// Shared memory whose size the launch gives.
+#define DYNAMIC_SHARED(name) extern SHARED Piece name[]
+
+constexpr int WARP_THREADS = 64;
+
+// ------------------------------------------------------------------------------------------------ threads and blocks
+
+DEVICE int thread_index() { return (int)__builtin_amdgcn_workitem_id_x(); }
+DEVICE int lane_index() { return thread_index() % WARP_THREADS; }
+// The same in all lanes, which the compiler cannot see by itself.
+DEVICE int warp_index() { return (int)__builtin_amdgcn_readfirstlane((u32)thread_index() / WARP_THREADS); }
+DEVICE u32 block_index() { return __builtin_amdgcn_workgroup_id_x(); }
+
+DEVICE void block_barrier() {
+    __builtin_amdgcn_fence(__ATOMIC_RELEASE, "workgroup");
+    __builtin_amdgcn_s_barrier();
+    __builtin_amdgcn_fence(__ATOMIC_ACQUIRE, "workgroup");
+}
+DEVICE void warp_barrier() {
+    __builtin_amdgcn_fence(__ATOMIC_RELEASE, "wavefront");
+    __builtin_amdgcn_wave_barrier();
+    __builtin_amdgcn_fence(__ATOMIC_ACQUIRE, "wavefront");
+}
+
+// Value of one lane.
+DEVICE u32 shuffle(u32 x, int lane) { return (u32)__builtin_amdgcn_ds_bpermute(4 * lane, (int)x); }
+DEVICE float shuffle(float x, int lane) {
+    return __builtin_bit_cast(float, shuffle(__builtin_bit_cast(u32, x), lane));
+}
+// Value of the lane whose index differs in `mask`.
+DEVICE u32 shuffle_xor(u32 x, int mask) { return shuffle(x, lane_index() ^ mask); }
+DEVICE float shuffle_xor(float x, int mask) { return shuffle(x, lane_index() ^ mask); }
+
+// One bit per lane of the wave.
+using LaneBits = u64;
+DEVICE LaneBits warp_ballot(bool predicate) { return __builtin_amdgcn_ballot_w64(predicate); }
+
+// ------------------------------------------------------------------------------------------------------- arithmetic
+
+constexpr float INFINITE = __builtin_inff();
+
+DEVICE u32 bits_of(float x) { return __builtin_bit_cast(u32, x); }
+DEVICE float float_of(u32 bits) { return __builtin_bit_cast(float, bits); }
+
+// Fused, and not fused: written out where an error analysis depends on it.
+DEVICE float fused_multiply_add(float a, float b, float c) { return __builtin_fmaf(a, b, c); }
+DEVICE float multiply(float a, float b) {
+#pragma clang fp contract(off)
+    return a * b;
+}
+DEVICE float add(float a, float b) {
+#pragma clang fp contract(off)
+    return a + b;
+}
+
+// The greater of two; a NaN loses.
+DEVICE float maximum(float a, float b) { return __builtin_fmaxf(a, b); }
+DEVICE float minimum(float a, float b) { return __builtin_fminf(a, b); }
+DEVICE float magnitude(float x) { return __builtin_fabsf(x); }
+// The greater of two; a NaN wins.
+DEVICE float maximum_or_nan(float a, float b) { return a != a || b != b ? a + b : __builtin_fmaxf(a, b); }
+
+// 2^x: relative error below 2^-22, 0 below 2^-126, NaN for NaN.
+DEVICE float exp2(float x) { return __builtin_amdgcn_exp2f(x); }
+// 1/x: relative error below 2^-22.
+DEVICE float reciprocal(float x) { return __builtin_amdgcn_rcpf(x); }
+
+// ------------------------------------------------------------------------------------------------------ conversions
+
+DEVICE float to_f32(f16 x) { return (float)__builtin_bit_cast(_Float16, x.bits); }
+
+// Round to nearest, ties to even.
+DEVICE void round_to(f16& y, float x) { y.bits = __builtin_bit_cast(u16, (_Float16)x); }
+DEVICE void round_to(bf16& y, float x) {
+    const u32 bits = bits_of(x), rounded = bits + 0x7fff + (bits >> 16 & 1);
+    // Rounding would carry a NaN of many ones into the sign.
+    y.bits = (u16)((x != x ? bits | 0x400000 : rounded) >> 16);
+}
+template <class T> DEVICE u32 pack(float low, float high, T) {
+    T first, second;
+    round_to(first, low);
+    round_to(second, high);
+    return first.bits | (u32)second.bits << 16;
+}
+
+// The same number, of which the compiler knows nothing: what is computed from it stays where it is written, and does not
+// take registers through a loop. Nor does it know any more that all lanes have the same number.
+#if defined(__AMDGCN__)
+#define HIDE(x) asm volatile("" : "+v"(x))
+#else
+#define HIDE(x)
+#endif
+DEVICE int opaque(int x) {
+    HIDE(x);
+    return x;
+}
+DEVICE i64 opaque(i64 x) {
+    HIDE(x);
+    return x;
+}
+
+// ----------------------------------------------------------------------------------------------------------- memory
+
+// Four words that one instruction moves.
+typedef u32 FourWords __attribute__((ext_vector_type(4)));
+
+// 16 bytes of read-only global memory. Addresses come as integers: that they are global, no compiler can see.
+DEVICE Piece load_piece(const void* from) {
+    return __builtin_bit_cast(Piece, *(const __attribute__((address_space(1))) FourWords*)from);
+}
+
+// A byte of read-only global memory, or 0 without a look at it.
+DEVICE u32 load_byte_or_zero(const u8* from, bool there) {
+    return there ? *(const __attribute__((address_space(1))) u8*)from : 0;
+}
