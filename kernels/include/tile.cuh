@@ -13,13 +13,9 @@
 
 #include "gpu.h"
 #include "mma.cuh"
+#include "rows.cuh"
 
 constexpr int IN_ROWS = 0;
-
-template <class T> constexpr int PIECE_ELEMENTS = 16 / (int)sizeof(T);
-
-// Pieces of a row of channels: whole steps of f32, half steps of the half types.
-template <class T> DEVICE constexpr int pieces_of(int channels) { return (channels + 7) / 8 * 8 / PIECE_ELEMENTS<T>; }
 
 // Pieces from row to row.
 DEVICE constexpr int pitch_of(int pieces) { return pieces <= 2 ? pieces : pieces <= 4 ? 4 : (pieces + 7) / 8 * 8; }
@@ -56,13 +52,6 @@ template <class Element, int rows_, int channels_, int order> struct Tile {
     }
 };
 
-// A strided matrix in global memory: address of its first element, strides in elements.
-template <class T> struct Rows {
-    const T* data;
-    i64 row_stride;
-    i64 channel_stride;
-};
-
 // Loads tiles of one operand, one after another: all threads of the block. Row i is loaded where `keeps(i)`; the other
 // rows and channels that do not exist become 0 and are not read. In pieces where `in_pieces`: rows start at multiples of 16
 // bytes, with neighbouring channels, a multiple of 8 of them. Complete for the block after `copy_async_commit`,
@@ -71,7 +60,7 @@ template <class Tile, bool in_pieces, int threads> struct TileLoader {
     using T = typename Tile::T;
     // A thread keeps its piece, and its row grows by the same number from round to round; where a row has 3, 6, ... pieces,
     // some threads have none.
-    static constexpr int row_threads = Tile::pieces <= 2 ? Tile::pieces : Tile::pieces <= 4 ? 4 : Tile::pieces <= 8 ? 8 : Tile::pieces <= 16 ? 16 : Tile::pieces <= 32 ? 32 : 64;
+    static constexpr int row_threads = threads_of_row(Tile::pieces);
     static constexpr int round_rows = threads / row_threads;
     static_assert(round_rows > 0, "a row is loaded at once");
 
