@@ -403,7 +403,7 @@ DEVICE void finish(const ForwardParams& params, const Work& work, const Lane& la
 
 // ------------------------------------------------------------------------------------------------------- the kernel
 
-KERNEL(THREADS) attention_forward(const ForwardParams params) {
+KERNEL_WITH_BLOCKS(THREADS, 2) attention_forward(const ForwardParams params) {
     DYNAMIC_SHARED(shared);
     const AttentionInputs& inputs = params.inputs;
     const Work work(params);
