@@ -320,6 +320,8 @@ fn extreme_biases(dtype: DType) -> Vec<Case> {
         ("-inf_rows", PAIR, every_second(inf)),
         ("-inf_first_key", PAIR, leading(inf, 1)),
         ("-inf_first_tiles", PAIR, leading(inf, 100)),
+        ("-20_first_tile", PAIR, leading(-20.0, 64)),
+        ("-100_first_tile", PAIR, leading(-100.0, 70)),
         ("-inf_all_but_one_key", KEY, leading(inf, 139)),
         ("-inf_everywhere", KEY, everywhere(inf)),
         ("3e4_signs", PAIR, Values::Signs(3e4)),
@@ -360,6 +362,14 @@ fn extreme_biases(dtype: DType) -> Vec<Case> {
             .with_bias(KEY, DType::F32, masking(-1e9))
             .with_bias(PAIR, DType::F32, masking(-1e9)),
     );
+    // Values whose sum with weights relative to an early maximum does not fit f32.
+    if dtype != DType::F16 {
+        let case = Case::new("extreme", "-8_first_tile_large_values", spec(dtype, 2, (21, 192), 2, 8));
+        let case = case.with_bias(PAIR, dtype, leading(-8.0, 64));
+        cases.push(
+            case.with(|c| (c.fill.v, c.spec.gradients.q, c.spec.gradients.k) = (Values::Signs(1e36), false, false)),
+        );
+    }
     // Large biases that leave nothing when they are added to each other.
     for (name, value) in [("1e5", 1e5), ("1e9", 1e9)] {
         cases.push(

@@ -9,10 +9,10 @@
 // As KERNEL, with the number of blocks that registers must leave room for on one multiprocessor.
 #define KERNEL_WITH_BLOCKS(threads, blocks) extern "C" __global__ void __launch_bounds__(threads, blocks)
 // As KERNEL; how many warps of it are to fit, other vendors' compilers are told.
-#define KERNEL_WITH_WAVES(threads, waves) KERNEL(threads)
+#define KERNEL_WITH_WAVES(threads, waves) KERNEL_WITH_BLOCKS(threads, (waves) * 128 / (threads))
 #define SHARED __shared__
-// Shared memory whose size the launch gives.
-#define DYNAMIC_SHARED(name) extern __shared__ Piece name[]
+// Shared memory whose size the launch gives; it starts at a multiple of eight pieces.
+#define DYNAMIC_SHARED(name) extern __shared__ __align__(128) Piece name[]
 
 constexpr int WARP_THREADS = 32;
 

@@ -18,8 +18,10 @@ constexpr int LANE_CHANNELS = 2 * OUT_COLUMNS;
 using QueryTile = Tile<ELEMENT, WARPS * WARP_QUERIES, HEAD_DIM, IN_ROWS>;
 using KeyTileShape = Tile<ELEMENT, TILE_K, HEAD_DIM, LANE_KEYS>;
 using ValueTile = Tile<ELEMENT, TILE_K, HEAD_DIM_V, LANE_KEYS>;
-// Keys are taken in groups of two steps' worth of loads, or as many as one load fetches.
-constexpr int GROUP_PRODUCTS = products_of_load<KeyTileShape> > 2 ? products_of_load<KeyTileShape> : 2;
+// Keys are taken in groups of as many products as one load fetches, at least two; all at once where queries would be loaded
+// or split once more for each group.
+constexpr bool ONE_GROUP = sizeof(ELEMENT) == 4 || !QUERIES_IN_REGISTERS;
+constexpr int GROUP_PRODUCTS = ONE_GROUP ? KEY_COLUMNS : products_of_load<KeyTileShape> > 2 ? products_of_load<KeyTileShape> : 2;
 constexpr int KEY_GROUPS = KEY_COLUMNS / GROUP_PRODUCTS;
 constexpr int GROUP_KEYS = LANE_KEYS / KEY_GROUPS;
 static_assert(KEY_COLUMNS % GROUP_PRODUCTS == 0, "whole groups");
@@ -112,7 +114,8 @@ struct Queries {
 #pragma unroll
             for (int i = 0; i < 4; i++) a[i] = words[m][step][i];
         } else {
-            load_left<QueryTile>(a, tile, query + 16 * m, step);
+            // Opaque: addresses of all steps would take registers through the loop.
+            load_left<QueryTile>(a, tile, opaque(query) + 16 * m, step);
         }
     }
 };

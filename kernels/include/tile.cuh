@@ -113,11 +113,12 @@ template <class Tile> constexpr int products_of_load = Tile::pieces == 1 ? 4 : T
 
 // Where a dealt row's piece lies, for `product` and `piece` that all lanes share, and what differs by lane (a small product
 // and piece, whose bits those do not have). Products `product` take 8 pieces, or a multiple, from one to the next: they are
-// added to an address, and pieces flip bits of it, so that what the lane gives is computed once for all.
+// added to an address, and pieces flip bits of it, since a tile starts at a multiple of 8 pieces. What the lane gives is
+// computed once for all.
 template <class Tile, int lane_rows>
 DEVICE u32 dealt_address(const Piece* tile, int lane_product, int lane_piece, int product, int piece) {
-    const int slot = Tile::slot(dealt_row<lane_rows>(lane_product, lane_index() % 8), lane_piece);
-    return shared_address(tile) + 16 * ((slot ^ (piece & 7)) + (piece & ~7) + 2 * product * Tile::pitch);
+    const u32 lane = shared_address(tile) + 16 * Tile::slot(dealt_row<lane_rows>(lane_product, lane_index() % 8), lane_piece);
+    return (lane ^ 16 * (piece & 7)) + 16 * ((piece & ~7) + 2 * product * Tile::pitch);
 }
 
 // B for `products_of_load` products from `product` on, columns of B being rows of the tile: word w of product p is

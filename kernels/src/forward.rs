@@ -35,7 +35,8 @@ pub struct ForwardTile {
     pub stages: usize,
     /// Whether queries stay in registers.
     pub queries_in_registers: bool,
-    /// Waves that registers leave room for on a SIMD, where the vendor's compiler is told.
+    /// Waves (warps) that registers leave room for on a SIMD (sub-partition). Left to itself, NVIDIA's compiler spills for
+    /// more of them.
     pub simd_waves: usize,
 }
 
@@ -63,7 +64,7 @@ impl ForwardTile {
         let query_tiles = if seqlen_q <= 16 { 1 } else { query_tiles };
         let warps = seqlen_q.div_ceil(16 * query_tiles).next_power_of_two().min(most_warps);
         let queries_in_registers = head_dim * dtype.size_bytes() <= 256;
-        Self { vendor: Vendor::Nvidia, query_tiles, warps, tile_k, stages, queries_in_registers, simd_waves: 1 }
+        Self { vendor: Vendor::Nvidia, query_tiles, warps, tile_k, stages, queries_in_registers, simd_waves: 2 }
     }
 
     fn amd(dtype: DType, head_dim: usize, head_dim_v: usize, seqlen_q: usize) -> Self {
