@@ -6,7 +6,7 @@ use tilefold_core::{
 };
 use tilefold_kernels::params::Operand;
 use tilefold_kernels::{
-    AttentionOperands, BackwardLaunch, BackwardOperands, ForwardKernel, ForwardOutputs, backward_shared_bytes,
+    AttentionOperands, BackwardLaunch, BackwardOperands, ForwardKernel, ForwardOutputs, Vendor, backward_shared_bytes,
     backward_workspace_bytes, kv_lengths_strides,
 };
 
@@ -21,7 +21,7 @@ use crate::stream::CudaStream;
 /// [`DeviceError::Unsupported`] naming the limit.
 pub(crate) fn plan(problem: &AttentionProblem, device: DeviceId, limits: Limits) -> DeviceResult<AttentionPlan> {
     let spec = problem.spec();
-    let kernel = ForwardKernel::new(problem, &AttentionOperands::default(), &ForwardOutputs::default());
+    let kernel = ForwardKernel::new(Vendor::Nvidia, problem, &AttentionOperands::default(), &ForwardOutputs::default());
     let (tile_q, tile_k) = (kernel.tile.tile_q(), kernel.tile.tile_k);
     let backward_shared = usize::try_from(backward_shared_bytes(problem)).map_err(unsupported)?;
     let shared = kernel.shared_bytes().max(backward_shared);
@@ -72,7 +72,7 @@ pub(crate) fn forward(stream: &CudaStream, limits: Limits, args: ForwardArgs<'_>
         lse: lse.map(|lse| Operand::of(lse.as_view())),
         lse_low: lse_low.map(|lse_low| Operand::of(lse_low.as_view())),
     };
-    launch_all(stream, limits, tilefold_kernels::forward(problem, &operands, &outputs))
+    launch_all(stream, limits, tilefold_kernels::forward(Vendor::Nvidia, problem, &operands, &outputs))
 }
 
 /// Enqueues the launches of a backward pass.

@@ -88,7 +88,10 @@ class Model:
         """Takes what few trips run out of the hot loop and out of the kernel."""
         if not self.loop or not (needed := self._needed()):
             return
-        if not (found := path.steady(self.kernel, self.loop, needed)):
+        # Every lane raises 2 to its scores, in some code more often.
+        tile, lanes = self.shape.tile or (0, 0), 64 if isinstance(ARCHS[self.arch], Amd) else 32
+        exponentials = tile[0] * tile[1] // self.shape.warps // lanes
+        if not (found := path.steady(self.kernel, self.loop, (needed, exponentials))):
             return
         kept, whole = found
         left_out = whole - {each.address for each in kept}

@@ -6,6 +6,7 @@ tile need not load, over masks that exclude nothing. Code alone does not say whi
 * Code that a branch jumps over, or does not, counts: the path is no shorter than that of a tile with everything in it.
 * Of two alternatives, the shorter counts.
 * Matrix products count once: of code that would do a step's products again, the least is taken.
+* A way without the exponentials of a step is none: flags keep it from being taken.
 
 This finds the plain path where the general one repeats the products or replaces code, and overestimates where a general
 path is an addition without an alternative.
@@ -31,14 +32,15 @@ class Way:
     blocks: tuple[int, ...]
 
 
-# Ways by the matrix work that was done on them.
-Ways = dict[float, Way]
+# Ways by the matrix work and the exponentials that were done on them.
+Done = tuple[float, int]
+Ways = dict[Done, Way]
 
 
-def steady(kernel: Kernel, loop: Loop, needed: float) -> tuple[list[Instruction], set[int]] | None:
+def steady(kernel: Kernel, loop: Loop, needed: Done) -> tuple[list[Instruction], set[int]] | None:
     """The instructions on the path, in order, and the addresses of all of the loop, wherever the compiler put them.
 
-    `None` where no path has the work of a step.
+    `None` where no path has the work of a step: multiply-adds and exponentials of one warp.
     """
     blocks = split(kernel.instructions)
     starts = {block[0].address: number for number, block in enumerate(blocks)}
@@ -53,20 +55,26 @@ def steady(kernel: Kernel, loop: Loop, needed: float) -> tuple[list[Instruction]
         number: [to for to in onward[number] if to == head or place.get(to, -1) > place[number]] for number in order
     }
     work = {number: sum(cost.matrix_fma(each) for each in blocks[number]) for number in order}
+    powers = {number: sum(cost.of(each, kernel.arch)[0] == "ex2" for each in blocks[number]) for number in order}
     length = {number: sum(not each.idle for each in blocks[number]) for number in order}
-    ways: dict[int, Ways] = {head: {0.0: Way(0, ())}}
+    ways: dict[int, Ways] = {head: {(0.0, 0): Way(0, ())}}
     ends: Ways = {}
     for number in order:
         leaving = {
-            done + work[number]: Way(way.instructions + length[number], (*way.blocks, number))
-            for done, way in ways.pop(number, {}).items()
+            (done + work[number], exponentials + powers[number]): Way(way.instructions + length[number], (*way.blocks, number))
+            for (done, exponentials), way in ways.pop(number, {}).items()
         }
         for to in counted(forward, work, number, head):
             merge(ends if to == head else ways.setdefault(to, {}), leaving)
-    enough = [done for done in ends if done >= 0.9 * needed]
+    enough = [done for done in ends if done[0] >= 0.9 * needed[0]]
     if not enough:
         return None
-    kept = [each for number in ends[min(enough)].blocks for each in blocks[number]]
+    # Code that is no softmax has fewer.
+    exponentials = 0.9 * min(needed[1], max(exponentials for _, exponentials in enough))
+    enough = [done for done in enough if done[1] >= exponentials]
+    least = min(work for work, _ in enough)
+    way = min((ends[done] for done in enough if done[0] == least), key=lambda way: way.instructions)
+    kept = [each for number in way.blocks for each in blocks[number]]
     return kept, {each.address for number in inside for each in blocks[number]}
 
 

@@ -366,7 +366,9 @@ fn extreme_biases(dtype: DType) -> Vec<Case> {
     if dtype != DType::F16 {
         let case = Case::new("extreme", "-8_first_tile_large_values", spec(dtype, 2, (21, 192), 2, 8));
         let case = case.with_bias(PAIR, dtype, leading(-8.0, 64));
-        cases.push(case.with(|c| (c.fill.v, c.spec.gradients.q, c.spec.gradients.k) = (Values::Signs(1e36), false, false)));
+        cases.push(
+            case.with(|c| (c.fill.v, c.spec.gradients.q, c.spec.gradients.k) = (Values::Signs(1e36), false, false)),
+        );
     }
     // Large biases that leave nothing when they are added to each other.
     for (name, value) in [("1e5", 1e5), ("1e9", 1e9)] {

@@ -2,10 +2,10 @@
 //
 // The account of it is in attention/README.md; equation numbers are those of docs/mathematics.md.
 //
-// Constants beside those of attention.cuh, all defined: QUERY_TILES (16 queries each) of a warp, WARPS, TILE_K, STAGES
-// (buffers of keys and values: 1 or 2), QUERIES_IN_REGISTERS, ROWS_FIRST (order of blocks); 0 or 1: PRELOAD (the plain
-// path may be taken), Q_PIECES, K_PIECES, V_PIECES (rows move in pieces), OUT_PAIRS (channels of out are neighbours and
-// pairs aligned), LSE, LSE_LOW.
+// Constants beside those of attention.cuh, all defined: QUERY_TILES (16 queries each, 32 on AMD) of a warp, WARPS, TILE_K,
+// STAGES (buffers of keys and values: 1 or 2), QUERIES_IN_REGISTERS, SIMD_WAVES (for which registers leave room),
+// ROWS_FIRST (order of blocks); 0 or 1: PRELOAD (the plain path may be taken), Q_PIECES, K_PIECES, V_PIECES (rows move in
+// pieces), OUT_PAIRS (channels of out are neighbours and pairs aligned), LSE, LSE_LOW.
 #include "../include/attention.cuh"
 #include "../include/gpu.h"
 #include "../include/params.h"
@@ -44,6 +44,8 @@ struct Work {
 
 // One number for each of a lane's rows.
 using RowValues = float[LANE_ROWS];
+// Sums of a lane's P, row by row.
+using Shares = PairSum[LANE_ROWS];
 
 template <class Action> DEVICE void for_rows(Action action) {
 #pragma unroll
@@ -156,15 +158,16 @@ struct BiasTiles {
     }
 };
 
-// Starts a group of S with the biases over the scale; -inf where key mask or length exclude. (A bias of +inf there makes NaN, which
-// leaves the plain path.)
-DEVICE void start_with_biases(Scores& s, const BiasTiles& biases, float inverse_scale, u32 kept, int group) {
+// Starts a group of S with the biases over the scale; -inf where key mask or length exclude. (A bias of NaN or +inf there
+// makes NaN, which leaves the plain path.)
+DEVICE void start_with_biases(Scores& s, const BiasTiles& biases, float inverse_scale, const Excluded& excluded, int group) {
+    constexpr bool EXCLUDES = KEY_MASK || KV_LENGTHS;
 #pragma unroll
     for (int j = group * GROUP_KEYS; j < (group + 1) * GROUP_KEYS; j++) {
-        float of_key = biases.add<false>(0.0f, inverse_scale, 0, j);
-        if constexpr (KEY_MASK || KV_LENGTHS) of_key = kept >> j & 1 ? of_key : -INFINITE;
+        const float of_key = biases.add<false>(EXCLUDES ? excluded.start(j) : 0.0f, inverse_scale, 0, j);
         for_rows([&](int r) { score(s, r, j) = biases.add<true>(of_key, inverse_scale, r, j); });
     }
+    if constexpr (EXCLUDES) excluded.apply(s, group);
 }
 
 // --------------------------------------------------------------------------------------------------- the general path
@@ -192,6 +195,7 @@ DEVICE void finish_logits(Scores& s, const AttentionInputs& inputs, const Work& 
                 logit = fused_multiply_add(logit, inputs.scale_base2, added);
             }
             logit = keep ? logit : -INFINITE;
+            one_by_one();
         }
     });
 }
@@ -245,22 +249,29 @@ struct Softmax {
     static DEVICE float finite_reference(int r, const RowValues& of) { return of[r] == -INFINITE ? 0.0f : of[r]; }
 
     // P = 2^(S scale - reference) for a group, and its sums over the lane's keys so far.
-    template <bool finite> DEVICE void exponentials(Scores& s, float scale, RowValues& shares, int group) const {
+    template <bool finite> DEVICE void exponentials(Scores& s, float scale, Shares& shares, int group) const {
         for_rows([&](int r) {
             const float reference = finite ? references[r] : finite_reference(r, references);
 #pragma unroll
-            for (int j = group * GROUP_KEYS; j < (group + 1) * GROUP_KEYS; j++) {
-                float& p = score(s, r, j);
-                p = exp2(fused_multiply_add(p, scale, -reference));
-                shares[r] = j == 0 ? p : shares[r] + p;
+            for (int j = group * GROUP_KEYS; j < (group + 1) * GROUP_KEYS; j += 2) {
+                const Pair logits = fused_multiply_add(Pair{score(s, r, j), score(s, r, j + 1)}, scale, -reference);
+                const Pair p = {exp2(logits.x), exp2(logits.y)};
+                score(s, r, j) = p.x;
+                score(s, r, j + 1) = p.y;
+                if (j == 0) {
+                    shares[r].start(p);
+                } else {
+                    shares[r].add(p);
+                }
             }
         });
     }
 
-    DEVICE void add(const RowValues& shares) {
+    DEVICE void add(const Shares& shares) {
         for_rows([&](int r) {
-            sums[r] += shares[r];
-            largest = maximum(largest, shares[r]);
+            const float share = shares[r].total();
+            sums[r] += share;
+            largest = maximum(largest, share);
         });
     }
 
@@ -284,7 +295,7 @@ DEVICE bool block_any(bool predicate, u32* flags) {
     bool any = false;
     for (int i = 0; i < WARPS; i++) any = any || flags[i] != 0;
     block_barrier();
-    return any;
+    return same_in_warp(any);
 }
 
 // ---------------------------------------------------------------------------------------------------------- the end
@@ -403,7 +414,7 @@ DEVICE void finish(const ForwardParams& params, const Work& work, const Lane& la
 
 // ------------------------------------------------------------------------------------------------------- the kernel
 
-KERNEL(THREADS) attention_forward(const ForwardParams params) {
+KERNEL_WITH_WAVES(THREADS, SIMD_WAVES) attention_forward(const ForwardParams params) {
     DYNAMIC_SHARED(shared);
     const AttentionInputs& inputs = params.inputs;
     const Work work(params);
@@ -419,22 +430,20 @@ KERNEL(THREADS) attention_forward(const ForwardParams params) {
     };
     const i64 kv_head = work.at.head / inputs.group;
     const Rows<T> k = rows_of(inputs.k, kv_head), v = rows_of(inputs.v, kv_head);
-    const TileLoader<QueryTile, Q_PIECES, THREADS> load_queries(rows_of(inputs.q, work.at.head));
-    const TileLoader<KeyTileShape, K_PIECES, THREADS> key_loader(k);
-    const TileLoader<ValueTile, V_PIECES, THREADS> value_loader(v);
-    const auto load_keys = [&](int stage, const KeyTile& tile) {
-        const auto keeps = [&](int row) { return (tile.keeps >> row & 1) != 0; };
-        key_loader.load(shared_keys + stage * KeyTileShape::size, tile.key, keeps);
-        value_loader.load(shared_values + stage * ValueTile::size, tile.key, keeps);
-        copy_async_commit();
+    KeyLoader key_loader(k);
+    ValueLoader value_loader(v);
+    const auto start_loading = [&](int stage, const KeyTile& tile) {
+        key_loader.start(shared_keys + stage * KeyTileShape::size, tile.key, tile.keeps);
+        value_loader.start(shared_values + stage * ValueTile::size, tile.key, tile.keeps);
+        copies_started();
     };
 
-    load_queries.load(shared_queries, work.query, [&](int row) { return row < work.queries; });
-    copy_async_commit();
+    Queries queries;
+    queries.start(rows_of(inputs.q, work.at.head), work.query, work.queries, shared_queries, lane);
+    copies_started();
     BiasTiles biases;
     biases.start(inputs, work, lane);
     const float inverse_scale = 1.0f / inputs.scale;
-    Queries queries;
     Output out;
     Softmax softmax;
 
@@ -443,40 +452,46 @@ KERNEL(THREADS) attention_forward(const ForwardParams params) {
         // The next tile of keys, on its way.
         KeyWalk<TILE_K> walk(inputs, work.at, work.query, work.queries);
         if (!walk.done()) {
-            load_keys(0, walk.tile);
+            start_loading(0, walk.tile);
             if (walk.tile.cover == FULL) biases.load_ahead(walk.tile.key);
         }
-        copy_async_wait<0>();
+        copies_arrived();
         block_barrier();
-        queries.load(shared_queries, lane.query);
+        queries.load();
         softmax.start(out);
 
         for (int stage = 0; !walk.done();) {
             const KeyTile tile = walk.tile;
-            copy_async_wait<0>();
+            copies_arrived();
+            key_loader.arrive(shared_keys + stage * KeyTileShape::size);
+            value_loader.arrive(shared_values + stage * ValueTile::size);
             block_barrier();
             walk.advance();
             const bool more = !walk.done();
-            if (STAGES == 2 && more) load_keys(1 - stage, walk.tile);
+            if (LOADS_AHEAD && more) start_loading(1 - stage, walk.tile);
             const Piece* const keys = shared_keys + stage * KeyTileShape::size;
             const Piece* const tile_values = shared_values + stage * ValueTile::size;
 
             Scores s;
             Weights p;
-            RowValues shares;
+            Shares shares;
             const bool ahead = more && walk.tile.cover == FULL;
-            const bool plain = PRELOAD && tile.cover == FULL;
-            const u32 kept = (u32)(tile.keeps >> lane.first_key());
+            const bool plain = PRELOAD && tile.cover == FULL && !careful;
+            const Excluded excluded(tile.keeps, lane);
+            const auto add_share = [&] {
+                softmax.add(shares);
+                add_values(out, p, tile_values, lane);
+            };
             if (plain) biases.load_now(tile.key);
-            if (plain && softmax.settled && !careful) {
+            if (plain && softmax.settled) {
                 // Without a next tile this one's biases are loaded once more, which costs less than a branch.
                 const i64 next = ahead ? walk.tile.key : tile.key;
                 // Exponentials of one group beside products of the next.
 #pragma unroll
                 for (int group = 0; group <= KEY_GROUPS; group++) {
                     if (group < KEY_GROUPS) {
-                        start_with_biases(s, biases, inverse_scale, kept, group);
-                        biases.load_ahead(next, group);
+                        start_with_biases(s, biases, inverse_scale, excluded, group);
+                        if constexpr (!ONE_TAIL) biases.load_ahead(next, group);
                         add_logits(s, queries, keys, group);
                     }
                     if (group > 0) {
@@ -484,14 +499,14 @@ KERNEL(THREADS) attention_forward(const ForwardParams params) {
                         weights_of(p, s, group - 1);
                     }
                 }
-                softmax.add(shares);
-                add_values(out, p, tile_values);
+                if constexpr (!ONE_TAIL) add_share();
+                keep_apart();
             } else {
                 float scale = inputs.scale_base2;
                 bool in_range = false;
                 if (plain) {
                     for_groups([&](int group) {
-                        start_with_biases(s, biases, inverse_scale, kept, group);
+                        start_with_biases(s, biases, inverse_scale, excluded, group);
                         add_logits(s, queries, keys, group);
                     });
                     in_range = softmax.raise<true>(s, scale, out);
@@ -499,9 +514,9 @@ KERNEL(THREADS) attention_forward(const ForwardParams params) {
                 if (!in_range) {
                     start_with_zeros(s);
                     for_groups([&](int group) { add_logits(s, queries, keys, group); });
-                    finish_logits(s, inputs, work, tile, lane);
+                    finish_logits(s, read_again(params).inputs, work, tile, lane);
                     // Read again, so that finish_logits may use the registers.
-                    queries.load(shared_queries, lane.query);
+                    queries.load();
                     scale = 1.0f;
                     softmax.raise<false>(s, scale, out);
                 }
@@ -509,20 +524,23 @@ KERNEL(THREADS) attention_forward(const ForwardParams params) {
                     softmax.exponentials<false>(s, scale, shares, group);
                     weights_of(p, s, group);
                 });
-                softmax.add(shares);
+                if (!ONE_TAIL && ahead) biases.load_ahead(walk.tile.key);
+                if constexpr (!ONE_TAIL) add_share();
+            }
+            if constexpr (ONE_TAIL) {
                 if (ahead) biases.load_ahead(walk.tile.key);
-                add_values(out, p, tile_values);
+                add_share();
             }
 
             if (STAGES == 2) {
                 stage = 1 - stage;
             } else if (more) {
                 block_barrier();
-                load_keys(0, walk.tile);
+                if (!LOADS_AHEAD) start_loading(0, walk.tile);
             }
         }
         if (careful || !block_any(softmax.outgrown(out), (u32*)shared_keys)) break;
     }
 
-    finish(params, work, lane, softmax, out, v, (float*)shared);
+    finish(read_again(params), work, lane, softmax, out, v, (float*)shared);
 }

@@ -8,9 +8,11 @@
 #define KERNEL(threads) extern "C" __global__ void __launch_bounds__(threads)
 // As KERNEL, with the number of blocks that registers must leave room for on one multiprocessor.
 #define KERNEL_WITH_BLOCKS(threads, blocks) extern "C" __global__ void __launch_bounds__(threads, blocks)
+// As KERNEL; how many warps of it are to fit, other vendors' compilers are told.
+#define KERNEL_WITH_WAVES(threads, waves) KERNEL_WITH_BLOCKS(threads, (waves) * 128 / (threads))
 #define SHARED __shared__
-// Shared memory whose size the launch gives.
-#define DYNAMIC_SHARED(name) extern __shared__ Piece name[]
+// Shared memory whose size the launch gives; it starts at a multiple of eight pieces.
+#define DYNAMIC_SHARED(name) extern __shared__ __align__(128) Piece name[]
 
 constexpr int WARP_THREADS = 32;
 
@@ -70,6 +72,23 @@ DEVICE float float_of(u32 bits) { return __uint_as_float(bits); }
 DEVICE float fused_multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 DEVICE float multiply(float a, float b) { return __fmul_rn(a, b); }
 DEVICE float add(float a, float b) { return __fadd_rn(a, b); }
+
+// Two numbers, for which other vendors have instructions.
+struct Pair {
+    float x;
+    float y;
+};
+DEVICE Pair fused_multiply_add(Pair a, float b, float c) {
+    return {fused_multiply_add(a.x, b, c), fused_multiply_add(a.y, b, c)};
+}
+
+// A sum of numbers that come in pairs.
+struct PairSum {
+    float sum;
+    DEVICE void start(Pair x) { sum = x.x + x.y; }
+    DEVICE void add(Pair x) { sum = sum + x.x + x.y; }
+    DEVICE float total() const { return sum; }
+};
 
 // The greater of two; a NaN loses.
 DEVICE float maximum(float a, float b) { return fmaxf(a, b); }
@@ -134,6 +153,18 @@ DEVICE i64 opaque(i64 x) {
     asm volatile("" : "+l"(x));
     return x;
 }
+
+// What all lanes have alike, told to compilers of other vendors.
+DEVICE bool same_in_warp(bool x) { return x; }
+
+// Between steps of long code: other vendors' compilers would begin with the loads of all of them.
+DEVICE void one_by_one() {}
+// At the end of a branch: other vendors' compilers would merge it with the end of the other branch, and move registers.
+DEVICE void keep_apart() {}
+
+// The kernel's argument, or what it begins with, where its numbers are not to take registers before they are used: here they
+// never do.
+template <class Params> DEVICE const Params& read_again(const Params& params) { return params; }
 
 // ----------------------------------------------------------------------------------------------------------- memory
 

@@ -5,10 +5,10 @@
 #define DEVICE __attribute__((device)) __attribute__((always_inline)) inline
 #define KERNEL(threads) \
     extern "C" __attribute__((global)) __attribute__((amdgpu_flat_work_group_size(threads, threads))) void
-// As KERNEL, with the number of blocks that registers must leave room for on one compute unit: it has four SIMDs.
-#define KERNEL_WITH_BLOCKS(threads, blocks)                                                              \
-    extern "C" __attribute__((global)) __attribute__((amdgpu_flat_work_group_size(threads, threads),     \
-                                                      amdgpu_waves_per_eu(((threads) * (blocks) + 255) / 256))) void
+// As KERNEL, with the number of waves that registers must leave room for on one SIMD.
+#define KERNEL_WITH_WAVES(threads, waves)                                                            \
+    extern "C" __attribute__((global)) __attribute__((amdgpu_flat_work_group_size(threads, threads), \
+                                                      amdgpu_waves_per_eu(waves))) void
 #define SHARED __attribute__((shared))
 // Shared memory whose size the launch gives.
 #define DYNAMIC_SHARED(name) extern SHARED Piece name[]
@@ -65,6 +65,18 @@ DEVICE float add(float a, float b) {
     return a + b;
 }
 
+// Two numbers, for which there are instructions.
+typedef float Pair __attribute__((ext_vector_type(2)));
+DEVICE Pair fused_multiply_add(Pair a, float b, float c) { return __builtin_elementwise_fma(a, (Pair)b, (Pair)c); }
+
+// A sum of numbers that come in pairs.
+struct PairSum {
+    Pair sums;
+    DEVICE void start(Pair x) { sums = x; }
+    DEVICE void add(Pair x) { sums += x; }
+    DEVICE float total() const { return sums.x + sums.y; }
+};
+
 // The greater of two; a NaN loses.
 DEVICE float maximum(float a, float b) { return __builtin_fmaxf(a, b); }
 DEVICE float minimum(float a, float b) { return __builtin_fminf(a, b); }
@@ -72,8 +84,12 @@ DEVICE float magnitude(float x) { return __builtin_fabsf(x); }
 // The greater of two; a NaN wins.
 DEVICE float maximum_or_nan(float a, float b) { return a != a || b != b ? a + b : __builtin_fmaxf(a, b); }
 
-// 2^x: relative error below 2^-22, 0 below 2^-126, NaN for NaN.
+// 2^x: relative error below 2^-22, 0 below 2^-126, NaN for NaN. In a namespace, since the compiler takes a global function of
+// this name for a library's, and replaces it by one that keeps subnormal results.
+namespace approximate {
 DEVICE float exp2(float x) { return __builtin_amdgcn_exp2f(x); }
+}  // namespace approximate
+using approximate::exp2;
 // 1/x: relative error below 2^-22.
 DEVICE float reciprocal(float x) { return __builtin_amdgcn_rcpf(x); }
 
@@ -97,18 +113,35 @@ template <class T> DEVICE u32 pack(float low, float high, T) {
 
 // The same number, of which the compiler knows nothing: what is computed from it stays where it is written, and does not
 // take registers through a loop. Nor does it know any more that all lanes have the same number.
-#if defined(__AMDGCN__)
-#define HIDE(x) asm volatile("" : "+v"(x))
-#else
-#define HIDE(x)
-#endif
 DEVICE int opaque(int x) {
-    HIDE(x);
+#if defined(__AMDGCN__)
+    asm volatile("" : "+v"(x));
+#endif
     return x;
 }
 DEVICE i64 opaque(i64 x) {
-    HIDE(x);
+#if defined(__AMDGCN__)
+    asm volatile("" : "+v"(x));
+#endif
     return x;
+}
+
+// What all lanes have alike, told to the compiler: branches by it are branches of the wave.
+DEVICE bool same_in_warp(bool x) { return warp_ballot(x) != 0; }
+
+// Between steps of long code: keeps the compiler from beginning with the loads of all of them.
+DEVICE void one_by_one() { asm volatile("" ::: "memory"); }
+// At the end of a branch: keeps the compiler from merging it with the end of the other branch, which would move registers.
+DEVICE void keep_apart() { asm volatile(""); }
+
+// The kernel's argument, or what it begins with, of which the compiler knows nothing: numbers that are read from it are read
+// where they are used.
+template <class Params> DEVICE const Params& read_again(const Params&) {
+    const u64 address = (u64)opaque((i64)__builtin_amdgcn_kernarg_segment_ptr());
+    // The same in all lanes.
+    const u64 low = (u32)__builtin_amdgcn_readfirstlane((u32)address);
+    const u64 high = (u32)__builtin_amdgcn_readfirstlane((u32)(address >> 32));
+    return *(const Params*)(const __attribute__((address_space(4))) Params*)(high << 32 | low);
 }
 
 // ----------------------------------------------------------------------------------------------------------- memory
@@ -116,12 +149,9 @@ DEVICE i64 opaque(i64 x) {
 // Four words that one instruction moves.
 typedef u32 FourWords __attribute__((ext_vector_type(4)));
 
-// 16 bytes of read-only global memory. Addresses come as integers: that they are global, no compiler can see.
-DEVICE Piece load_piece(const void* from) {
-    return __builtin_bit_cast(Piece, *(const __attribute__((address_space(1))) FourWords*)from);
-}
-
+// Something in global memory, a number or a vector. Addresses come as integers: that they are global, no compiler can see.
+template <class T> DEVICE T load_global(const void* from) { return *(const __attribute__((address_space(1))) T*)from; }
+// 16 bytes of read-only global memory.
+DEVICE Piece load_piece(const void* from) { return __builtin_bit_cast(Piece, load_global<FourWords>(from)); }
 // A byte of read-only global memory, or 0 without a look at it.
-DEVICE u32 load_byte_or_zero(const u8* from, bool there) {
-    return there ? *(const __attribute__((address_space(1))) u8*)from : 0;
-}
+DEVICE u32 load_byte_or_zero(const u8* from, bool there) { return there ? load_global<u8>(from) : 0; }

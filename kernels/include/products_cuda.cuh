@@ -18,8 +18,10 @@ constexpr int LANE_CHANNELS = 2 * OUT_COLUMNS;
 using QueryTile = Tile<ELEMENT, WARPS * WARP_QUERIES, HEAD_DIM, IN_ROWS>;
 using KeyTileShape = Tile<ELEMENT, TILE_K, HEAD_DIM, LANE_KEYS>;
 using ValueTile = Tile<ELEMENT, TILE_K, HEAD_DIM_V, LANE_KEYS>;
-// Keys are taken in groups of two steps' worth of loads, or as many as one load fetches.
-constexpr int GROUP_PRODUCTS = products_of_load<KeyTileShape> > 2 ? products_of_load<KeyTileShape> : 2;
+// Keys are taken in groups of as many products as one load fetches, at least two; all at once where queries would be loaded
+// or split once more for each group.
+constexpr bool ONE_GROUP = sizeof(ELEMENT) == 4 || !QUERIES_IN_REGISTERS;
+constexpr int GROUP_PRODUCTS = ONE_GROUP ? KEY_COLUMNS : products_of_load<KeyTileShape> > 2 ? products_of_load<KeyTileShape> : 2;
 constexpr int KEY_GROUPS = KEY_COLUMNS / GROUP_PRODUCTS;
 constexpr int GROUP_KEYS = LANE_KEYS / KEY_GROUPS;
 static_assert(KEY_COLUMNS % GROUP_PRODUCTS == 0, "whole groups");
@@ -49,9 +51,40 @@ using Output = float[QUERY_TILES][OUT_COLUMNS][4];
 DEVICE float& value(Output& out, int row, int channel) { return out[row / 2][channel / 2][2 * (row % 2) + channel % 2]; }
 DEVICE float value(const Output& out, int row, int channel) { return out[row / 2][channel / 2][2 * (row % 2) + channel % 2]; }
 
+// The keys of a tile that key mask and lengths exclude.
+struct Excluded {
+    u32 kept;
+    DEVICE Excluded(u64 keeps, const Lane& lane) : kept((u32)(keeps >> lane.first_key())) {}
+    // What a logit of the lane's key `j` starts at beside its biases.
+    DEVICE float start(int j) const { return kept >> j & 1 ? 0.0f : -INFINITE; }
+    // Excludes those of a group that have not started so.
+    DEVICE void apply(Scores&, int) const {}
+};
+
 // Over the lanes that share a row.
 DEVICE float row_maximum(float x) { return quad_maximum(x); }
 DEVICE float row_sum(float x) { return quad_sum(x); }
+
+// A tile's copy goes straight to its buffer, once that is free.
+constexpr bool LOADS_AHEAD = STAGES == 2;
+// Each path through a tile ends by itself: the next tile's biases are loaded between the products of this one's groups.
+constexpr bool ONE_TAIL = false;
+DEVICE void copies_started() { copy_async_commit(); }
+DEVICE void copies_arrived() { copy_async_wait<0>(); }
+
+// Tiles of k and v on their way.
+template <class Tile, bool in_pieces> struct Loader {
+    TileLoader<Tile, in_pieces, WARPS * WARP_THREADS> loader;
+    DEVICE Loader(const Rows<ELEMENT>& rows) : loader(rows) {}
+    // Starts loading rows `first` .. of which bit i of `keeps` says whether row i is read.
+    DEVICE void start(Piece* tile, i64 first, u64 keeps) const {
+        loader.load(tile, first, [&](int row) { return (keeps >> row & 1) != 0; });
+    }
+    // Puts what arrived into the tile, where it is.
+    DEVICE void arrive(Piece*) const {}
+};
+using KeyLoader = Loader<KeyTileShape, K_PIECES>;
+using ValueLoader = Loader<ValueTile, V_PIECES>;
 
 // A of q, in registers or loaded for every tile of keys.
 struct Queries {
@@ -59,9 +92,15 @@ struct Queries {
     const Piece* tile;
     int query;
 
-    DEVICE void load(const Piece* shared, int first) {
+    // Starts loading the block's `count` queries from `first` on.
+    DEVICE void start(const Rows<ELEMENT>& rows, i64 first, int count, Piece* shared, const Lane& lane) {
         tile = shared;
-        query = first;
+        query = lane.query;
+        const TileLoader<QueryTile, Q_PIECES, WARPS * WARP_THREADS> loader(rows);
+        loader.load(shared, first, [&](int row) { return row < count; });
+    }
+    // Takes what arrived; again, to have its registers between for something else.
+    DEVICE void load() {
         if constexpr (QUERIES_IN_REGISTERS) {
 #pragma unroll
             for (int m = 0; m < QUERY_TILES; m++)
@@ -75,7 +114,8 @@ struct Queries {
 #pragma unroll
             for (int i = 0; i < 4; i++) a[i] = words[m][step][i];
         } else {
-            load_left<QueryTile>(a, tile, query + 16 * m, step);
+            // Opaque: addresses of all steps would take registers through the loop.
+            load_left<QueryTile>(a, tile, opaque(query) + 16 * m, step);
         }
     }
 };
@@ -165,7 +205,7 @@ DEVICE void add_share_terms(float (&share)[QUERY_TILES][4], const Factor<T, 4> (
 }
 
 // O += P v.
-template <class T = ELEMENT> DEVICE void add_values(Output& out, const Weights& p, const Piece* values) {
+template <class T = ELEMENT> DEVICE void add_values(Output& out, const Weights& p, const Piece* values, const Lane&) {
     if constexpr (sizeof(T) == 4) {
         Factor<T, 4> a[QUERY_TILES][WEIGHT_STEPS];
 #pragma unroll

@@ -13,13 +13,9 @@
 
 #include "gpu.h"
 #include "mma.cuh"
+#include "rows.cuh"
 
 constexpr int IN_ROWS = 0;
-
-template <class T> constexpr int PIECE_ELEMENTS = 16 / (int)sizeof(T);
-
-// Pieces of a row of channels: whole steps of f32, half steps of the half types.
-template <class T> DEVICE constexpr int pieces_of(int channels) { return (channels + 7) / 8 * 8 / PIECE_ELEMENTS<T>; }
 
 // Pieces from row to row.
 DEVICE constexpr int pitch_of(int pieces) { return pieces <= 2 ? pieces : pieces <= 4 ? 4 : (pieces + 7) / 8 * 8; }
@@ -56,13 +52,6 @@ template <class Element, int rows_, int channels_, int order> struct Tile {
     }
 };
 
-// A strided matrix in global memory: address of its first element, strides in elements.
-template <class T> struct Rows {
-    const T* data;
-    i64 row_stride;
-    i64 channel_stride;
-};
-
 // Loads tiles of one operand, one after another: all threads of the block. Row i is loaded where `keeps(i)`; the other
 // rows and channels that do not exist become 0 and are not read. In pieces where `in_pieces`: rows start at multiples of 16
 // bytes, with neighbouring channels, a multiple of 8 of them. Complete for the block after `copy_async_commit`,
@@ -71,7 +60,7 @@ template <class Tile, bool in_pieces, int threads> struct TileLoader {
     using T = typename Tile::T;
     // A thread keeps its piece, and its row grows by the same number from round to round; where a row has 3, 6, ... pieces,
     // some threads have none.
-    static constexpr int row_threads = Tile::pieces <= 2 ? Tile::pieces : Tile::pieces <= 4 ? 4 : Tile::pieces <= 8 ? 8 : Tile::pieces <= 16 ? 16 : Tile::pieces <= 32 ? 32 : 64;
+    static constexpr int row_threads = threads_of_row(Tile::pieces);
     static constexpr int round_rows = threads / row_threads;
     static_assert(round_rows > 0, "a row is loaded at once");
 
@@ -124,11 +113,12 @@ template <class Tile> constexpr int products_of_load = Tile::pieces == 1 ? 4 : T
 
 // Where a dealt row's piece lies, for `product` and `piece` that all lanes share, and what differs by lane (a small product
 // and piece, whose bits those do not have). Products `product` take 8 pieces, or a multiple, from one to the next: they are
-// added to an address, and pieces flip bits of it, so that what the lane gives is computed once for all.
+// added to an address, and pieces flip bits of it, since a tile starts at a multiple of 8 pieces. What the lane gives is
+// computed once for all.
 template <class Tile, int lane_rows>
 DEVICE u32 dealt_address(const Piece* tile, int lane_product, int lane_piece, int product, int piece) {
-    const int slot = Tile::slot(dealt_row<lane_rows>(lane_product, lane_index() % 8), lane_piece);
-    return shared_address(tile) + 16 * ((slot ^ (piece & 7)) + (piece & ~7) + 2 * product * Tile::pitch);
+    const u32 lane = shared_address(tile) + 16 * Tile::slot(dealt_row<lane_rows>(lane_product, lane_index() % 8), lane_piece);
+    return (lane ^ 16 * (piece & 7)) + 16 * ((piece & ~7) + 2 * product * Tile::pitch);
 }
 
 // B for `products_of_load` products from `product` on, columns of B being rows of the tile: word w of product p is

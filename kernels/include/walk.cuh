@@ -88,10 +88,11 @@ template <int tile_keys> struct KeyWalk {
             read_next();
             if (KEY_MASK && tile.keeps == 0) continue;
             if constexpr (POSITIONS) {
-                const int cover = position_cover(inputs, query, queries, tile.key, keys);
+                const AttentionInputs& again = read_again(inputs);
+                const int cover = position_cover(again, query, queries, tile.key, keys);
                 tile.cover = cover < tile.cover ? cover : tile.cover;
                 if (cover == EMPTY) {
-                    if (distance(inputs, query + queries - 1, tile.key) > inputs.highest_distance) next_key = end;
+                    if (distance(again, query + queries - 1, tile.key) > again.highest_distance) next_key = end;
                     continue;
                 }
             }
@@ -106,7 +107,7 @@ template <int tile_keys> struct KeyWalk {
 
     DEVICE int segment_cover(int keys) const {
         i32 lowest, highest;
-        segment_range(inputs.k_segments, tile.key, keys, lowest, highest);
+        segment_range(read_again(inputs).k_segments, tile.key, keys, lowest, highest);
         if (highest < lowest_segment || highest_segment < lowest) return EMPTY;
         return lowest == highest && lowest_segment == highest_segment ? FULL : PARTIAL;
     }

@@ -28,7 +28,7 @@ pub struct Entry {
 }
 
 /// Kernels whose products are written for NVIDIA's tensor cores alone so far.
-const WITHOUT_AMD: [&str; 3] = ["attention_forward", "backward_keys", "backward_queries"];
+const WITHOUT_AMD: [&str; 2] = ["backward_keys", "backward_queries"];
 
 /// All kernels for one vendor: those of copies, fills and merges in every dtype, those of attention.
 ///
@@ -40,7 +40,7 @@ pub fn catalogue(vendor: Vendor) -> Result<Vec<Entry>, KernelError> {
     let mut add = |kernel: Kernel, followed| {
         let written = vendor == Vendor::Nvidia || !WITHOUT_AMD.contains(&kernel.entry);
         if written && !entries.iter().any(|entry| entry.kernel.hash == kernel.hash) {
-            let scores = Scores::of(&kernel);
+            let scores = Scores::of(&kernel, vendor);
             let followed = followed && scores.as_ref().is_some_and(|scores| scores.dtype == DType::BF16);
             entries.push(Entry { kernel, scores, followed });
         }
@@ -48,7 +48,7 @@ pub fn catalogue(vendor: Vendor) -> Result<Vec<Entry>, KernelError> {
     for kernel in moves {
         add(kernel?, false);
     }
-    for (kernel, followed) in attention::forward()? {
+    for (kernel, followed) in attention::forward(vendor)? {
         add(kernel, followed);
     }
     for (kernel, followed) in backward::kernels()? {
@@ -60,6 +60,18 @@ pub fn catalogue(vendor: Vendor) -> Result<Vec<Entry>, KernelError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn amd_has_what_needs_no_backward_products() {
+        let entries = catalogue(Vendor::Amd).unwrap();
+        let forward = entries.iter().find(|entry| entry.kernel.name.starts_with("forward bf16 8x8 bias0")).unwrap();
+        let scores = forward.scores.as_ref().unwrap();
+        // v is padded to 32 channels.
+        assert_eq!((scores.tile_q, scores.tile_k, scores.depth, scores.products), (128, 64, 20, 2));
+        assert_eq!(forward.kernel.block_threads, 256);
+        assert!(entries.iter().any(|entry| entry.kernel.entry == "sums"));
+        assert!(entries.iter().all(|entry| !WITHOUT_AMD.contains(&entry.kernel.entry)));
+    }
 
     #[test]
     fn the_work_of_every_pass_is_known() {

@@ -6,7 +6,8 @@ use crate::constants::{AttentionConstants, BiasKind, constant};
 use crate::kernel::{Kernel, KernelError, Launch};
 use crate::operands::AttentionOperands;
 use crate::params::{ForwardParams, Operand};
-use crate::tile::tile_bytes;
+use crate::tile::{lds_bytes, tile_bytes};
+use crate::vendor::Vendor;
 
 /// What the forward pass writes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -22,7 +23,9 @@ pub struct ForwardOutputs {
 /// Sizes of a block's work.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct ForwardTile {
-    /// Tiles of 16 queries of a warp.
+    /// What it is for.
+    pub vendor: Vendor,
+    /// Tiles of 16 queries of a warp, of 32 on AMD.
     pub query_tiles: usize,
     /// Warps of a block.
     pub warps: usize,
@@ -32,13 +35,23 @@ pub struct ForwardTile {
     pub stages: usize,
     /// Whether queries stay in registers.
     pub queries_in_registers: bool,
+    /// Waves (warps) that registers leave room for on a SIMD (sub-partition). Left to itself, NVIDIA's compiler spills for
+    /// more of them.
+    pub simd_waves: usize,
 }
 
 impl ForwardTile {
-    /// The tile for a problem's sizes. Wide heads take fewer queries and keys, so that S, O and q fit the registers;
-    /// short sequences take fewer warps.
+    /// The tile for a problem's sizes. Wide heads take fewer queries and keys, so that S, O and q fit the registers, and k
+    /// and v the shared memory; short sequences take fewer warps.
     #[must_use]
-    pub fn new(dtype: DType, head_dim: usize, head_dim_v: usize, seqlen_q: usize) -> Self {
+    pub fn new(vendor: Vendor, dtype: DType, head_dim: usize, head_dim_v: usize, seqlen_q: usize) -> Self {
+        match vendor {
+            Vendor::Nvidia => Self::nvidia(dtype, head_dim, head_dim_v, seqlen_q),
+            Vendor::Amd => Self::amd(dtype, head_dim, head_dim_v, seqlen_q),
+        }
+    }
+
+    fn nvidia(dtype: DType, head_dim: usize, head_dim_v: usize, seqlen_q: usize) -> Self {
         let widest = head_dim.max(head_dim_v);
         let (query_tiles, tile_k, stages, most_warps) = match (dtype, widest) {
             (DType::F32, 0..=64) => (1, 64, 2, 4),
@@ -51,19 +64,33 @@ impl ForwardTile {
         let query_tiles = if seqlen_q <= 16 { 1 } else { query_tiles };
         let warps = seqlen_q.div_ceil(16 * query_tiles).next_power_of_two().min(most_warps);
         let queries_in_registers = head_dim * dtype.size_bytes() <= 256;
-        Self { query_tiles, warps, tile_k, stages, queries_in_registers }
+        Self { vendor: Vendor::Nvidia, query_tiles, warps, tile_k, stages, queries_in_registers, simd_waves: 2 }
+    }
+
+    fn amd(dtype: DType, head_dim: usize, head_dim_v: usize, seqlen_q: usize) -> Self {
+        let (tile_k, stages, simd_waves) = match (dtype, head_dim.max(head_dim_v)) {
+            (DType::F32, 0..=64) => (32, 1, 2),
+            (DType::F32, _) => (32, 1, 1),
+            (_, 0..=32) => (64, 2, 2),
+            (_, 33..=64) => (64, 1, 1),
+            (_, 65..=128) => (32, 1, 1),
+            (..) => (32, 1, 1),
+        };
+        let warps = seqlen_q.div_ceil(32).next_power_of_two().min(4);
+        let vendor = Vendor::Amd;
+        Self { vendor, query_tiles: 1, warps, tile_k, stages, queries_in_registers: true, simd_waves }
     }
 
     /// Queries of a block.
     #[must_use]
     pub fn tile_q(&self) -> usize {
-        16 * self.query_tiles * self.warps
+        self.vendor.product_rows() * self.query_tiles * self.warps
     }
 
     /// Threads of a block.
     #[must_use]
     pub fn threads(&self) -> usize {
-        32 * self.warps
+        self.vendor.warp_threads() * self.warps
     }
 }
 
@@ -89,7 +116,12 @@ pub struct ForwardKernel {
 impl ForwardKernel {
     /// What a problem and the layout of its operands ask for.
     #[must_use]
-    pub fn new(problem: &AttentionProblem, operands: &AttentionOperands, outputs: &ForwardOutputs) -> Self {
+    pub fn new(
+        vendor: Vendor,
+        problem: &AttentionProblem,
+        operands: &AttentionOperands,
+        outputs: &ForwardOutputs,
+    ) -> Self {
         let (spec, attention) = (problem.spec(), AttentionConstants::new(problem, operands));
         let dtype = spec.dtype;
         let in_pieces = |operand: &Operand, channels: usize| channels.is_multiple_of(8) && operand.in_pieces(5, dtype);
@@ -111,7 +143,7 @@ impl ForwardKernel {
         let shared_by_rows = |(bias, (kind, _)): (&Operand, &(BiasKind, DType))| {
             spec.rows > 1 && bias.strides[1] == 0 && bias.strides[3] != 0 && *kind != BiasKind::Absent
         };
-        let mut tile = ForwardTile::new(dtype, spec.head_dim, spec.head_dim_v, spec.seqlen_q);
+        let mut tile = ForwardTile::new(vendor, dtype, spec.head_dim, spec.head_dim_v, spec.seqlen_q);
         if attention.biases.contains(&(BiasKind::Pieces, DType::F32)) {
             // Read ahead for two tiles of queries, such a bias would take 64 registers.
             tile.query_tiles = 1;
@@ -138,9 +170,15 @@ impl ForwardKernel {
     #[must_use]
     pub fn shared_bytes(&self) -> usize {
         let (tile, attention) = (&self.tile, &self.attention);
-        let bytes = |rows, channels| tile_bytes(attention.dtype, rows, channels);
-        let keys = bytes(tile.tile_k, attention.head_dim) + bytes(tile.tile_k, attention.head_dim_v);
-        let tiles = bytes(tile.tile_q(), attention.head_dim) + tile.stages * keys;
+        let (dtype, head_dim, head_dim_v) = (attention.dtype, attention.head_dim, attention.head_dim_v);
+        let tiles = match tile.vendor {
+            Vendor::Nvidia => {
+                let bytes = |rows, channels| tile_bytes(dtype, rows, channels);
+                let keys = bytes(tile.tile_k, head_dim) + bytes(tile.tile_k, head_dim_v);
+                bytes(tile.tile_q(), head_dim) + tile.stages * keys
+            }
+            Vendor::Amd => tile.stages * lds_bytes(dtype, tile.tile_k, head_dim, head_dim_v),
+        };
         // The mean of v and the sums it is made of.
         let mean = if attention.uniform_rows { 4 * (attention.head_dim_v + 2 * tile.threads()) } else { 0 };
         tiles.max(mean)
@@ -159,6 +197,7 @@ impl ForwardKernel {
             constant("TILE_K", tile.tile_k),
             constant("STAGES", tile.stages),
             constant("QUERIES_IN_REGISTERS", u8::from(tile.queries_in_registers)),
+            constant("SIMD_WAVES", tile.simd_waves),
             constant("ROWS_FIRST", u8::from(self.rows_first)),
             constant("PRELOAD", u8::from(self.preload)),
             constant("Q_PIECES", u8::from(self.pieces[0])),
@@ -182,12 +221,13 @@ impl ForwardKernel {
 /// # Errors
 /// [`KernelError::Limit`] for sizes and grids beyond 63 bits.
 pub fn forward(
+    vendor: Vendor,
     problem: &AttentionProblem,
     operands: &AttentionOperands,
     outputs: &ForwardOutputs,
 ) -> Result<Launch<ForwardParams>, KernelError> {
     let spec = problem.spec();
-    let plan = ForwardKernel::new(problem, operands, outputs);
+    let plan = ForwardKernel::new(vendor, problem, operands, outputs);
     let factors = [spec.batch, spec.rows, spec.heads, spec.seqlen_q.div_ceil(plan.tile.tile_q())];
     let blocks = factors.iter().try_fold(1_u64, |blocks, &factor| blocks.checked_mul(factor as u64));
     let limit = i64::MAX.unsigned_abs();
@@ -206,37 +246,42 @@ pub fn forward(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::tile::MAX_SHARED_BYTES;
 
     #[test]
     fn every_head_dimension_fits_shared_memory() {
-        for dtype in [DType::F32, DType::F16, DType::BF16] {
-            for (head_dim, head_dim_v) in (1..=256).flat_map(|d| [(d, d), (d, 256), (256, d)]) {
-                let tile = ForwardTile::new(dtype, head_dim, head_dim_v, 4096);
-                let attention = AttentionConstants {
-                    dtype,
-                    head_dim,
-                    head_dim_v,
-                    biases: [(BiasKind::Absent, DType::F32); 4],
-                    key_mask: false,
-                    kv_lengths: false,
-                    segments: false,
-                    positions: false,
-                    alibi: false,
-                    gate: false,
-                    uniform_rows: true,
-                };
-                let kernel = ForwardKernel {
-                    attention,
-                    tile,
-                    preload: true,
-                    rows_first: false,
-                    pieces: [true; 3],
-                    out_pairs: true,
-                    lse: [true; 2],
-                };
-                assert!(kernel.shared_bytes() <= MAX_SHARED_BYTES, "{dtype} {head_dim} {head_dim_v}");
+        for vendor in [Vendor::Nvidia, Vendor::Amd] {
+            for dtype in [DType::F32, DType::F16, DType::BF16] {
+                for (head_dim, head_dim_v) in (1..=256).flat_map(|d| [(d, d), (d, 256), (256, d)]) {
+                    let bytes = uniform_kernel(vendor, dtype, head_dim, head_dim_v).shared_bytes();
+                    assert!(bytes <= vendor.max_shared_bytes(), "{vendor:?} {dtype} {head_dim} {head_dim_v}: {bytes}");
+                }
             }
+        }
+    }
+
+    /// A kernel without biases and masks that takes the most shared memory.
+    fn uniform_kernel(vendor: Vendor, dtype: DType, head_dim: usize, head_dim_v: usize) -> ForwardKernel {
+        let attention = AttentionConstants {
+            dtype,
+            head_dim,
+            head_dim_v,
+            biases: [(BiasKind::Absent, DType::F32); 4],
+            key_mask: false,
+            kv_lengths: false,
+            segments: false,
+            positions: false,
+            alibi: false,
+            gate: false,
+            uniform_rows: true,
+        };
+        ForwardKernel {
+            attention,
+            tile: ForwardTile::new(vendor, dtype, head_dim, head_dim_v, 4096),
+            preload: true,
+            rows_first: false,
+            pieces: [true; 3],
+            out_pairs: true,
+            lse: [true; 2],
         }
     }
 }

@@ -20,6 +20,15 @@ impl Vendor {
         }
     }
 
+    /// Rows of a matrix product: queries that a warp takes at least.
+    #[must_use]
+    pub fn product_rows(self) -> usize {
+        match self {
+            Self::Nvidia => 16,
+            Self::Amd => 32,
+        }
+    }
+
     /// Shared memory a block may have on every supported device: 99 KiB (sm_86, sm_89), of which 1 KiB is kept back; the
     /// LDS of a compute unit.
     #[must_use]

@@ -3,6 +3,7 @@
 use tilefold_core::DType;
 
 use crate::kernel::Kernel;
+use crate::vendor::Vendor;
 
 /// What a kernel's hot loop does, as the source says and compiled code does not.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -19,7 +20,7 @@ pub struct Scores {
     pub steps: usize,
     /// Warps of a block.
     pub warps: usize,
-    /// Matrix products of each score; f32 takes three for one.
+    /// Matrix products of each score; f32 takes three for one on NVIDIA.
     pub products: usize,
     /// Channels of q and k by the problem.
     pub head_dim: usize,
@@ -56,7 +57,7 @@ pub enum Walk {
 
 impl Scores {
     /// Those of a kernel; `None` for kernels without matrix products.
-    pub(super) fn of(kernel: &Kernel) -> Option<Self> {
+    pub(super) fn of(kernel: &Kernel, vendor: Vendor) -> Option<Self> {
         let constants = Constants(&kernel.source);
         let number = |name| constants.number(name);
         let dtype = match constants.text("ELEMENT")? {
@@ -66,11 +67,16 @@ impl Scores {
         };
         let head_dim = number("HEAD_DIM")?;
         let padded = |channels: usize| channels.next_multiple_of(8);
+        let padded_v = |channels: usize| match vendor {
+            Vendor::Nvidia => padded(channels),
+            // Channels of v are rows of a product.
+            Vendor::Amd => channels.next_multiple_of(vendor.product_rows()),
+        };
         let wants = |name| constants.is(name);
         let (pass, walk, [tile_q, tile_k], steps, warps, products, copied) = match kernel.entry {
             "attention_forward" => {
                 let warps = number("WARPS")?;
-                let tile = [16 * number("QUERY_TILES")? * warps, number("TILE_K")?];
+                let tile = [vendor.product_rows() * number("QUERY_TILES")? * warps, number("TILE_K")?];
                 (Pass::Forward, Walk::Keys, tile, 1, warps, 2, ["K_PIECES", "V_PIECES"])
             }
             "backward_keys" => {
@@ -100,9 +106,9 @@ impl Scores {
             tile_k,
             steps,
             warps,
-            products: if dtype == DType::F32 { 3 * products } else { products },
+            products: if dtype == DType::F32 && vendor == Vendor::Nvidia { 3 * products } else { products },
             head_dim,
-            depth: usize::midpoint(padded(head_dim), padded(number("HEAD_DIM_V")?)),
+            depth: usize::midpoint(padded(head_dim), padded_v(number("HEAD_DIM_V")?)),
             dtype,
             async_copies: copied.into_iter().all(wants),
         })

@@ -55,8 +55,11 @@ fn check_batch(Batch { entries, archs }: &Batch) -> Result<Vec<String>> {
 /// Resident warps of a sub-partition below which latency is not hidden, whatever the loop: by type and head dimension.
 ///
 /// Wide heads keep their sums in registers and get fewer; f32 has two numbers for each operand of a product.
-fn least_warps(scores: &Scores) -> f64 {
+///
+/// On AMD, O of 64 channels and more leaves room for one wave of a SIMD, which loads a tile ahead.
+fn least_warps(scores: &Scores, vendor: Vendor) -> f64 {
     match (scores.dtype, scores.depth) {
+        (_, 40..) if vendor == Vendor::Amd => 0.5,
         (DType::F32, 0..=64) => 2.0,
         (DType::F32, _) => 0.5,
         (_, 0..=64) => 2.0,
@@ -67,6 +70,10 @@ fn least_warps(scores: &Scores) -> f64 {
 /// Warps of a sub-partition for kernels that only move data.
 const LEAST_WARPS_OF_MOVES: f64 = 8.0;
 
+/// Scalar registers of AMD that may wait in lanes of vector registers, in kernels whose speed is followed: what is used once,
+/// before and after the loop. Where many features meet more of them do.
+const MOST_SPILLED_SCALARS: u32 = 16;
+
 fn resource_complaints(compiled: &Compiled<'_>) -> Vec<String> {
     let Compiled { entry, arch, resources, .. } = compiled;
     let kernel = &entry.kernel;
@@ -75,9 +82,12 @@ fn resource_complaints(compiled: &Compiled<'_>) -> Vec<String> {
     if resources.spilled_bytes + resources.stack_bytes > 0 {
         complain(format!("{} bytes spilled, {} bytes of stack", resources.spilled_bytes, resources.stack_bytes));
     }
+    if entry.followed && resources.spilled_scalars > MOST_SPILLED_SCALARS {
+        complain(format!("{} scalar registers spilled", resources.spilled_scalars));
+    }
     let warps = warps(compiled);
     // A block of one warp or less is a small problem's, or serial: blocks limit it, not registers.
-    let least = entry.scores.as_ref().map_or(LEAST_WARPS_OF_MOVES, least_warps);
+    let least = entry.scores.as_ref().map_or(LEAST_WARPS_OF_MOVES, |scores| least_warps(scores, arch.vendor));
     if warps < least && kernel.block_threads > arch.warp {
         complain(format!("{warps} warps of a sub-partition are resident, {least} are wanted"));
     }
@@ -105,13 +115,9 @@ fn missing_instructions(compiled: &Compiled<'_>) -> Result<Vec<String>> {
     Ok(absent.map(|(op, _)| format!("{} for {}: no {op}", entry.kernel.name, arch.name)).collect())
 }
 
-/// AMD's matrix product of 32 rows; bf16 has two names, one for each generation.
+/// AMD's matrix product of 32 rows.
 fn matrix_instruction(dtype: DType) -> &'static str {
-    match dtype {
-        DType::F32 => "v_mfma_f32_32x32x2",
-        DType::F16 => "v_mfma_f32_32x32x8",
-        _ => "bf16_1k",
-    }
+    if dtype == DType::F32 { "v_mfma_f32_32x32x2" } else { "v_mfma_f32_32x32x8" }
 }
 
 /// One line for each kernel of attention, one for each file of the others with the most registers and fewest warps.

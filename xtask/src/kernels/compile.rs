@@ -23,10 +23,13 @@ pub(super) struct Compiled<'a> {
     pub(super) path: PathBuf,
 }
 
+/// Compiles one kernel for one architecture: its resources, and the file of its code.
+type Compiler<'a> = dyn Fn(&Kernel, Arch) -> Result<(Resources, PathBuf)> + Sync + 'a;
+
 /// Machine code of all entries, which are of one vendor, for its architectures, in the order of the entries.
 pub(super) fn machine_code<'a>(entries: &'a [Entry], archs: &[Arch]) -> Result<Vec<Compiled<'a>>> {
     let jobs: Vec<_> = entries.iter().flat_map(|entry| archs.iter().map(move |arch| (entry, *arch))).collect();
-    let compile = |compiler: &(dyn Fn(&Kernel, Arch) -> Result<(Resources, PathBuf)> + Sync)| {
+    let compile = |compiler: &Compiler<'_>| {
         jobs.par_iter()
             .map(|&(entry, arch)| {
                 let (resources, path) = compiler(&entry.kernel, arch)

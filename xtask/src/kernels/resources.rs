@@ -51,6 +51,8 @@ pub(super) struct Resources {
     /// Of a thread; AMD's include those for accumulators.
     pub(super) registers: u32,
     pub(super) spilled_bytes: u32,
+    /// AMD's scalar registers that went to lanes of vector registers, not to memory.
+    pub(super) spilled_scalars: u32,
     pub(super) stack_bytes: u32,
     pub(super) static_shared_bytes: u32,
 }
@@ -63,6 +65,7 @@ impl Resources {
         Ok(Self {
             registers: number(" registers").with_context(|| format!("ptxas states no registers:\n{log}"))?,
             spilled_bytes: number(" bytes spill stores").unwrap_or(0) + number(" bytes spill loads").unwrap_or(0),
+            spilled_scalars: 0,
             stack_bytes: number(" bytes stack frame").unwrap_or(0),
             static_shared_bytes: number(" bytes smem").unwrap_or(0),
         })
@@ -77,7 +80,8 @@ impl Resources {
         };
         Ok(Self {
             registers: number(".vgpr_count")?,
-            spilled_bytes: 4 * (number(".vgpr_spill_count")? + number(".sgpr_spill_count")?),
+            spilled_bytes: 4 * number(".vgpr_spill_count")?,
+            spilled_scalars: number(".sgpr_spill_count")?,
             stack_bytes: number(".private_segment_fixed_size")?,
             static_shared_bytes: number(".group_segment_fixed_size")?,
         })
@@ -112,7 +116,13 @@ mod tests {
 
     #[test]
     fn the_log_is_read() {
-        let expected = Resources { registers: 168, spilled_bytes: 20, stack_bytes: 16, static_shared_bytes: 512 };
+        let expected = Resources {
+            registers: 168,
+            spilled_bytes: 20,
+            stack_bytes: 16,
+            static_shared_bytes: 512,
+            ..Resources::default()
+        };
         assert_eq!(Resources::read(LOG).unwrap(), expected);
         assert!(Resources::read("").is_err());
     }
@@ -123,7 +133,13 @@ mod tests {
 
     #[test]
     fn notes_are_read() {
-        let expected = Resources { registers: 168, spilled_bytes: 12, stack_bytes: 16, static_shared_bytes: 512 };
+        let expected = Resources {
+            registers: 168,
+            spilled_bytes: 8,
+            spilled_scalars: 1,
+            stack_bytes: 16,
+            static_shared_bytes: 512,
+        };
         assert_eq!(Resources::of_notes(NOTES).unwrap(), expected);
         assert!(Resources::of_notes("").is_err());
     }
