@@ -190,7 +190,8 @@ impl<'a> Launches<'a> {
             SIMPLE_THREADS,
         )?;
         let outer = [spec.batch, spec.rows, spec.heads];
-        let queries = outer.iter().fold(padded_queries(spec.seqlen_q), |product, &size| product.saturating_mul(size as u64));
+        let queries =
+            outer.iter().fold(padded_queries(spec.seqlen_q), |product, &size| product.saturating_mul(size as u64));
         let blocks = queries.div_ceil(u64::from(SIMPLE_THREADS / lanes));
         Ok(attention(kernel, blocks, self.params))
     }
