@@ -1,14 +1,19 @@
 // The HIP side of gpu.h: gfx90a and gfx942, whose waves have 64 lanes. Builtins of clang alone: run-time compilers come
-// without headers, and a host compiler that is given these builtins runs the same source (tests/host).
+// without headers, and a host compiler that is given these builtins runs the same source (tests/amd).
 #pragma once
 
 #define DEVICE __attribute__((device)) __attribute__((always_inline)) inline
+#if defined(__AMDGCN__)
 #define KERNEL(threads) \
     extern "C" __attribute__((global)) __attribute__((amdgpu_flat_work_group_size(threads, threads))) void
 // As KERNEL, with the number of waves that registers must leave room for on one SIMD.
 #define KERNEL_WITH_WAVES(threads, waves)                                                            \
     extern "C" __attribute__((global)) __attribute__((amdgpu_flat_work_group_size(threads, threads), \
                                                       amdgpu_waves_per_eu(waves))) void
+#else
+#define KERNEL(threads) extern "C" void
+#define KERNEL_WITH_WAVES(threads, waves) KERNEL(threads)
+#endif
 #define SHARED __attribute__((shared))
 // Shared memory whose size the launch gives.
 #define DYNAMIC_SHARED(name) extern SHARED Piece name[]

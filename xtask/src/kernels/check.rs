@@ -72,7 +72,7 @@ const LEAST_WARPS_OF_MOVES: f64 = 8.0;
 
 /// Scalar registers of AMD that may wait in lanes of vector registers, in kernels whose speed is followed: what is used once,
 /// before and after the loop. Where many features meet more of them do.
-const MOST_SPILLED_SCALARS: u32 = 16;
+const MOST_SPILLED_SCALARS: u32 = 24;
 
 fn resource_complaints(compiled: &Compiled<'_>) -> Vec<String> {
     let Compiled { entry, arch, resources, .. } = compiled;
