@@ -32,6 +32,11 @@ struct KeyOrder {
     }
 };
 
+// Neighbouring queries belong to one lane too.
+struct QueryOrder {
+    DEVICE int operator()(int row) const { return row % 8 / 2 * 2 * N + row / 8 * 2 + row % 2; }
+};
+
 using StageK = Stage<ELEMENT, HEAD_DIM, TILE_K, THREADS, K_PIECES>;
 using StageV = Stage<ELEMENT, HEAD_DIM_V, TILE_K, THREADS, V_PIECES>;
 using StageQ = Stage<ELEMENT, HEAD_DIM, TILE_Q, THREADS, Q_PIECES>;
@@ -108,36 +113,28 @@ KERNEL_WITH_BLOCKS(THREADS, MIN_BLOCKS) backward_keys(const BackwardParams param
         end_tile = least(end_tile, (visible.end + TILE_Q - 1) / TILE_Q);
     }
     const int tiles = end_tile > first_tile ? (int)(end_tile - first_tile) : 0;
-    const int steps = tiles * (int)in.group;
+    const int in_last = (int)least(in.seqlen_q - (end_tile - 1) * TILE_Q, TILE_Q);  // queries of the last tile
 
     const Rows<ELEMENT> k = {(const ELEMENT*)in.k.data + offset_of(in.k, owner_at, 0, key_head), in.k.strides[2], in.k.strides[4]};
     const Rows<ELEMENT> v = {(const ELEMENT*)in.v.data + offset_of(in.v, owner_at, 0, key_head), in.v.strides[2], in.v.strides[4]};
 
-    // The tile of queries that is fetched next, and the one that is computed.
-    i64 next_head = key_head * in.group, next_tile = first_tile;
-    StageWalk<StageQ, ELEMENT, HEAD_DIM, TILE_Q, THREADS, Q_PIECES> q_walk;
-    StageWalk<StageDO, ELEMENT, HEAD_DIM_V, TILE_Q, THREADS, DO_PIECES> d_o_walk;
+    // The tile of queries that is fetched next.
+    StageWalk<StageQ, ELEMENT, HEAD_DIM, TILE_Q, THREADS, Q_PIECES, QueryOrder> q_walk;
+    StageWalk<StageDO, ELEMENT, HEAD_DIM_V, TILE_Q, THREADS, DO_PIECES, QueryOrder> d_o_walk;
     StatisticsWalk<TILE_Q, THREADS> statistics_walk;
-    auto start_head = [&]() {
+    auto start_head = [&](i64 head) {
         const i64 first = first_tile * TILE_Q;
         const Operand& d_o = params.d_o;
-        q_walk.start({(const ELEMENT*)in.q.data + offset_of(in.q, owner_at, 0, next_head), in.q.strides[2], in.q.strides[4]}, first);
-        d_o_walk.start({(const ELEMENT*)d_o.data + offset_of(d_o, owner_at, 0, next_head), d_o.strides[2], d_o.strides[4]}, first);
-        statistics_walk.start(params, {batch, row, next_head}, first);
+        q_walk.start({(const ELEMENT*)in.q.data + offset_of(in.q, owner_at, 0, head), in.q.strides[2], in.q.strides[4]}, first);
+        d_o_walk.start({(const ELEMENT*)d_o.data + offset_of(d_o, owner_at, 0, head), d_o.strides[2], d_o.strides[4]}, first);
+        statistics_walk.start(params, {batch, row, head}, first);
     };
-    auto fetch = [&](int stage) {
-        const u32 to = shared + STAGES_AT + stage * STAGE_BYTES;
-        const i64 first = next_tile * TILE_Q, left = in.seqlen_q - first;
-        q_walk.next(to, left);
-        d_o_walk.next(to + DO_AT, left);
-        statistics_walk.next(to + STATISTICS_AT, params.padded_queries - first);
+    // Of the tile `there` queries exist; with none, nothing is read.
+    auto fetch = [&](u32 to, int there) {
+        q_walk.next(to, there);
+        d_o_walk.next(to + DO_AT, there);
+        statistics_walk.next(to + STATISTICS_AT, there > 0 ? TILE_Q : 0);
         copy_async_commit();
-        next_tile++;
-        if (next_tile == end_tile) {
-            next_tile = first_tile;
-            next_head++;
-            if (next_head < (key_head + 1) * in.group) start_head();
-        }
     };
 
     Accumulator dk[M][QTile::columns] = {}, dv[M][VTile::columns] = {};
@@ -153,17 +150,15 @@ KERNEL_WITH_BLOCKS(THREADS, MIN_BLOCKS) backward_keys(const BackwardParams param
         }
     }
 
-    if (steps > 0) {
+    if (tiles > 0) {
         StageK::start(shared, k, first_key, in.seqlen_k, KeyOrder());
         if (NEEDS_DS) StageV::start(shared + V_AT, v, first_key, in.seqlen_k, KeyOrder());
         copy_async_commit();
         copy_async_wait<0>();
         block_barrier();
-        start_head();
-        fetch(0);
     }
     FragmentA k_fragments[K_IN_REGISTERS ? QTile::steps : 1][M], v_fragments[K_IN_REGISTERS ? VTile::steps : 1][M];
-    if (K_IN_REGISTERS && steps > 0) {
+    if (K_IN_REGISTERS && tiles > 0) {
 #pragma unroll
         for (int i = 0; i < M; i++) {
             const int first_row = (warp * M + i) * 16;
@@ -177,39 +172,20 @@ KERNEL_WITH_BLOCKS(THREADS, MIN_BLOCKS) backward_keys(const BackwardParams param
     }
 
     KeyBiases<M, N> biases;
-    i64 head = key_head * in.group, tile = first_tile;
-    if (steps > 0) {
-        biases.start_head(in, {batch, row, head}, keys[0][0]);
-        biases.fetch(in, tile * TILE_Q);
-    }
-    for (int step = 0; step < steps; step++) {
-        const int stage = STAGES == 2 ? step % 2 : 0;
-        const u32 staged = shared + STAGES_AT + stage * STAGE_BYTES;
-        const i64 first_query = tile * TILE_Q;
-        copy_async_wait<0>();
-        block_barrier();
+    u32 staged = shared + STAGES_AT;
+    const u32 both_stages = 2 * staged + STAGE_BYTES;
+    i64 first_query;
 
-        float lse[N][2], delta[N][2];
-#pragma unroll
-        for (int j = 0; j < N; j++) {
-            const u32 from = staged + STATISTICS_AT + (8 * j + 2 * (lane % 4)) * 4;
-            load_shared_pair(lse[j], from);
-            if (NEEDS_DS) load_shared_pair(delta[j], from + 2 * TILE_Q * 4);
-        }
-        if (first_query + TILE_Q > in.seqlen_q) {
-            // Queries beyond the last: P = 0.
-#pragma unroll
-            for (int j = 0; j < N; j++) {
-#pragma unroll
-                for (int e = 0; e < 2; e++) {
-                    if (first_query + 8 * j + 2 * (lane % 4) + e >= in.seqlen_q) lse[j][e] = INFINITE;
-                }
-            }
-        }
+    // One tile, computed on the plain way or the other; `next_last` is the last query of the next tile.
+    auto compute = [&](auto way, int next_last) {
+        constexpr bool plain = decltype(way)::value;
+        float lse[2 * N], low[2 * N], delta[2 * N];
+        const u32 statistics = staged + STATISTICS_AT + first_of_lane<N>() * 4;
+        load_shared_run(lse, statistics);
+        if (!plain) load_shared_run(low, statistics + TILE_Q * 4);
+        if (NEEDS_DS) load_shared_run(delta, statistics + 2 * TILE_Q * 4);
 
         Accumulator s[M][N], dp[M][N];
-        if (STAGES == 2 && step + 1 < steps) fetch(1 - stage);
-
 #pragma unroll
         for (int pass = 0; pass < PASSES<ELEMENT>; pass++) {
 #pragma unroll
@@ -223,7 +199,7 @@ KERNEL_WITH_BLOCKS(THREADS, MIN_BLOCKS) backward_keys(const BackwardParams param
             }
         }
         if (NEEDS_DS) {
-            const auto minus_delta = [&](int, int j, int y) { return delta[j][y % 2]; };
+            const auto minus_delta = [&](int, int j, int y) { return delta[2 * j + y % 2]; };
             const auto start = [&](int i, int j, int y) { return STARTS_FROM_DELTA ? minus_delta(i, j, y) : 0.0f; };
 #pragma unroll
             for (int pass = 0; pass < PASSES<ELEMENT>; pass++) {
@@ -238,30 +214,10 @@ KERNEL_WITH_BLOCKS(THREADS, MIN_BLOCKS) backward_keys(const BackwardParams param
             }
             if (!STARTS_FROM_DELTA) add_to_all(dp, minus_delta);
         }
-        bool plain = true;
-#pragma unroll
-        for (int i = 0; i < TILE_Q; i += WARP_THREADS) plain = plain && allows_plain(float_of(load_shared(staged + STATISTICS_AT + (i + lane % TILE_Q) * 4)));
-        if (sizeof(ELEMENT) == 2 && warp_all(plain)) {
-            biases.take<true>(s, in, first_query, lse, lse);
-        } else {
-            float low[N][2];
-#pragma unroll
-            for (int j = 0; j < N; j++) load_shared_pair(low[j], staged + STATISTICS_AT + (TILE_Q + 8 * j + 2 * (lane % 4)) * 4);
-            biases.take<false>(s, in, first_query, lse, low);
-        }
+        biases.template take<plain>(s, in, first_query, lse, low);
         // Biases of the next tile, while this one is computed.
-        if (tile + 1 == end_tile) {
-            tile = first_tile;
-            head++;
-            if (step + 1 < steps) biases.start_head(in, {batch, row, head}, keys[0][0]);
-        } else {
-            tile++;
-        }
-        if (step + 1 < steps) biases.fetch(in, tile * TILE_Q);
-
-        if (SEGMENTS || POSITIONS) {
-            exclude_by_key<M, N>(s, dp, in, owner_at, keys[0][0], first_query, first_key, TILE_K);
-        }
+        biases.fetch(next_last);
+        if (SEGMENTS || POSITIONS) exclude_by_key<M, N>(s, dp, in, owner_at, keys[0][0], first_query, first_key, TILE_K);
 
         FragmentA p_factors[M][TILE_Q / row_step<ELEMENT>], ds_factors[M][TILE_Q / row_step<ELEMENT>];
 #pragma unroll
@@ -284,20 +240,48 @@ KERNEL_WITH_BLOCKS(THREADS, MIN_BLOCKS) backward_keys(const BackwardParams param
         }
         if (WANT_DV) ProductOverRows<ELEMENT, HEAD_DIM_V, M, TILE_Q / row_step<ELEMENT>>::run(dv, p_factors, staged + DO_AT, 0);
         if (WANT_DK) ProductOverRows<ELEMENT, HEAD_DIM, M, TILE_Q / row_step<ELEMENT>>::run(dk, ds_factors, staged, 0);
-        if (STAGES == 1 && step + 1 < steps) {
-            block_barrier();
-            fetch(0);
-        }
+    };
 
-        if (WANT_KEY_SUMS && tile == first_tile) {
-            // The last tile of a head; `head` is the next one already.
-            const i64 heads = ((chunk * in.batch + batch) * in.rows + row) * in.heads + head - 1;
-            store_key_sums((float*)params.key_sums + heads * in.seqlen_k, key_sums, keys, kept, in.seqlen_k);
+    for (i64 head = key_head * in.group; head < (key_head + 1) * in.group; head++) {
+        first_query = first_tile * TILE_Q;
+        if (tiles > 0) {
+            copy_async_wait<0>();
+            block_barrier();
+            start_head(head);
+            const int there = tiles > 1 ? TILE_Q : in_last;
+            fetch(staged, there);
+            biases.start_head(in, {batch, row, head}, keys[0][0], first_query);
+            biases.fetch(there - 1);
         }
-    }
-    if (WANT_KEY_SUMS && steps == 0) {
-        for (i64 h = key_head * in.group; h < (key_head + 1) * in.group; h++) {
-            const i64 heads = ((chunk * in.batch + batch) * in.rows + row) * in.heads + h;
+        for (int tile = 0; tile < tiles; tile++) {
+            // Without a next tile none is read, and this one's biases are once more.
+            const bool more = tile + 1 < tiles;
+            const int next_there = tile + 2 < tiles ? TILE_Q : in_last;
+            copy_async_wait<0>();
+            block_barrier();
+            const u32 next = STAGES == 2 ? both_stages - staged : staged;
+            if (STAGES == 2) fetch(next, more ? next_there : 0);
+            if (more) biases.advance();
+            bool plain = sizeof(ELEMENT) == 2;
+            if (sizeof(ELEMENT) == 2) {
+#pragma unroll
+                for (int i = 0; i < TILE_Q; i += WARP_THREADS) plain = plain && allows_plain(float_of(load_shared(staged + STATISTICS_AT + (i + lane % TILE_Q) * 4)));
+                plain = warp_all(plain);
+            }
+            if (sizeof(ELEMENT) == 2 && plain) {
+                compute(Way<sizeof(ELEMENT) == 2>(), next_there - 1);
+            } else {
+                compute(Way<false>(), next_there - 1);
+            }
+            first_query += TILE_Q;
+            if (STAGES == 1 && more) {
+                block_barrier();
+                fetch(staged, next_there);
+            }
+            staged = next;
+        }
+        if (WANT_KEY_SUMS) {
+            const i64 heads = ((chunk * in.batch + batch) * in.rows + row) * in.heads + head;
             store_key_sums((float*)params.key_sums + heads * in.seqlen_k, key_sums, keys, kept, in.seqlen_k);
         }
     }

@@ -31,7 +31,6 @@ using VTile = Tile<ELEMENT, HEAD_DIM_V>;
 // Neighbouring keys belong to one lane: a lane's columns are 2 N keys in a run, so that it reads a bias in words. In the
 // tile they stand in the order of the columns.
 struct KeyOrder {
-    static constexpr int period = 8 * N;
     DEVICE int operator()(int row) const {
         const int warp = row / (8 * N), j = row / 8 % N, column = row % 8;
         return warp * 8 * N + column / 2 * 2 * N + 2 * j + column % 2;

@@ -180,6 +180,23 @@ DEVICE Piece load_piece(const void* from) {
     return y;
 }
 
+// Words of read-only global memory: 1, 2, or a multiple of 4.
+template <int count> DEVICE void load_words(u32 (&to)[count], const void* from) {
+    if constexpr (count == 1) {
+        asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(to[0]) : "l"(from));
+    } else if constexpr (count == 2) {
+        asm volatile("ld.global.nc.v2.u32 {%0, %1}, [%2];" : "=r"(to[0]), "=r"(to[1]) : "l"(from));
+    } else {
+        static_assert(count % 4 == 0, "pieces");
+#pragma unroll
+        for (int i = 0; i < count; i += 4) {
+            const Piece piece = load_piece((const char*)from + 4 * i);
+#pragma unroll
+            for (int x = 0; x < 4; x++) to[i + x] = piece.words[x];
+        }
+    }
+}
+
 // A byte of read-only global memory, or 0 without a look at it. Opaque, so that the wait for it is where it is used.
 DEVICE u32 load_byte_or_zero(const u8* from, bool there) {
     u32 y;

@@ -12,6 +12,22 @@
 #include "attention.cuh"
 #include "stage.cuh"
 
+// A choice that is known when compiling, as an argument.
+template <bool chosen> struct Way {
+    static constexpr bool value = chosen;
+};
+
+// Neighbouring words of shared memory, a multiple of four.
+template <int count> DEVICE void load_shared_run(float (&to)[count], u32 address) {
+    static_assert(count % 4 == 0, "pieces");
+#pragma unroll
+    for (int i = 0; i < count; i += 4) {
+        const Piece piece = load_shared_piece(address + 4 * i);
+#pragma unroll
+        for (int x = 0; x < 4; x++) to[i + x] = float_of(piece.words[x]);
+    }
+}
+
 // Half-open.
 struct Range {
     i64 begin;
@@ -19,6 +35,7 @@ struct Range {
 };
 
 DEVICE i64 least(i64 a, i64 b) { return a < b ? a : b; }
+DEVICE int least_int(int a, int b) { return a < b ? a : b; }
 DEVICE i64 greatest(i64 a, i64 b) { return a > b ? a : b; }
 DEVICE i64 divided_up(i64 a, i64 b) { return (a + b - 1) / b; }
 
@@ -77,7 +94,7 @@ template <int queries, int threads> struct StatisticsWalk {
 // Whether the plain way may be taken next to this lse. f32 never does: its P is to be exact to f32.
 constexpr float PLAIN_LIMIT = 1024.0f;
 constexpr bool HAS_BIAS = BIAS_0 != ABSENT;
-DEVICE bool allows_plain(float lse) { return sizeof(ELEMENT) == 2 && (lse < 0.0f ? -lse <= PLAIN_LIMIT : lse <= PLAIN_LIMIT || lse == INFINITE); }
+DEVICE bool allows_plain(float lse) { return sizeof(ELEMENT) == 2 && (magnitude(lse) <= PLAIN_LIMIT || lse == INFINITE); }
 
 // The sum so far and one more bias: in base 2, but on the plain way.
 template <bool plain> DEVICE float with_bias(float sum, float bias) { return sum + (plain ? bias : bias_base2(bias)); }
@@ -120,59 +137,63 @@ template <class T, int count> struct alignas(count * sizeof(T) < 16 ? count * si
     }
 };
 
+// A lane's columns of n accumulators stand for 2 n neighbours, of which this is the first: column 2 i + e of accumulator j
+// is number 2 j + e of lane i's.
+template <int n> DEVICE int first_of_lane() { return lane_index() % 4 * 2 * n; }
+
 // A bias of a lane's keys (rows of the accumulators) and queries (columns), one tile of queries at a time.
 template <int index, int m, int n> struct KeyBias {
     using T = typename Bias<index>::T;
     static constexpr int kind = Bias<index>::kind;
     static constexpr bool ahead = kind == PIECES && RUNS;
-    const T* data;
+    const char* data;
+    int stride;  // from query to query, in bytes
+    int first;   // the lane's first query
     Run<T, 2 * m> runs[ahead ? n : 1][2];
     float of_keys[m][2];
 
-    DEVICE void start_head(const AttentionInputs& in, const Position& at, i64 key) {
+    // A head, from `first_query` on.
+    DEVICE void start_head(const AttentionInputs& in, const Position& at, i64 key, i64 first_query) {
         if constexpr (kind == ABSENT) return;
-        data = bias_data<index>(in, at);
+        const T* const start = bias_data<index>(in, at);
+        data = (const char*)start;
         if constexpr (kind == KEYS) {
 #pragma unroll
             for (int i = 0; i < m; i++) {
 #pragma unroll
-                for (int half = 0; half < 2; half++) of_keys[i][half] = to_f32(data[least(key + 2 * i + half, in.seqlen_k - 1)]);
+                for (int half = 0; half < 2; half++) of_keys[i][half] = to_f32(start[least(key + 2 * i + half, in.seqlen_k - 1)]);
             }
         } else if constexpr (ahead) {
-            data += least(key, in.seqlen_k - 2 * m);
+            first = opaque(first_of_lane<n>());
+            stride = opaque((int)(in.biases[index].strides[3] * (i64)sizeof(T)));
+            data = (const char*)opaque((i64)(start + least(key, in.seqlen_k - 2 * m) + first_query * in.biases[index].strides[3]));
         }
     }
-    // Reads what the tile of queries from `first` on needs. Queries that do not exist read the last one that does.
-    DEVICE void fetch(const AttentionInputs& in, i64 first) {
+    // Reads what the tile of queries needs, of which those to `last` exist; a lane reads others' instead of those that do not.
+    DEVICE void fetch(int last) {
         if constexpr (ahead) {
-            const i64 stride = in.biases[index].strides[3];
-            const i64 query = first + 2 * (lane_index() % 4);
-            if (first + 8 * n <= in.seqlen_q) {
-                const T* from = data + query * stride;
+            if constexpr (QUERY_EIGHTS) {
+                // A lane's queries exist all or none.
+                const char* const from = data + (i64)least_int(first, last + 1 - 2 * n) * stride;
 #pragma unroll
-                for (int j = 0; j < n; j++) {
-                    runs[j][0] = *(const Run<T, 2 * m>*)from;
-                    runs[j][1] = *(const Run<T, 2 * m>*)(from + stride);
-                    from += 8 * stride;
-                }
+                for (int x = 0; x < 2 * n; x++) load_words(runs[x / 2][x % 2].words, from + (i64)x * stride);
             } else {
 #pragma unroll
-                for (int j = 0; j < n; j++) {
-#pragma unroll
-                    for (int e = 0; e < 2; e++) {
-                        runs[j][e] = *(const Run<T, 2 * m>*)(data + least(query + 8 * j + e, in.seqlen_q - 1) * stride);
-                    }
-                }
+                for (int x = 0; x < 2 * n; x++) load_words(runs[x / 2][x % 2].words, data + (i64)least_int(first + x, last) * stride);
             }
         }
+    }
+    // To the next tile.
+    DEVICE void advance() {
+        if constexpr (ahead) data = (const char*)opaque((i64)(data + (i64)(8 * n) * stride));
     }
     template <bool plain> DEVICE float add(float sum, const AttentionInputs& in, i64 key, i64 first, int i, int half, int j, int e) const {
         if constexpr (kind == ABSENT) return sum;
         if constexpr (ahead) return with_bias<plain>(sum, runs[j][e][2 * i + half]);
         if constexpr (kind == KEYS) return with_bias<plain>(sum, of_keys[i][half]);
         const Operand& bias = in.biases[index];
-        const i64 query = least(first + 8 * j + 2 * (lane_index() % 4) + e, in.seqlen_q - 1);
-        return with_bias<plain>(sum, to_f32(data[query * bias.strides[3] + least(key + 2 * i + half, in.seqlen_k - 1) * bias.strides[4]]));
+        const i64 query = least(first + first_of_lane<n>() + 2 * j + e, in.seqlen_q - 1);
+        return with_bias<plain>(sum, to_f32(((const T*)data)[query * bias.strides[3] + least(key + 2 * i + half, in.seqlen_k - 1) * bias.strides[4]]));
     }
 };
 
@@ -185,23 +206,29 @@ template <int m, int n> struct KeyBiases {
     i64 key;
     float slope;
 
-    DEVICE void start_head(const AttentionInputs& in, const Position& at, i64 first_key) {
+    DEVICE void start_head(const AttentionInputs& in, const Position& at, i64 first_key, i64 first) {
         key = first_key;
         if (ALIBI) slope = ((const float*)in.alibi_slopes)[at.head];
-        bias0.start_head(in, at, key);
-        bias1.start_head(in, at, key);
-        bias2.start_head(in, at, key);
-        bias3.start_head(in, at, key);
+        bias0.start_head(in, at, key, first);
+        bias1.start_head(in, at, key, first);
+        bias2.start_head(in, at, key, first);
+        bias3.start_head(in, at, key, first);
     }
-    DEVICE void fetch(const AttentionInputs& in, i64 first) {
-        bias0.fetch(in, first);
-        bias1.fetch(in, first);
-        bias2.fetch(in, first);
-        bias3.fetch(in, first);
+    DEVICE void fetch(int last) {
+        bias0.fetch(last);
+        bias1.fetch(last);
+        bias2.fetch(last);
+        bias3.fetch(last);
+    }
+    DEVICE void advance() {
+        bias0.advance();
+        bias1.advance();
+        bias2.advance();
+        bias3.advance();
     }
     // s = scale s + biases - lse
     template <bool plain>
-    DEVICE void take(Accumulator (&s)[m][n], const AttentionInputs& in, i64 first, const float (&lse)[n][2], const float (&low)[n][2]) const {
+    DEVICE void take(Accumulator (&s)[m][n], const AttentionInputs& in, i64 first, const float (&lse)[2 * n], const float (&low)[2 * n]) const {
 #pragma unroll
         for (int i = 0; i < m; i++) {
 #pragma unroll
@@ -214,9 +241,9 @@ template <int m, int n> struct KeyBiases {
                     sum = bias1.template add<plain>(sum, in, key, first, i, half, j, e);
                     sum = bias2.template add<plain>(sum, in, key, first, i, half, j, e);
                     sum = bias3.template add<plain>(sum, in, key, first, i, half, j, e);
-                    const i64 query = first + 8 * j + 2 * (lane_index() % 4) + e;
+                    const i64 query = first + first_of_lane<n>() + 2 * j + e;
                     const float alibi = ALIBI ? alibi_base2(slope, distance(in, query, key + 2 * i + half)) : 0.0f;
-                    s[i][j][x] = logit_of<plain>(s[i][j][x], in.scale_base2, sum, alibi, lse[j][e], low[j][e]);
+                    s[i][j][x] = logit_of<plain>(s[i][j][x], in.scale_base2, sum, alibi, lse[2 * j + e], low[2 * j + e]);
                 }
             }
         }
@@ -359,7 +386,7 @@ DEVICE void exclude_by_key(Accumulator (&s)[m][n], Accumulator (&dp)[m][n], cons
     for (int j = 0; j < n; j++) {
 #pragma unroll
         for (int e = 0; e < 2; e++) {
-            const int query = 8 * j + 2 * (lane_index() % 4) + e;
+            const int query = first_of_lane<n>() + 2 * j + e;
             const i32 of_query = SEGMENTS ? segment(in.q_segments, at, least(first_query + query, in.seqlen_q - 1)) : 0;
 #pragma unroll
             for (int i = 0; i < m; i++) {

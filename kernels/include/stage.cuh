@@ -16,7 +16,6 @@ template <class T> struct Rows {
 
 // Rows in their own order.
 struct InOrder {
-    static constexpr int period = 1;
     DEVICE int operator()(int row) const { return row; }
 };
 
@@ -74,13 +73,16 @@ template <class T, int channels, int rows, int threads, bool pieces> struct Stag
     }
 };
 
-// A walk over tiles of neighbouring rows. A thread's pieces lie whole periods of the order apart, or it computes each
-// address anew: it keeps the address of its first piece alone.
+// A walk over tiles of neighbouring rows. Orders are sums of what bits of a row give: where a thread's pieces lie whole
+// eights of rows apart it keeps the address of its first piece alone, and otherwise computes each address anew.
 template <class Stage, class T, int channels, int rows, int threads, bool pieces, class Order = InOrder> struct StageWalk {
     static constexpr int turn_rows = threads / Stage::Layout::pieces;
-    static constexpr bool even = threads % Stage::Layout::pieces == 0 && turn_rows % Order::period == 0;
+    static constexpr bool even = threads % Stage::Layout::pieces == 0 && turn_rows % 8 == 0;
+    static constexpr bool exact = channels > (Stage::Layout::pieces - 1) * Stage::per_piece;
     Rows<T> from;
     const T* source;
+    int row;  // of the operand, that of the thread's first piece
+    u32 to;   // where it goes, in the tile
 
     // From row `first` on.
     DEVICE void start(const Rows<T>& at, i64 first) {
@@ -88,20 +90,32 @@ template <class Stage, class T, int channels, int rows, int threads, bool pieces
         from.data += first * from.row_stride;
         source = from.data;
         if constexpr (pieces && even) {
-            const int row = thread_index() / Stage::Layout::pieces, piece = thread_index() % Stage::Layout::pieces;
-            source += Order()(row) * from.row_stride + piece * Stage::per_piece;
+            const int first = thread_index() / Stage::Layout::pieces, piece = thread_index() % Stage::Layout::pieces;
+            row = opaque(Order()(first));
+            to = opaque(first * Stage::Layout::pitch + piece * 16);
+            source += row * from.row_stride + piece * Stage::per_piece;
         }
     }
     // To other rows, elements further on.
-    DEVICE void shift(i64 elements) { source += elements; }
+    DEVICE void shift(i64 elements) {
+        source += elements;
+        if constexpr (pieces) source = (const T*)opaque((i64)source);
+    }
     // Starts the copy of the tile, of which `left` rows exist.
     DEVICE void fetch(u32 tile, i64 left) {
         const int there = left < rows ? (int)left : rows;
-        if constexpr (pieces) {
-            Stage::each([&](int turn, int row, int piece) {
+        if constexpr (pieces && even) {
+#pragma unroll
+            for (int turn = 0; turn < Stage::turns; turn++) {
+                if (Stage::count % threads != 0 && thread_index() + turn * threads >= Stage::count) continue;
+                const int further = Order()(turn * turn_rows);
+                const bool read = row + further < there && (exact || thread_index() % Stage::Layout::pieces * Stage::per_piece < channels);
+                copy_async(tile + to + turn * turn_rows * Stage::Layout::pitch, source + further * from.row_stride, read ? 16 : 0);
+            }
+        } else if constexpr (pieces) {
+            Stage::each([&](int, int row, int piece) {
                 const bool read = Order()(row) < there && piece * Stage::per_piece < channels;
-                const T* at = even ? source + turn * turn_rows * from.row_stride
-                                   : source + Order()(row) * from.row_stride + piece * Stage::per_piece;
+                const T* at = source + Order()(row) * from.row_stride + piece * Stage::per_piece;
                 copy_async(tile + row * Stage::Layout::pitch + piece * 16, at, read ? 16 : 0);
             });
         } else {

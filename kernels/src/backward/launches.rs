@@ -2,7 +2,7 @@
 
 use tilefold_core::{AttentionProblem, AttentionSpec, DType};
 
-use super::schedule::{KeyPass, QueryPass, Reduction, Schedule, owners, tiles};
+use super::schedule::{KeyPass, QueryPass, Reduction, Schedule, owners, padded_queries, tiles};
 use super::tiles::{Channels, padded};
 use super::{BackwardLaunch, BackwardOperands};
 use crate::constants::{AttentionConstants, element};
@@ -102,7 +102,7 @@ impl<'a> Launches<'a> {
             dk_partials: at(offsets.dk_partials),
             dv_partials: at(offsets.dv_partials),
             dbias_partials: at(offsets.dbias_partials),
-            padded_queries: signed((spec.seqlen_q as u64).next_multiple_of(4))?,
+            padded_queries: signed(padded_queries(spec.seqlen_q))?,
             query_chunks: signed(schedule.query_chunks.count)?,
             query_chunk: signed(schedule.query_chunks.chunk)?,
             term_chunks: 1,
@@ -148,10 +148,13 @@ impl<'a> Launches<'a> {
     fn shared(&self) -> Constants {
         let (spec, operands) = (self.spec(), &self.operands.inputs);
         let pieces = |operand: &Operand, channels: usize| self.in_pieces(operand, channels);
+        // Rows of a bias lie apart what fits 32 bits, in bytes.
+        let narrow = |bias: &Operand| i32::try_from(bias.strides[3].saturating_mul(4)).is_ok();
         // Rows of the workspace are padded with zeros.
         let d_o_pieces = spec.gate || pieces(&self.params.d_o, spec.head_dim_v);
         Constants(AttentionConstants::new(self.problem, operands).constants())
-            .value("RUNS", spec.seqlen_k.is_multiple_of(8))
+            .value("RUNS", spec.seqlen_k.is_multiple_of(8) && operands.biases.iter().all(narrow))
+            .value("QUERY_EIGHTS", spec.seqlen_q.is_multiple_of(8))
             .value("Q_PIECES", pieces(&operands.q, spec.head_dim))
             .value("K_PIECES", pieces(&operands.k, spec.head_dim))
             .value("V_PIECES", pieces(&operands.v, spec.head_dim_v))
@@ -186,8 +189,9 @@ impl<'a> Launches<'a> {
             &constants.0,
             SIMPLE_THREADS,
         )?;
-        let queries = [spec.batch, spec.rows, spec.heads, spec.seqlen_q.next_multiple_of(4)];
-        let queries = queries.iter().fold(1_u64, |product, &size| product.saturating_mul(size as u64));
+        let outer = [spec.batch, spec.rows, spec.heads];
+        let queries =
+            outer.iter().fold(padded_queries(spec.seqlen_q), |product, &size| product.saturating_mul(size as u64));
         let blocks = queries.div_ceil(u64::from(SIMPLE_THREADS / lanes));
         Ok(attention(kernel, blocks, self.params))
     }

@@ -166,7 +166,7 @@ impl Schedule {
             self.queries.iter().map(|pass| when(pass.terms.count > 1) * pass.terms.count * owners(spec, pass)).max();
         let (dims, dims_v) = (u64::from(channels.head_dim), u64::from(channels.head_dim_v));
         let mut workspace = Workspace {
-            statistics: piece(&[3, outer, heads, seqlen_q.next_multiple_of(4)], 4),
+            statistics: piece(&[3, outer, heads, padded_queries(spec.seqlen_q)], 4),
             d_o: piece(
                 &[when(spec.gate && self.has_passes()), outer, heads, seqlen_q, u64::from(padded(channels.head_dim_v))],
                 u64::from(channels.element),
@@ -183,6 +183,11 @@ impl Schedule {
         workspace.bytes = next;
         workspace
     }
+}
+
+/// Queries of a row of statistics, whole tiles of the pass by keys: lse of those that do not exist is infinite.
+pub(crate) fn padded_queries(seqlen_q: usize) -> u64 {
+    (seqlen_q as u64).next_multiple_of(32)
 }
 
 /// Batches times rows.
