@@ -6,8 +6,9 @@
 //! self-contained and identified by its hash, that NVRTC or hiprtc compiles without a header. What else varies (sizes, strides, addresses, scale, offsets) is in one struct of [`params`], passed by value. A
 //! [`Launch`] holds kernel, argument and number of blocks along x; [`Launch::parts`] cuts grids that are too large.
 //!
-//! Compile with `--std=c++17` and `--gpu-architecture=sm_XX` (a cubin) or `compute_80` (PTX), without fast-math: where an
-//! approximate instruction is wanted, `include/gpu.h` names it.
+//! For NVIDIA, compile with `--std=c++17` and `--gpu-architecture=sm_XX` (a cubin) or `compute_80` (PTX), without fast-math: where an
+//! approximate instruction is wanted, `include/gpu.h` names it. The same sources compile as HIP for gfx90a and gfx942, with a
+//! plan of their own: see [`Vendor`].
 //!
 //! The mathematics is in `docs/mathematics.md`, the kernels' own account in `attention/README.md`.
 

@@ -86,7 +86,7 @@ impl Tensor {
         let belongs = |at: usize| {
             at >= self.start
                 && (at - self.start) / size < elements * self.step
-                && (at - self.start) / size % self.step == 0
+                && ((at - self.start) / size).is_multiple_of(self.step)
         };
         self.bytes.iter().enumerate().all(|(at, &byte)| byte == UNWRITTEN || belongs(at))
     }
