@@ -14,14 +14,16 @@ pub(crate) struct Case {
     pub(crate) segment: usize,
     /// Keys from here on are excluded by the mask in the first row; of others every fifth is.
     padding: usize,
-    /// k and v of masked keys hold NaN.
+    /// k, v and biases of masked keys hold NaN.
     pub(crate) poisoned: bool,
+    /// Keys from here on are so much larger that the first tiles' maxima are nothing beside theirs.
+    pub(crate) late: usize,
 }
 
 impl Case {
     fn new(what: &'static str, spec: AttentionSpec) -> Self {
         let padding = spec.seqlen_k.saturating_sub(20);
-        Self { spec, what, step: 1, bias_step: 1, segment: 40, padding, poisoned: false }
+        Self { spec, what, step: 1, bias_step: 1, segment: 40, padding, poisoned: false, late: usize::MAX }
     }
 
     /// For messages.
@@ -101,6 +103,15 @@ fn features(dtype: DType) -> Vec<Case> {
     nothing_kept.padding = 0;
     let mut strided = with("everything, strided", &everything);
     (strided.step, strided.bias_step) = (2, 3);
+    let mut poisoned = with("NaN in the bias of masked keys", &|spec| {
+        spec.seqlen_k = 192;
+        spec.key_mask = true;
+        spec.biases = vec![of_keys(spec, spec.dtype), pair(spec)];
+    });
+    poisoned.poisoned = true;
+    let mut late = with("maxima that come late", &|spec| spec.biases = vec![pair(spec)]);
+    (late.late, late.spec.seqlen_q, late.spec.seqlen_k) = (128, 192, 192);
+    late.spec.biases = vec![pair(&late.spec)];
     let mut uneven = with("pair bias of odd rows", &|spec| {
         (spec.seqlen_q, spec.seqlen_k) = (37, 101);
         spec.biases = vec![pair(spec)];
@@ -129,5 +140,7 @@ fn features(dtype: DType) -> Vec<Case> {
         nothing_kept,
         strided,
         uneven,
+        poisoned,
+        late,
     ]
 }

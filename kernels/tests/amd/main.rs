@@ -86,6 +86,10 @@ fn check_forward(case: &Case, seed: u64) -> Result<(), String> {
         k_segments: None,
     };
     let rows = spec.batch * spec.rows;
+    let key_width = spec.kv_heads * spec.head_dim;
+    for (key, k) in inputs.k.chunks_mut(key_width).enumerate().filter(|(key, _)| key % spec.seqlen_k >= case.late) {
+        k.iter_mut().for_each(|k| *k = rounded(dtype, (30.0 + (key % 7) as f64) * *k));
+    }
     let keys = |keep: &dyn Fn(usize, usize) -> bool| -> Vec<bool> {
         (0..rows)
             .flat_map(|row| (0..spec.seqlen_k).map(move |key| (row, key)))
@@ -105,6 +109,8 @@ fn check_forward(case: &Case, seed: u64) -> Result<(), String> {
             if !keep {
                 device.k[row * width(spec.head_dim)..(row + 1) * width(spec.head_dim)].fill(f64::NAN);
                 device.v[row * width(spec.head_dim_v)..(row + 1) * width(spec.head_dim_v)].fill(f64::NAN);
+                // A bias of keys has a number for each of them.
+                device.biases.iter_mut().filter(|bias| bias.len() == mask.len()).for_each(|bias| bias[row] = f64::NAN);
             }
         }
     }
