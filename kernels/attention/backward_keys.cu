@@ -177,8 +177,7 @@ KERNEL_WITH_BLOCKS(THREADS, MIN_BLOCKS) backward_keys(const BackwardParams param
     i64 first_query;
 
     // One tile, computed on the plain way or the other; `next_last` is the last query of the next tile.
-    auto compute = [&](auto way, int next_last) {
-        constexpr bool plain = decltype(way)::value;
+    auto compute = [&](bool plain, int next_last) {
         float lse[2 * N], low[2 * N], delta[2 * N];
         const u32 statistics = staged + STATISTICS_AT + first_of_lane<N>() * 4;
         load_shared_run(lse, statistics);
@@ -214,7 +213,11 @@ KERNEL_WITH_BLOCKS(THREADS, MIN_BLOCKS) backward_keys(const BackwardParams param
             }
             if (!STARTS_FROM_DELTA) add_to_all(dp, minus_delta);
         }
-        biases.template take<plain>(s, in, first_query, lse, low);
+        if (plain) {
+            biases.take<true>(s, in, first_query, lse, lse);
+        } else {
+            biases.take<false>(s, in, first_query, lse, low);
+        }
         // Biases of the next tile, while this one is computed.
         biases.fetch(next_last);
         if (SEGMENTS || POSITIONS) exclude_by_key<M, N>(s, dp, in, owner_at, keys[0][0], first_query, first_key, TILE_K);
@@ -268,10 +271,11 @@ KERNEL_WITH_BLOCKS(THREADS, MIN_BLOCKS) backward_keys(const BackwardParams param
                 for (int i = 0; i < TILE_Q; i += WARP_THREADS) plain = plain && allows_plain(float_of(load_shared(staged + STATISTICS_AT + (i + lane % TILE_Q) * 4)));
                 plain = warp_all(plain);
             }
+            // Known when compiling in each: two pieces of code.
             if (sizeof(ELEMENT) == 2 && plain) {
-                compute(Way<sizeof(ELEMENT) == 2>(), next_there - 1);
+                compute(true, next_there - 1);
             } else {
-                compute(Way<false>(), next_there - 1);
+                compute(false, next_there - 1);
             }
             first_query += TILE_Q;
             if (STAGES == 1 && more) {

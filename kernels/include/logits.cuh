@@ -12,11 +12,6 @@
 #include "attention.cuh"
 #include "stage.cuh"
 
-// A choice that is known when compiling, as an argument.
-template <bool chosen> struct Way {
-    static constexpr bool value = chosen;
-};
-
 // Neighbouring words of shared memory, a multiple of four.
 template <int count> DEVICE void load_shared_run(float (&to)[count], u32 address) {
     static_assert(count % 4 == 0, "pieces");
