@@ -57,8 +57,7 @@ def noted(notes: str) -> dict[str, Resources]:
             found[name] = Resources(
                 number("vgpr_count"),
                 number("agpr_count"),
-                # Scalar registers spill to lanes of vector registers: that costs instructions, which are counted.
-                number("vgpr_spill_count"),
+                number("vgpr_spill_count") + number("sgpr_spill_count"),
                 number("group_segment_fixed_size"),
             )
     return found

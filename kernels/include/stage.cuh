@@ -6,13 +6,7 @@
 #pragma once
 
 #include "fragment.cuh"
-
-// Rows of an operand: one entry of its outer axes, the row axis, the channel axis.
-template <class T> struct Rows {
-    const T* data;
-    i64 row_stride;
-    i64 channel_stride;
-};
+#include "rows.cuh"
 
 // Rows in their own order.
 struct InOrder {

@@ -46,6 +46,15 @@ struct ValueTile {
 
 constexpr u64 ALL_KEYS = ~0ull >> (64 - TILE_K);
 
+// Calls `load(true)` for a tile whose keys are all kept, without a look at any, and `load(false)` otherwise.
+template <class Load> DEVICE void whole_or_part(u64 keeps, Load load) {
+    if (keeps == ALL_KEYS) {
+        load(true);
+    } else {
+        load(false);
+    }
+}
+
 // Neighbouring channels of a row, in words; channels that do not exist are 0.
 template <int words, int channels, bool in_pieces> struct RowPart {
     static constexpr int elements = 4 * words / (int)sizeof(ELEMENT);
@@ -105,11 +114,7 @@ template <class Tile, bool in_pieces, int threads> struct RowLoader {
                                                  piece() * PIECE_ELEMENTS<ELEMENT>, from.channel_stride);
             }
         };
-        if (keeps == ALL_KEYS) {
-            load(true);
-        } else {
-            load(false);
-        }
+        whole_or_part(keeps, load);
     }
 
     DEVICE void arrive(Piece* tile) const {
@@ -155,11 +160,7 @@ template <class Tile, bool in_pieces, int threads> struct TransposingLoader {
                         arriving[round][i] = Part::load(data + row * from.row_stride, 4 * part(), from.channel_stride);
                 }
         };
-        if (keeps == ALL_KEYS) {
-            load(true);
-        } else {
-            load(false);
-        }
+        whole_or_part(keeps, load);
     }
 
     DEVICE void arrive(Piece* tile) const {

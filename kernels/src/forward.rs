@@ -73,7 +73,6 @@ impl ForwardTile {
             (DType::F32, _) => (32, 1, 1),
             (_, 0..=32) => (64, 2, 2),
             (_, 33..=64) => (64, 1, 1),
-            (_, 65..=128) => (32, 1, 1),
             (..) => (32, 1, 1),
         };
         let warps = seqlen_q.div_ceil(32).next_power_of_two().min(4);

@@ -49,7 +49,7 @@ class Amd(unittest.TestCase):
     def test_code_and_resources(self) -> None:
         (kernel,) = gcn.parse(CODE, notes=NOTES)
         self.assertEqual((kernel.name, kernel.arch), ("demo", "gfx942"))
-        self.assertEqual(kernel.resources, Resources(100, 4, 2, 512))
+        self.assertEqual(kernel.resources, Resources(100, 4, 3, 512))
         self.assertEqual([loop.low for loop in loops.find(kernel)], [0x1004])
 
     def test_prices(self) -> None:

@@ -188,6 +188,7 @@ impl QueryTiles {
 
 #[cfg(test)]
 mod tests {
+    use super::super::schedule::padded_queries;
     use super::*;
 
     /// Shared memory a block may have on every GPU from sm_80 on.
@@ -199,7 +200,10 @@ mod tests {
             for head_dim in 1..=256 {
                 for head_dim_v in [1, head_dim, 256] {
                     let channels = Channels { element, head_dim, head_dim_v };
-                    assert!(KeyTiles::choose(channels, true).shared_bytes <= MAX_SHARED_BYTES, "{channels:?}");
+                    let tiles = KeyTiles::choose(channels, true);
+                    assert!(tiles.shared_bytes <= MAX_SHARED_BYTES, "{channels:?}");
+                    // Statistics of a row are whole tiles.
+                    assert!(padded_queries(1).is_multiple_of(u64::from(tiles.tile_q)), "{channels:?}");
                     for work in [QueryWork::Queries, QueryWork::Bias, QueryWork::Both] {
                         let bytes = QueryTiles::choose(channels, work).map(|tiles| tiles.shared_bytes);
                         assert!(bytes.is_none_or(|bytes| bytes <= MAX_SHARED_BYTES), "{channels:?} {work:?} {bytes:?}");

@@ -35,9 +35,7 @@ struct Case {
 /// Forward kernels, and whether their speed is followed.
 pub(super) fn forward(vendor: Vendor) -> Result<Vec<(Kernel, bool)>, KernelError> {
     let mut kernels = Vec::new();
-    // Beyond 128 channels O and its copies leave AMD's registers: such kernels run, and spill.
-    let widest = if vendor == Vendor::Amd { 128 } else { usize::MAX };
-    for case in cases().into_iter().filter(|case| case.spec.head_dim <= widest) {
+    for case in cases() {
         let Ok(problem) = AttentionProblem::new(case.spec.clone()) else { continue };
         let (operands, outputs) = case.operands(&problem);
         kernels.push((ForwardKernel::new(vendor, &problem, &operands, &outputs).kernel()?, case.followed));

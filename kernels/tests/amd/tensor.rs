@@ -20,15 +20,6 @@ pub(crate) struct Tensor {
     start: usize,
 }
 
-/// The nearest number of a dtype.
-pub(crate) fn rounded(dtype: DType, x: f64) -> f64 {
-    match dtype {
-        DType::F16 => f16::from_f64(x).to_f64(),
-        DType::BF16 => bf16::from_f64(x).to_f64(),
-        _ => f64::from(x as f32),
-    }
-}
-
 impl Tensor {
     /// Elements that nobody has written, in row-major order and `step` apart.
     pub(crate) fn new(dtype: DType, shape: &[usize], step: usize) -> Self {
