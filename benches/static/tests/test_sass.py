@@ -141,6 +141,19 @@ class TheModel(unittest.TestCase):
         model = Model(Kernel("either", "sm_80", code), SHAPE)
         self.assertEqual((model.body.classes["alu"], model.body.classes["fp32"]), (0, 1))
 
+    def test_a_way_without_the_exponentials_is_none(self) -> None:
+        # Four for each lane, by the tile.
+        code = [
+            Instruction(0x10, "HMMA", ("16816", "F32", "BF16")),
+            Instruction(0x20, "BRA", predicate="@P0", target=0x80),
+            *[Instruction(at, "MUFU", ("EX2",)) for at in (0x30, 0x40, 0x50, 0x60)],
+            Instruction(0x70, "BRA", target=0x90),
+            Instruction(0x80, "FADD"),
+            Instruction(0x90, "BRA", predicate="@P1", target=0x10),
+        ]
+        model = Model(Kernel("flags", "sm_80", code), SHAPE)
+        self.assertEqual((model.body.classes["ex2"], model.body.classes["fp32"]), (4, 0))
+
 
 class TheReplay(unittest.TestCase):
     """Latencies."""
