@@ -21,7 +21,7 @@ class Shape:
 
     `tile` is (queries, keys) whose scores a block handles in one step; `products` the matrix products of each score
     (forward 2) and `head_dim` their padded depth, which together tell how many steps the compiler put into a trip of its
-    loop. `walk` is what a block walks over: `keys`, `queries`, or `rows`, with so many `steps` for each entry.
+    loop. `walk` is what a block walks over: `keys`, `queries`, or `rows`.
     """
 
     tile: tuple[int, int] | None = None
@@ -29,7 +29,6 @@ class Shape:
     products: float | None = None
     head_dim: int | None = None
     walk: str = "keys"
-    steps: int = 1
     shared_bytes: int | None = None
     unroll: float | None = None
 
@@ -154,8 +153,8 @@ class Model:
         queries, keys = shape.tile
         over_q, outer = math.ceil(work.seqlen_q / queries), work.rows * work.heads
         if shape.walk == "rows":
-            blocks = over_q * math.ceil(work.seqlen_k / (keys * shape.steps)) * work.heads
-            steps = float(work.rows * shape.steps)
+            blocks = over_q * math.ceil(work.seqlen_k / keys) * work.heads
+            steps = float(work.rows)
         else:
             over_k = math.ceil(work.seqlen_k / keys)
             blocks, steps = (over_q * outer, over_k) if shape.walk == "keys" else (over_k * outer, over_q)

@@ -48,7 +48,7 @@ def one(arguments: argparse.Namespace) -> str:
     """The account of the file on the command line."""
     code = read(arguments.file, arguments.arch)
     shape = Shape(
-        arguments.tile, arguments.warps, arguments.products, arguments.depth, arguments.walk, arguments.steps,
+        arguments.tile, arguments.warps, arguments.products, arguments.depth, arguments.walk,
         arguments.shared, arguments.unroll,
     )
     trips = {int(at, 16): float(times) for at, times in (each.split("=") for each in arguments.trips)}
@@ -88,8 +88,7 @@ def run_job(job: dict[str, Any]) -> dict[str, Any]:
     """One kernel: its numbers, its replay where asked, static floors of its workloads."""
     code = read(Path(job["file"]), job["arch"])
     shape = Shape(
-        (job["tile_q"], job["tile_k"]), job["warps"], job["products"], job["depth"], job["walk"], job["steps"],
-        job["shared_bytes"],
+        (job["tile_q"], job["tile_k"]), job["warps"], job["products"], job["depth"], job["walk"], job["shared_bytes"],
     )
     model = Model(code.kernel(job["kernel"]), shape)
     answer = report.data(model)
@@ -132,7 +131,6 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("--products", type=float, help="matrix products of each score in the loop (forward 2)")
     found.add_argument("--depth", type=int, help="channels of a product, padding included")
     found.add_argument("--walk", choices=("keys", "queries", "rows"), default="keys", help="what a block walks over")
-    found.add_argument("--steps", type=int, default=1, help="steps of a block for each row it walks over")
     found.add_argument("--shared", type=int, help="bytes of dynamic shared memory of a block")
     found.add_argument("--unroll", type=float, help="steps in a trip of the compiled loop, where counting finds them wrong")
     found.add_argument("--loop", type=lambda text: int(text, 16), help="address of the hot loop (see --loops)")

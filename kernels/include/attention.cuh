@@ -38,18 +38,24 @@ struct Position {
     i64 head;
 };
 
-// Remainder of `index` by `size`; `index` becomes the quotient. 32-bit division is many times cheaper.
+// Remainder of `index` by `size`; `index` becomes the quotient. Both are not negative. 32-bit division is many times cheaper;
+// beyond it bits are subtracted one by one, since the compiler's division is a call, around which registers are spilled.
 DEVICE i64 split_index(i64& index, i64 size) {
-    i64 quotient, remainder;
     if (((u64)index | (u64)size) >> 32 == 0) {
-        quotient = (u32)index / (u32)size;
-        remainder = (u32)index % (u32)size;
-    } else {
-        quotient = index / size;
-        remainder = index % size;
+        const u32 dividend = (u32)index, divisor = (u32)size;
+        index = dividend / divisor;
+        return dividend - (u32)index * divisor;
     }
-    index = quotient;
-    return remainder;
+    u64 quotient = 0, remainder = 0;
+#pragma unroll 1
+    for (int bit = 63; bit >= 0; bit--) {
+        remainder = remainder << 1 | ((u64)index >> bit & 1);
+        const bool fits = remainder >= (u64)size;
+        remainder -= fits ? (u64)size : 0;
+        quotient |= (u64)fits << bit;
+    }
+    index = (i64)quotient;
+    return (i64)remainder;
 }
 
 // Element of a bias at query 0 and key 0.

@@ -76,30 +76,42 @@ template <class T> DEVICE void multiply_half_step(Accumulator& d, const Fragment
     if constexpr (sizeof(T) == 2) mma_half_from(d, a.words, b.words, c, T());
 }
 
+// What a lane adds to the address of a row to load factors that begin there: written apart from the row, so that rows that are
+// known when compiling become part of the instructions.
+template <class T, int channels> struct LaneOffsets {
+    static constexpr int pitch = Tile<T, channels>::pitch;
+    // Sixteen rows as the left factor, or to be summed over; all of a step, and its first half.
+    int sixteen = lane_index() % 16 * pitch + lane_index() / 16 * 16;
+    int sixteen_half = lane_index() % 16 * pitch;
+    // Pairs of eight rows as the right factor, and as many eights as there are, four at most.
+    int eights = (lane_index() / 16 * 8 + lane_index() % 8) * pitch + lane_index() / 8 % 2 * 16;
+    template <int n> DEVICE int eights_half() const { return lane_index() % (8 * (n < 4 ? n : 4)) * pitch; }
+    // Twice sixteen rows to be summed over.
+    int thirty_two = lane_index() * pitch;
+};
+
 // Rows first_row .. first_row + 15 and one step of channels, as the left factor.
-template <class T, int channels> DEVICE FragmentA load_a(u32 tile, int first_row, int step) {
+template <class T, int channels>
+DEVICE FragmentA load_a(u32 tile, int first_row, int step, const LaneOffsets<T, channels>& lane = LaneOffsets<T, channels>()) {
     using Rows = Tile<T, channels>;
-    const int lane = lane_index();
     const bool half = Rows::half_step && step == Rows::steps - 1;
-    const int row = first_row + lane % 16, piece = 2 * step + (half ? 0 : lane / 16);
     FragmentA a;
-    load_matrices(a.words, tile + row * Rows::pitch + piece * 16);
+    load_matrices(a.words, tile + (half ? lane.sixteen_half : lane.sixteen) + first_row * Rows::pitch + 2 * step * 16);
     return a;
 }
 
 // acc[i][j] += a[i] (rows 8 j .. 8 j + 7 of the tile, transposed) over one step of channels; the first step of the first pass
 // starts from `start(i, j, x)` instead.
 template <class T, int channels, int m, int n, class Start>
-DEVICE void multiply_rows(Accumulator (&acc)[m][n], const FragmentA (&a)[m], u32 tile, int first_row, int pass, int step, Start start) {
+DEVICE void multiply_rows(Accumulator (&acc)[m][n], const FragmentA (&a)[m], u32 tile, int first_row, int pass, int step, Start start,
+                          const LaneOffsets<T, channels>& lane = LaneOffsets<T, channels>()) {
     using Rows = Tile<T, channels>;
-    const int lane = lane_index();
     u32 words[4];
     if (Rows::half_step && step == Rows::steps - 1) {
-        // Four groups of eight rows at once; beyond the last group one is read again.
+        static_assert(n % 4 == 0 || n < 4, "as many eights in each load");
 #pragma unroll
         for (int j = 0; j < n; j += 4) {
-            const int group = j + lane / 8 < n ? j + lane / 8 : j;
-            load_matrices(words, tile + (first_row + 8 * group + lane % 8) * Rows::pitch + 2 * step * 16);
+            load_matrices(words, tile + lane.template eights_half<n>() + (first_row + 8 * j) * Rows::pitch + 2 * step * 16);
 #pragma unroll
             for (int part = 0; part < 4 && j + part < n; part++) {
                 const FragmentB b = {{words[part], 0}};
@@ -117,8 +129,7 @@ DEVICE void multiply_rows(Accumulator (&acc)[m][n], const FragmentA (&a)[m], u32
     static_assert(n % 2 == 0, "pairs of accumulators");
 #pragma unroll
     for (int j = 0; j < n; j += 2) {
-        const int row = first_row + 8 * (j + lane / 16) + lane % 8, piece = 2 * step + lane / 8 % 2;
-        load_matrices(words, tile + row * Rows::pitch + piece * 16);
+        load_matrices(words, tile + lane.eights + (first_row + 8 * j) * Rows::pitch + 2 * step * 16);
         const FragmentB b[2] = {{{words[0], words[1]}}, {{words[2], words[3]}}};
 #pragma unroll
         for (int part = 0; part < 2; part++) {
@@ -146,37 +157,41 @@ template <> DEVICE FragmentA as_factor<float>(const Accumulator& first, const Ac
     return {{bits_of(first[0]), bits_of(first[2]), bits_of(first[1]), bits_of(first[3])}};
 }
 
-// acc[i][c] += a[i][s] (channels 8 c .. 8 c + 7 of the rows of step s).
+// acc[i][c] += a[i][s] (channels 8 c .. 8 c + 7 of the rows of step s); the sum starts from 0 instead where `starts`.
+template <class T> DEVICE void multiply(Accumulator& d, const FragmentA& a, const FragmentB& b, bool starts) {
+    float c[4];
+#pragma unroll
+    for (int x = 0; x < 4; x++) c[x] = starts ? 0.0f : d[x];
+    multiply_step<T>(d, a, b, c, 0);
+}
 template <class T, int channels, int m, int steps> struct ProductOverRows {
     static DEVICE void run(Accumulator (&acc)[m][Tile<T, channels>::columns], const FragmentA (&a)[m][steps], u32 tile,
-                           int first_row) {
+                           int first_row, bool starts = false, const LaneOffsets<T, channels>& lane = LaneOffsets<T, channels>()) {
         using Rows = Tile<T, channels>;
         constexpr int columns = Rows::columns;
-        const int lane = lane_index();
         u32 words[4];
 #pragma unroll
         for (int s = 0; s < steps; s++) {
 #pragma unroll
             for (int c = 0; c + 1 < columns; c += 2) {
-                const int row = first_row + 16 * s + lane % 16;
-                load_matrices_transposed(words, tile + row * Rows::pitch + (c + lane / 16) * 16);
+                load_matrices_transposed(words, tile + lane.sixteen + (first_row + 16 * s) * Rows::pitch + c * 16);
                 const FragmentB b[2] = {{{words[0], words[1]}}, {{words[2], words[3]}}};
 #pragma unroll
                 for (int part = 0; part < 2; part++) {
 #pragma unroll
-                    for (int i = 0; i < m; i++) multiply_step<T>(acc[i][c + part], a[i][s], b[part], acc[i][c + part], 0);
+                    for (int i = 0; i < m; i++) multiply<T>(acc[i][c + part], a[i][s], b[part], starts && s == 0);
                 }
             }
             if (columns % 2 != 0 && s % 2 == 0) {
                 // The last eight channels, of two steps at once where there are two.
                 const int second = s + 1 < steps ? 1 : 0;
-                const int row = first_row + 16 * (s + second * (lane / 16)) + lane % 16;
-                load_matrices_transposed(words, tile + row * Rows::pitch + (columns - 1) * 16);
+                const int of_lane = second == 1 ? lane.thirty_two : lane.sixteen_half;
+                load_matrices_transposed(words, tile + of_lane + (first_row + 16 * s) * Rows::pitch + (columns - 1) * 16);
 #pragma unroll
                 for (int part = 0; part <= second; part++) {
                     const FragmentB b = {{words[2 * part], words[2 * part + 1]}};
 #pragma unroll
-                    for (int i = 0; i < m; i++) multiply_step<T>(acc[i][columns - 1], a[i][s + part], b, acc[i][columns - 1], 0);
+                    for (int i = 0; i < m; i++) multiply<T>(acc[i][columns - 1], a[i][s + part], b, starts && s + part == 0);
                 }
             }
         }
@@ -185,7 +200,7 @@ template <class T, int channels, int m, int steps> struct ProductOverRows {
 // With f32 the rows stand in the order in which `as_factor` has the columns.
 template <int channels, int m, int steps> struct ProductOverRows<float, channels, m, steps> {
     static DEVICE void run(Accumulator (&acc)[m][Tile<float, channels>::columns], const FragmentA (&a)[m][steps],
-                           u32 tile, int first_row) {
+                           u32 tile, int first_row, bool starts = false, const LaneOffsets<float, channels>& = LaneOffsets<float, channels>()) {
         using Rows = Tile<float, channels>;
         const int lane = lane_index();
 #pragma unroll
@@ -206,7 +221,7 @@ template <int channels, int m, int steps> struct ProductOverRows<float, channels
 #pragma unroll
             for (int i = 0; i < m; i++) {
 #pragma unroll
-                for (int x = 0; x < 4; x++) acc[i][c][x] += sum[i][x];
+                for (int x = 0; x < 4; x++) acc[i][c][x] = (starts ? 0.0f : acc[i][c][x]) + sum[i][x];
             }
         }
     }

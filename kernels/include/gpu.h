@@ -56,5 +56,5 @@ template <class T> DEVICE float unpack_low(u32 word);
 template <class T> DEVICE float unpack_high(u32 word);
 template <> DEVICE float unpack_low<f16>(u32 word) { return to_f32(f16{(u16)word}); }
 template <> DEVICE float unpack_high<f16>(u32 word) { return to_f32(f16{(u16)(word >> 16)}); }
-template <> DEVICE float unpack_low<bf16>(u32 word) { return float_of(word << 16); }
+template <> DEVICE float unpack_low<bf16>(u32 word) { return float_of(low_half_up(word)); }
 template <> DEVICE float unpack_high<bf16>(u32 word) { return float_of(word & 0xffff0000u); }

@@ -19,6 +19,12 @@ constexpr int WARP_THREADS = 32;
 // ------------------------------------------------------------------------------------------------ threads and blocks
 
 DEVICE int thread_index() { return threadIdx.x; }
+// The same, read again: what is computed from it does not take registers from before.
+DEVICE int thread_index_again() {
+    int x;
+    asm volatile("mov.u32 %0, %tid.x;" : "=r"(x));
+    return x;
+}
 DEVICE int lane_index() { return threadIdx.x % WARP_THREADS; }
 DEVICE int warp_index() { return threadIdx.x / WARP_THREADS; }
 DEVICE u32 block_index() { return blockIdx.x; }
@@ -136,6 +142,14 @@ DEVICE u32 pack(float low, float high, bf16) {
     return y;
 }
 
+// The low half of a word as its high one. Not a shift, which the compiler would turn into a multiplication, of which there
+// are enough.
+DEVICE u32 low_half_up(u32 word) {
+    u32 y;
+    asm("prmt.b32 %0, %1, 0, 0x1044;" : "=r"(y) : "r"(word));
+    return y;
+}
+
 // f32 rounded to tf32 (10 bits of mantissa), kept in 32 bits.
 DEVICE u32 to_tf32(float x) {
     u32 y;
@@ -240,6 +254,19 @@ DEVICE u32 load_shared(u32 address) {
     asm volatile("ld.shared.u32 %0, [%1];" : "=r"(y) : "r"(address) : "memory");
     return y;
 }
+// Never from registers: what was stored may be forgotten meanwhile.
+DEVICE i64 load_shared_i64(u32 address) {
+    i64 y;
+    asm volatile("ld.volatile.shared.s64 %0, [%1];" : "=l"(y) : "r"(address) : "memory");
+    return y;
+}
+DEVICE void store_shared_i64(u32 address, i64 x) { asm volatile("st.volatile.shared.s64 [%0], %1;" ::"r"(address), "l"(x) : "memory"); }
+// A number of shared memory, which the compiler takes for another one each time.
+DEVICE float load_shared_again(u32 address) {
+    float y;
+    asm volatile("ld.volatile.shared.f32 %0, [%1];" : "=f"(y) : "r"(address) : "memory");
+    return y;
+}
 DEVICE void load_shared_pair(float (&to)[2], u32 address) {
     asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(to[0]), "=f"(to[1]) : "r"(address) : "memory");
 }
@@ -251,6 +278,7 @@ DEVICE Piece load_shared_piece(u32 address) {
                  : "memory");
     return y;
 }
+DEVICE void store_shared(u32 address, u32 x) { asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(x) : "memory"); }
 DEVICE void store_shared_pair(u32 address, float x, float y) {
     asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(x), "f"(y) : "memory");
 }

@@ -102,6 +102,9 @@ DEVICE float reciprocal(float x) { return __builtin_amdgcn_rcpf(x); }
 
 DEVICE float to_f32(f16 x) { return (float)__builtin_bit_cast(_Float16, x.bits); }
 
+// The low half of a word as its high one.
+DEVICE u32 low_half_up(u32 word) { return word << 16; }
+
 // Round to nearest, ties to even.
 DEVICE void round_to(f16& y, float x) { y.bits = __builtin_bit_cast(u16, (_Float16)x); }
 DEVICE void round_to(bf16& y, float x) {

@@ -72,11 +72,11 @@ struct BackwardParams {
     u64 dk_partials;       // f32 [query chunks, batch, rows, key heads, seqlen_k, head_dim]
     u64 dv_partials;       // f32 [query chunks, batch, rows, key heads, seqlen_k, head_dim_v]
     u64 dbias_partials;    // f32 [term chunks, batch, rows, heads, seqlen_q, seqlen_k], reduced axes with one entry
-    i64 padded_queries;    // seqlen_q rounded up to 32
-    i64 query_chunks;      // parts of the walk over queries
-    i64 query_chunk;       // tiles of such a part
-    i64 term_chunks;       // parts of the walk over what shares a bias
-    i64 term_chunk;        // entries of such a part
+    i64 padded_queries;    // seqlen_q rounded up to 64
+    i64 row_statistics;    // heads * padded_queries
+    i64 row_queries;       // heads * seqlen_q
+    i64 query_chunk;       // tiles of a part of the walk over queries
+    i64 term_chunk;        // entries of a part of the walk over what shares a bias
     i64 first_block;
 };
 

@@ -69,9 +69,10 @@ template <class T, int channels, int rows, int threads, bool pieces> struct Stag
 
 // A walk over tiles of neighbouring rows. Orders are sums of what bits of a row give: where a thread's pieces lie whole
 // eights of rows apart it keeps the address of its first piece alone, and otherwise computes each address anew.
-template <class Stage, class T, int channels, int rows, int threads, bool pieces, class Order = InOrder> struct StageWalk {
+template <class StageT, class T, int channels, int rows, int threads, bool pieces, class Order = InOrder> struct StageWalk {
+    using Stage = StageT;
     static constexpr int turn_rows = threads / Stage::Layout::pieces;
-    static constexpr bool even = threads % Stage::Layout::pieces == 0 && turn_rows % 8 == 0;
+    static constexpr bool even = pieces && threads % Stage::Layout::pieces == 0 && turn_rows % 8 == 0;
     static constexpr bool exact = channels > (Stage::Layout::pieces - 1) * Stage::per_piece;
     Rows<T> from;
     const T* source;
@@ -83,7 +84,7 @@ template <class Stage, class T, int channels, int rows, int threads, bool pieces
         from = at;
         from.data += first * from.row_stride;
         source = from.data;
-        if constexpr (pieces && even) {
+        if constexpr (even) {
             const int first = thread_index() / Stage::Layout::pieces, piece = thread_index() % Stage::Layout::pieces;
             row = opaque(Order()(first));
             to = opaque(first * Stage::Layout::pitch + piece * 16);
@@ -98,7 +99,7 @@ template <class Stage, class T, int channels, int rows, int threads, bool pieces
     // Starts the copy of the tile, of which `left` rows exist.
     DEVICE void fetch(u32 tile, i64 left) {
         const int there = left < rows ? (int)left : rows;
-        if constexpr (pieces && even) {
+        if constexpr (even) {
 #pragma unroll
             for (int turn = 0; turn < Stage::turns; turn++) {
                 if (Stage::count % threads != 0 && thread_index() + turn * threads >= Stage::count) continue;
@@ -114,6 +115,37 @@ template <class Stage, class T, int channels, int rows, int threads, bool pieces
             });
         } else {
             Stage::start(tile, {source, from.row_stride, from.channel_stride}, 0, there, Order());
+        }
+    }
+    // Starts the copy of the tile; rows of which `kept(turn)` says no become zeros.
+    template <class Kept> DEVICE void fetch_kept(u32 tile, Kept kept) const {
+        if constexpr (even) {
+            // From turn to turn, so that only one distance takes registers.
+            const T* at = source;
+#pragma unroll
+            for (int turn = 0; turn < Stage::turns; turn++) {
+                if (turn > 0) at = (const T*)opaque((i64)(at + (Order()(turn * turn_rows) - Order()((turn - 1) * turn_rows)) * from.row_stride));
+                if (Stage::count % threads != 0 && thread_index() + turn * threads >= Stage::count) continue;
+                const bool read = kept(turn) && (exact || thread_index() % Stage::Layout::pieces * Stage::per_piece < channels);
+                copy_async(tile + to + turn * turn_rows * Stage::Layout::pitch, at, read ? 16 : 0);
+            }
+        } else {
+            Stage::each([&](int turn, int row, int piece) {
+                const T* at = source + Order()(row) * from.row_stride;
+                const u32 to_piece = tile + row * Stage::Layout::pitch + piece * 16;
+                if constexpr (pieces) {
+                    const bool read = kept(turn) && piece * Stage::per_piece < channels;
+                    copy_async(to_piece, read ? at + piece * Stage::per_piece : at, read ? 16 : 0);
+                } else {
+                    T elements[Stage::per_piece];
+#pragma unroll
+                    for (int i = 0; i < Stage::per_piece; i++) {
+                        const int channel = piece * Stage::per_piece + i;
+                        elements[i] = kept(turn) && channel < channels ? at[channel * from.channel_stride] : from_f32<T>(0.0f);
+                    }
+                    store_shared_piece(to_piece, Stage::join(elements));
+                }
+            });
         }
     }
     // The same, and on to the next tile.

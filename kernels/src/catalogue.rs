@@ -28,7 +28,7 @@ pub struct Entry {
 }
 
 /// Kernels whose products are written for NVIDIA's tensor cores alone so far.
-const WITHOUT_AMD: [&str; 2] = ["backward_keys", "backward_queries"];
+const WITHOUT_AMD: [&str; 3] = ["backward_keys", "backward_bias", "backward_queries"];
 
 /// All kernels for one vendor: those of copies, fills and merges in every dtype, those of attention.
 ///

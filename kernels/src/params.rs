@@ -135,15 +135,15 @@ pub struct BackwardParams {
     pub dv_partials: u64,
     /// Address of f32 `[term_chunks, batch, rows, heads, seqlen_q, seqlen_k]`, where axes that are summed have one entry.
     pub dbias_partials: u64,
-    /// `seqlen_q` rounded up to four.
+    /// `seqlen_q` rounded up to 64.
     pub padded_queries: i64,
-    /// Parts of the walk over queries.
-    pub query_chunks: i64,
-    /// Tiles of such a part.
+    /// `heads * padded_queries`.
+    pub row_statistics: i64,
+    /// `heads * seqlen_q`.
+    pub row_queries: i64,
+    /// Tiles of a part of the walk over queries.
     pub query_chunk: i64,
-    /// Parts of the walk over what shares a bias.
-    pub term_chunks: i64,
-    /// Entries of such a part.
+    /// Entries of a part of the walk over what shares a bias.
     pub term_chunk: i64,
     /// Blocks launched before this launch.
     pub first_block: i64,

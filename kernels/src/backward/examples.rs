@@ -15,8 +15,8 @@ const HEADS: usize = 4;
 
 /// Every backward kernel of these problems, and whether its speed is followed.
 ///
-/// In every dtype Evoformer problems (a mask bias and a pair bias, a gate, all gradients), with key mask and without,
-/// short and long enough for each choice of passes; one problem with every switch and kind of bias, dense and strided; sizes
+/// In every dtype Evoformer problems (a mask bias or a key mask, a pair bias, a gate, all gradients), short and long enough
+/// for each choice of passes; one problem with every switch and kind of bias, dense and strided; sizes
 /// that are no multiple of a piece. f16, whose kernels differ from those of bf16 in single instructions, has one head
 /// dimension of the first kind.
 pub(crate) fn kernels() -> Result<Vec<(Kernel, bool)>, KernelError> {
@@ -24,9 +24,9 @@ pub(crate) fn kernels() -> Result<Vec<(Kernel, bool)>, KernelError> {
     for dtype in [DType::F32, DType::F16, DType::BF16] {
         let head_dims = if dtype == DType::F16 { &[32][..] } else { &HEAD_DIMS };
         for &head_dim in head_dims {
-            for (seqlen, key_mask) in [(256, false), (2048, true)] {
-                let evoformer = AttentionSpec { key_mask, ..evoformer(dtype, head_dim, seqlen) };
-                kernels.extend(launches(evoformer, 1)?.into_iter().map(|kernel| (kernel, true)));
+            let masked = |seqlen| AttentionSpec { key_mask: true, ..evoformer(dtype, head_dim, seqlen) };
+            for spec in [evoformer(dtype, head_dim, 256), pair_alone(masked(256)), masked(2048)] {
+                kernels.extend(launches(spec, 1)?.into_iter().map(|kernel| (kernel, true)));
             }
         }
         for (spec, step) in others(dtype) {
@@ -58,6 +58,12 @@ fn evoformer(dtype: DType, head_dim: usize, seqlen: usize) -> AttentionSpec {
     // The mask bias has no gradient.
     spec.gradients.biases[0] = false;
     spec
+}
+
+/// The same problem without its mask bias.
+fn pair_alone(mut spec: AttentionSpec) -> AttentionSpec {
+    spec.biases.remove(0);
+    spec.with_all_gradients()
 }
 
 fn everything(dtype: DType) -> AttentionSpec {

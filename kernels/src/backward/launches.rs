@@ -103,9 +103,9 @@ impl<'a> Launches<'a> {
             dv_partials: at(offsets.dv_partials),
             dbias_partials: at(offsets.dbias_partials),
             padded_queries: signed(padded_queries(spec.seqlen_q))?,
-            query_chunks: signed(schedule.query_chunks.count)?,
+            row_statistics: signed(padded_queries(spec.seqlen_q).saturating_mul(spec.heads as u64))?,
+            row_queries: signed((spec.seqlen_q as u64).saturating_mul(spec.heads as u64))?,
             query_chunk: signed(schedule.query_chunks.chunk)?,
-            term_chunks: 1,
             term_chunk: 1,
             first_block: 0,
         };
@@ -236,44 +236,60 @@ impl<'a> Launches<'a> {
 
     fn by_queries(&self, pass: &QueryPass) -> Result<BackwardLaunch, KernelError> {
         let (spec, sizes) = (self.spec(), &pass.tiles);
-        let threads = sizes.query_warps * sizes.key_warps * 32;
+        let threads = sizes.warps * 32;
         let gradients: Vec<String> =
             (pass.biases.iter()).map(|&i| format!("X({i}, {})", element(self.dbias_dtype(i)))).collect();
-        let [batch, rows, heads] = pass.walked;
-        let constants = self
+        let mut constants = self
             .shared()
-            .value("QUERY_WARPS", sizes.query_warps)
-            .value("KEY_WARPS", sizes.key_warps)
+            .value("WARPS", sizes.warps)
             .value("ROW_TILES", sizes.row_tiles)
-            .value("STEP_COLUMNS", sizes.columns)
-            .value("STEP_PARTS", sizes.parts)
-            .value("DBIAS_STEPS", sizes.dbias_steps)
+            .value("COLUMNS", sizes.columns)
+            .value("PARTS", sizes.parts)
             .value("STAGES", sizes.stages)
             .value("Q_IN_REGISTERS", sizes.in_registers)
             .value("SHARED_BYTES", sizes.shared_bytes)
             .value("MIN_BLOCKS", 1)
             .value("WANT_DQ", pass.dq)
-            .value("WANT_QUERY_SUMS", pass.sums)
-            .value("DQ_PARTIALS", pass.dq_partials)
-            .value("DQ_PIECES", self.operands.dq.is_some_and(|dq| self.in_pieces(&dq, spec.head_dim)))
-            .value("DBIAS_LIST(X)", gradients.join(" "))
-            .value("DBIAS_PARTIALS", pass.terms.count > 1)
-            .value("SUMS_BATCH", batch)
-            .value("SUMS_ROWS", rows)
-            .value("SUMS_HEADS", heads);
+            .value("DQ_PIECES", self.operands.dq.is_some_and(|dq| self.in_pieces(&dq, spec.head_dim)));
+        let (entry, source) = if pass.biases.is_empty() {
+            constants = constants.value("WANT_QUERY_SUMS", pass.sums);
+            ("backward_queries", "attention/backward_queries.cu")
+        } else {
+            let [batch, rows, heads] = pass.walked;
+            constants = constants
+                .value("DQ_PARTIALS", pass.dq_partials)
+                .value("DBIAS_LIST(X)", gradients.join(" "))
+                .value("DBIAS_PARTIALS", pass.terms.count > 1)
+                .value("BIASES_STAY", self.biases_stay(pass))
+                .value("SUMS_BATCH", batch)
+                .value("SUMS_ROWS", rows)
+                .value("SUMS_HEADS", heads);
+            ("backward_bias", "attention/backward_bias.cu")
+        };
         let wanted = [
             (pass.dq, " dq"),
             (pass.dq_partials, " dq_partials"),
-            (!pass.biases.is_empty(), " dbias"),
             (pass.terms.count > 1, " dbias_partials"),
             (pass.sums, " sums"),
         ];
-        let title = self.title("backward_queries") + &list_of(wanted);
-        let kernel = Kernel::new(title, "attention/backward_queries.cu", "backward_queries", &constants.0, threads)?
+        let kernel = Kernel::new(self.title(entry) + &list_of(wanted), source, entry, &constants.0, threads)?
             .with_dynamic_shared_bytes(sizes.shared_bytes);
-        let (term_chunks, term_chunk) = (signed(pass.terms.count)?, signed(pass.terms.chunk)?);
-        let params = BackwardParams { term_chunks, term_chunk, ..self.params };
+        // Terms are counted with 32 bits.
+        let limit = i32::MAX.unsigned_abs().into();
+        if pass.terms.chunk > limit {
+            return Err(KernelError::Limit { what: "rows that share a bias", limit, got: pass.terms.chunk });
+        }
+        let params = BackwardParams { term_chunk: signed(pass.terms.chunk)?, ..self.params };
         Ok(attention(kernel, pass.blocks, params))
+    }
+
+    /// Whether a block may keep the biases of its tile from row to row: they are the same, and registers have room.
+    fn biases_stay(&self, pass: &QueryPass) -> bool {
+        let shared = |bias: &Operand| bias.strides[1] == 0 || bias.strides[3] == 0;
+        let [_, rows, _] = pass.walked;
+        let biases = &self.operands.inputs.biases;
+        let most = if biases.len() == 1 { 32 } else { 16 };
+        rows && self.channels.largest() <= most && biases.iter().all(shared)
     }
 
     fn dbias_dtype(&self, i: usize) -> DType {

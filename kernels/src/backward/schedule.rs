@@ -185,9 +185,10 @@ impl Schedule {
     }
 }
 
-/// Queries of a row of statistics, whole tiles of the pass by keys: lse of those that do not exist is infinite.
+/// Queries of a row of statistics, whole tiles of every pass but those with more than 64 queries: lse of those that do not
+/// exist is infinite.
 pub(crate) fn padded_queries(seqlen_q: usize) -> u64 {
-    (seqlen_q as u64).next_multiple_of(32)
+    (seqlen_q as u64).next_multiple_of(64)
 }
 
 /// Batches times rows.

@@ -38,7 +38,7 @@ impl Channels {
         }
     }
 
-    fn largest(self) -> u32 {
+    pub(crate) fn largest(self) -> u32 {
         padded(self.head_dim.max(self.head_dim_v))
     }
 
@@ -93,26 +93,22 @@ impl KeyTiles {
     }
 }
 
-/// Tiles of the pass by queries.
+/// Tiles of the passes with queries for rows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct QueryTiles {
-    /// Warps along queries and along keys.
-    pub(crate) query_warps: u32,
-    pub(crate) key_warps: u32,
+    pub(crate) warps: u32,
     /// Groups of 16 queries of a warp.
     pub(crate) row_tiles: u32,
-    /// Groups of eight keys of a warp that are computed at once, and how often in one step.
+    /// Groups of eight keys of a warp that are computed at once, and how often in a tile.
     pub(crate) columns: u32,
     pub(crate) parts: u32,
-    /// Steps whose bias gradient a block keeps; 0 without one.
-    pub(crate) dbias_steps: u32,
     pub(crate) stages: u32,
     /// Whether a warp keeps its queries in registers.
     pub(crate) in_registers: bool,
     pub(crate) shared_bytes: u32,
 }
 
-/// What a pass by queries computes.
+/// What a pass with queries for rows computes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum QueryWork {
     /// dQ and sums of dS over keys, walking over all keys.
@@ -126,63 +122,49 @@ pub(crate) enum QueryWork {
 impl QueryTiles {
     /// Queries of a block.
     pub(crate) fn tile_q(&self) -> u32 {
-        self.query_warps * 16 * self.row_tiles
+        self.warps * 16 * self.row_tiles
     }
 
-    /// Keys of one step.
-    fn step_k(&self) -> u32 {
-        self.key_warps * 8 * self.columns * self.parts
-    }
-
-    /// Keys of a block's bias gradient.
+    /// Keys of a tile: those of a bias gradient, or of a step.
     pub(crate) fn tile_k(&self) -> u32 {
-        self.step_k() * self.dbias_steps
+        8 * self.columns * self.parts
     }
 
     /// The choice for a problem; `None` where registers have no room for both kinds of work.
     pub(crate) fn choose(channels: Channels, work: QueryWork) -> Option<Self> {
         let bias = work == QueryWork::Bias;
-        // Query warps, key warps, row tiles; columns, parts, steps of a bias gradient.
-        let (warps, keys) = match (channels.is_single(), channels.largest()) {
-            (false, ..=8) if work == QueryWork::Both => ((2, 2, 2), (4, 1, 3)),
-            (false, 9..=16) if work == QueryWork::Both => ((2, 2, 2), (2, 2, 3)),
-            (false, 17..=32) if work == QueryWork::Both => ((2, 2, 2), (2, 4, 1)),
+        // Warps, row tiles; columns, parts; buffers.
+        let ((warps, row_tiles), (columns, parts), stages) = match (channels.is_single(), channels.largest()) {
+            (false, ..=8) if work == QueryWork::Both => ((4, 1), (4, 4), 2),
+            (false, 9..=32) if work == QueryWork::Both => ((4, 1), (2, 8), 2),
             _ if work == QueryWork::Both => return None,
-            (false, ..=32) if bias => ((4, 1, 2), (2, 2, 2)),
-            (false, ..=32) => ((4, 1, 2), (4, 1, 2)),
-            (false, 33..=64) => ((4, 1, 1), (4, 1, 2)),
-            (false, 65..=128) => ((if bias { 2 } else { 4 }, 1, 1), (4, 1, 2)),
-            (true, ..=32) => ((4, 1, 1), (4, 1, 2)),
-            (true, 33..=64) => ((if bias { 2 } else { 4 }, 1, 1), (4, 1, 2)),
-            (true, 65..=128) => ((2, 1, 1), (if bias { 4 } else { 2 }, 1, 2)),
-            (false | true, _) => ((2, 1, 1), (2, 1, 2)),
-        };
-        let ((query_warps, key_warps, row_tiles), (columns, parts, steps)) = (warps, keys);
-        let stages = match (channels.is_single(), channels.largest()) {
-            (false, ..=128) | (true, ..=64) => 2,
-            (true, 65..=128) | (false, _) if !bias => 2,
-            _ => 1,
+            (false, ..=32) if bias => ((4, 2), (2, 4), 2),
+            (false, ..=32) => ((4, 2), (2, 4), 2),
+            (false, 33..=64) => ((4, 1), (4, 2), 2),
+            (false, 65..=128) if bias => ((2, 1), (4, 1), 2),
+            (false, 65..=128) => ((4, 1), (4, 1), 2),
+            (true, ..=32) => ((4, 1), (4, 2), 2),
+            (true, 33..=64) if bias => ((2, 1), (4, 1), 2),
+            (true, 33..=64) => ((4, 1), (4, 1), 2),
+            (true, 65..=128) if bias => ((2, 1), (4, 1), 1),
+            (true, 65..=128) => ((2, 1), (2, 1), 2),
+            (false, _) if !bias => ((2, 1), (2, 1), 2),
+            (false | true, _) => ((2, 1), (2, 1), 1),
         };
         let in_registers = !channels.is_single() && channels.largest() <= 128;
-        let dbias_steps = if work == QueryWork::Queries { 0 } else { steps };
-        let tiles = Self {
-            query_warps,
-            key_warps,
-            row_tiles,
-            columns,
-            parts,
-            dbias_steps,
-            stages,
-            in_registers,
-            shared_bytes: 0,
-        };
+        let tiles =
+            Self { warps, row_tiles, columns, parts, stages, in_registers, shared_bytes: 0 };
         let rows = |rows, channels_of| tile_bytes(rows, channels_of, channels.element);
         let both = |count| rows(count, channels.head_dim) + rows(count, channels.head_dim_v);
         let queries = both(tiles.tile_q()) + 3 * tiles.tile_q() * 4;
-        let keys = both(tiles.step_k());
-        let sums = if key_warps > 1 { tiles.tile_q() * (padded(channels.head_dim) + 8) * 4 } else { 0 };
-        let query_stages = if dbias_steps > 0 { stages } else { 1 };
-        Some(Self { shared_bytes: query_stages * queries + stages * keys + sums, ..tiles })
+        let keys = both(tiles.tile_k()) + 16;
+        let shared_bytes = if work == QueryWork::Queries {
+            queries + stages * keys
+        } else {
+            // And notes.
+            stages * (queries + keys) + 48
+        };
+        Some(Self { shared_bytes, ..tiles })
     }
 }
 

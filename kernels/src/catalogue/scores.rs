@@ -16,8 +16,6 @@ pub struct Scores {
     pub tile_q: usize,
     /// Keys of a step.
     pub tile_k: usize,
-    /// Steps that a block takes for each entry it walks over.
-    pub steps: usize,
     /// Warps of a block.
     pub warps: usize,
     /// Matrix products of each score; f32 takes three for one on NVIDIA.
@@ -73,11 +71,11 @@ impl Scores {
             Vendor::Amd => channels.next_multiple_of(vendor.product_rows()),
         };
         let wants = |name| constants.is(name);
-        let (pass, walk, [tile_q, tile_k], steps, warps, products, copied) = match kernel.entry {
+        let (pass, walk, [tile_q, tile_k], warps, products, copied) = match kernel.entry {
             "attention_forward" => {
                 let warps = number("WARPS")?;
                 let tile = [vendor.product_rows() * number("QUERY_TILES")? * warps, number("TILE_K")?];
-                (Pass::Forward, Walk::Keys, tile, 1, warps, 2, ["K_PIECES", "V_PIECES"])
+                (Pass::Forward, Walk::Keys, tile, warps, 2, ["K_PIECES", "V_PIECES"])
             }
             "backward_keys" => {
                 let warps = number("WARPS")?;
@@ -85,17 +83,15 @@ impl Scores {
                 let (dk, dv) = (wants("WANT_DK") || wants("WANT_KEY_SUMS"), wants("WANT_DV"));
                 // S; dP where dS is wanted; dK and dV.
                 let products = 1 + usize::from(dk) + usize::from(wants("WANT_DK")) + usize::from(dv);
-                (Pass::BackwardKeys, Walk::Queries, tile, 1, warps, products, ["Q_PIECES", "DO_PIECES"])
+                (Pass::BackwardKeys, Walk::Queries, tile, warps, products, ["Q_PIECES", "DO_PIECES"])
             }
-            "backward_queries" => {
-                let (along_q, along_k) = (number("QUERY_WARPS")?, number("KEY_WARPS")?);
-                let step_k = along_k * 8 * number("STEP_COLUMNS")? * number("STEP_PARTS")?;
-                let tile = [16 * number("ROW_TILES")? * along_q, step_k];
-                let steps = number("DBIAS_STEPS")?;
-                let walk = if steps > 0 { Walk::Rows } else { Walk::Keys };
+            "backward_bias" | "backward_queries" => {
+                let warps = number("WARPS")?;
+                let tile = [16 * number("ROW_TILES")? * warps, 8 * number("COLUMNS")? * number("PARTS")?];
+                let walk = if kernel.entry == "backward_bias" { Walk::Rows } else { Walk::Keys };
                 let products = 2 + usize::from(wants("WANT_DQ"));
                 let copied = ["K_PIECES", "V_PIECES"];
-                (Pass::BackwardQueries, walk, tile, steps.max(1), along_q * along_k, products, copied)
+                (Pass::BackwardQueries, walk, tile, warps, products, copied)
             }
             _ => return None,
         };
@@ -104,7 +100,6 @@ impl Scores {
             walk,
             tile_q,
             tile_k,
-            steps,
             warps,
             products: if dtype == DType::F32 && vendor == Vendor::Nvidia { 3 * products } else { products },
             head_dim,

@@ -34,7 +34,6 @@ struct Job<'a> {
     kernel: &'a str,
     tile_q: usize,
     tile_k: usize,
-    steps: usize,
     walk: &'a str,
     warps: usize,
     products: usize,
@@ -159,7 +158,6 @@ fn job<'a>(one: &'a Compiled<'_>, scores: &Scores, workloads: &'a [Workload], re
         kernel: kernel.entry,
         tile_q: scores.tile_q,
         tile_k: scores.tile_k,
-        steps: scores.steps,
         walk: match scores.walk {
             Walk::Keys => "keys",
             Walk::Queries => "queries",

@@ -1,0 +1,316 @@
+// Backward pass by tiles of a bias: gradients of biases with both axes (15), and dQ (13) where there is room for both.
+//
+// A block owns a tile of queries and keys of one bias and walks over the terms, the (batch, row, head) that share it, with its
+// tile of the gradient in registers. dQ of a term comes out on the way: whole where the tile is all keys, and otherwise as
+// partial sums.
+//
+//   for term                                          the next term is on its way meanwhile
+//       for part of the keys
+//           S  = Q K^T + biases - lse                 in base 2; rows are queries
+//           dP = dO V^T - delta
+//           dS = 2^S dP                               (9), (12)
+//           dB += dS                                  f32
+//           dQ += dS K
+//       dQ of the term is stored
+//
+// A term whose keys of the tile are all kept, and whose lse is small, is one piece of code; any other is another.
+//
+// Constants: README.md, "Constants of the backward pass".
+#include "../include/query_rows.cuh"
+
+// Shared memory: two terms in turn.
+constexpr int STAGE_BYTES = QUERY_BYTES + KEY_BYTES;
+constexpr int NOTES_AT = STAGES * STAGE_BYTES;
+static_assert(NOTES_AT + 48 == SHARED_BYTES, "shared memory as planned");
+
+// dQ of a term, or its partial sums in f32.
+template <bool partial> struct GradientOfTerm : QueryGradient<ELEMENT, DQ_PIECES> {
+    DEVICE void start_term(const BackwardParams& params, const Position& at, i64 first_query, i64, const Lane& lane) {
+        start((ELEMENT*)params.dq.data + offset_of(params.dq, at, first_query, at.head), params.dq.strides[2], params.dq.strides[4], lane);
+    }
+    DEVICE void next_row(const BackwardParams& params) { shift(opaque(params.dq.strides[1])); }
+};
+template <> struct GradientOfTerm<true> : QueryGradient<float, HEAD_DIM % 8 == 0> {
+    DEVICE void start_term(const BackwardParams& params, const Position& at, i64 first_query, i64 key_tile, const Lane& lane) {
+        const AttentionInputs& in = params.inputs;
+        const i64 row = ((key_tile * in.batch + at.batch) * in.rows + at.row) * in.heads + at.head;
+        start((float*)params.dq_partials + (row * in.seqlen_q + first_query) * HEAD_DIM, HEAD_DIM, 1, lane);
+    }
+    DEVICE void next_row(const BackwardParams& params) { shift(opaque(params.row_queries) * HEAD_DIM); }
+};
+
+// What a block owns: axes that are summed have one entry among the owners and their size among the terms.
+struct Owner {
+    i64 batch, row, head;
+    i64 first_query, key_tile, first_key;
+    i64 chunk;
+
+    // Blocks that read the same part of the biases are neighbours.
+    DEVICE Owner(const BackwardParams& params, i64 block) {
+        const AttentionInputs& in = params.inputs;
+        row = split_index(block, SUMS_ROWS ? 1 : in.rows);
+        key_tile = split_index(block, divided_up(in.seqlen_k, TILE_K));
+        first_key = key_tile * TILE_K;
+        first_query = split_index(block, divided_up(in.seqlen_q, TILE_Q)) * TILE_Q;
+        head = split_index(block, SUMS_HEADS ? 1 : in.heads);
+        batch = split_index(block, SUMS_BATCH ? 1 : in.batch);
+        chunk = block;
+    }
+};
+
+// What the loop does not need is kept in shared memory: its registers are taken.
+struct Notes {
+    u32 address;
+    DEVICE void write(const Owner& owner, i64 block, const Position& first) const {
+        if (thread_index() != 0) return;
+        store_shared_i64(address, block);
+        store_shared_i64(address + 8, owner.first_query);
+        store_shared_i64(address + 16, owner.first_key);
+        store_shared_i64(address + 24, first.batch);
+        store_shared_i64(address + 32, first.row);
+        store_shared_i64(address + 40, first.head);
+    }
+    DEVICE i64 block() const { return load_shared_i64(address); }
+    DEVICE i64 first_query() const { return load_shared_i64(address + 8); }
+    DEVICE i64 first_key() const { return load_shared_i64(address + 16); }
+    DEVICE Position term(int row) const { return {load_shared_i64(address + 24), load_shared_i64(address + 32) + row, load_shared_i64(address + 40)}; }
+};
+
+KERNEL_WITH_BLOCKS(THREADS, MIN_BLOCKS) backward_bias(const BackwardParams params) {
+    extern __shared__ __align__(16) char memory[];
+    const u32 shared = shared_address(memory);
+    const AttentionInputs& in = params.inputs;
+    const Lane lane;
+    const Notes notes = {shared + NOTES_AT};
+
+    const i64 block = params.first_block + block_index();
+    const Owner owner(params, block);
+    const i64 first_query = owner.first_query, first_key = owner.first_key;
+
+    const i64 term_rows = SUMS_ROWS ? in.rows : 1, term_heads = SUMS_HEADS ? in.heads : 1, term_batch = SUMS_BATCH ? in.batch : 1;
+    const i64 terms = term_batch * term_rows * term_heads;
+    const i64 first_term = owner.chunk * params.term_chunk, end_term = least(terms, first_term + params.term_chunk);
+    // Divisions come here, where few registers are taken.
+    Position next = {owner.batch, owner.row, owner.head};
+    i64 index = first_term;
+    if (SUMS_ROWS) next.row = split_index(index, in.rows);
+    if (SUMS_HEADS) next.head = split_index(index, in.heads);
+    if (SUMS_BATCH) next.batch = index;
+    i64 key_head = next.head, of_group;
+    of_group = split_index(key_head, in.group);
+
+    // What positions let a query see is the same for all terms.
+    const Band bounds = POSITIONS ? band(in, first_query, first_key) : Band{0, 0};
+    const bool sees = !POSITIONS || (bounds.low < TILE_K && bounds.high > -TILE_Q);
+    const int queries_there = opaque((int)least(in.seqlen_q - first_query, TILE_Q));
+    const int statistics_there = (int)least(params.padded_queries - first_query, TILE_Q);
+    const int keys_there = (int)least(in.seqlen_k - first_key, TILE_K);
+    const bool uncut = keys_there == TILE_K && !(POSITIONS && cuts(bounds, TILE_Q, TILE_K));
+    // The run that a lane whose keys do not exist reads instead.
+    auto run_of = [&](int part, int key) { return least_int(key + part * 8 * N, opaque(keys_there) - 2 * N) - key; };
+    const int first_run = RUNS ? run_of(0, Lane::key_of(thread_index())) : 0;
+
+    Accumulator dbias[PARTS][M][N] = {};
+    QueryRows queries;
+    QueryBiases<M, N, PARTS, BIASES_STAY> biases;
+    GradientOfTerm<DQ_PARTIALS> gradient;
+    int turn = 0;  // of two, of shared memory
+
+    // The keys of one term, which have arrived. The first part's biases have been fetched.
+    auto compute = [&](bool fast, QuerySums& dq, u32 keys, int row, bool plain, bool all, bool more) {
+        if (!fast) biases.hide();
+        // Seldom wanted.
+        const int key = fast && !ALIBI && RUNS ? 0 : Lane::key_of(thread_index_again());
+#pragma unroll
+        for (int part = 0; part < PARTS; part++) {
+            Accumulator s[M][N], dp[M][N];
+            if (fast) {
+                queries.multiply<Q_IN_REGISTERS>(s, dp, keys, part, lane);
+                const i64 first = ALIBI || !RUNS ? notes.first_key() + key + part * 8 * N : 0;
+                biases.take<true>(s, in, first, part, queries.lse, queries.lse);
+            } else {
+                queries.multiply<Q_IN_REGISTERS>(s, dp, keys, part, lane);
+                const Position at = notes.term(row);
+                general_logits(s, dp, queries, biases, in, at, lane, notes.first_query(), notes.first_key(), key + part * 8 * N, part, plain, all);
+            }
+            // Biases of the next part, while this one is computed; after the last, those of the next term.
+            if (part + 1 < PARTS) {
+                biases.fetch(fast ? (part + 1) * 8 * N : run_of(part + 1, key));
+            } else {
+                biases.next_row(in, more);
+                biases.fetch(fast ? 0 : first_run);
+            }
+            weigh(dp, s);
+#pragma unroll
+            for (int i = 0; i < M; i++)
+#pragma unroll
+                for (int j = 0; j < N; j++)
+#pragma unroll
+                    for (int x = 0; x < 4; x++) dbias[part][i][j][x] += dp[i][j][x];
+            if (WANT_DQ) add_keys(dq, dp, keys, part, lane, part == 0);
+        }
+    };
+
+    i64 left_terms = end_term - first_term;
+    while (left_terms > 0) {
+        // Rows of one head, one after another.
+        const int rows = SUMS_ROWS ? (int)least(in.rows - next.row, left_terms) : 1;
+        left_terms -= rows;
+        // Opaque: what follows from them is computed here, and takes no registers from one head to the next.
+        const i64 from_query = opaque(first_query), from_key = opaque(first_key);
+        const Position first = {opaque(next.batch), opaque(next.row), opaque(next.head)};
+        QWalk q_walk;
+        DOWalk d_o_walk;
+        StatisticsWalk<TILE_Q, THREADS> statistics_walk;
+        KeysWalk keys_walk;
+        const Operand& d_o = params.d_o;
+        q_walk.start({(const ELEMENT*)in.q.data + offset_of(in.q, first, 0, first.head), in.q.strides[2], in.q.strides[4]}, from_query);
+        d_o_walk.start({(const ELEMENT*)d_o.data + offset_of(d_o, first, 0, first.head), d_o.strides[2], d_o.strides[4]}, from_query);
+        statistics_walk.start(params, first, from_query);
+        keys_walk.start(in, first, opaque(key_head), from_key);
+        // Rows are fetched one ahead, looked at two ahead, and their lengths read three ahead.
+        auto left_of = [&](int row) {
+            if (row >= rows) return 0;
+            return KV_LENGTHS ? (int)least(keys_left(in, {first.batch, first.row + row, first.head}, first_key), TILE_K) : keys_there;
+        };
+        auto fetch = [&]() {
+            const u32 to = shared + turn * STAGE_BYTES;
+            q_walk.fetch(to, queries_there);
+            d_o_walk.fetch(to + DO_AT, queries_there);
+            statistics_walk.fetch(to + STATISTICS_AT, statistics_there);
+            keys_walk.fetch(to + QUERY_BYTES);
+            q_walk.shift(in.q.strides[1]);
+            d_o_walk.shift(d_o.strides[1]);
+            statistics_walk.shift(params.row_statistics);
+            keys_walk.shift(in.k.strides[1], in.v.strides[1]);
+        };
+        auto look = [&](int left) {
+            keys_walk.look(left);
+            keys_walk.shift_mask(in.key_mask.strides[1]);
+        };
+        look(left_of(0));
+        int left = left_of(1);
+        block_barrier();
+        notes.write(owner, block, first);
+        fetch();
+        copy_async_commit();
+        look(left);
+        left = left_of(2);
+        const int key = Lane::key_of(thread_index());
+        biases.start(in, first, from_query + lane.query, from_key + key);
+#pragma unroll
+        for (int part = 0; part < PARTS; part++) biases.fetch_once(part, RUNS ? run_of(part, key) : 0);
+        biases.fetch(first_run);
+        if (WANT_DQ) gradient.start_term(params, first, from_query, opaque(owner.key_tile), lane);
+
+        // Waits for a term and fetches the next one; what is known of it.
+        u32 keys;
+        bool more, plain, all;
+        auto fetch_next = [&](int row) {
+            if (more) {
+                fetch();
+                look(left);
+                left = left_of(row + 3);
+            }
+            copy_async_commit();
+        };
+        auto arrive = [&](int row) {
+            const u32 tile = shared + turn * STAGE_BYTES;
+            keys = tile + QUERY_BYTES;
+            more = row + 1 < rows;
+            copy_async_wait<0>();
+            block_barrier();
+            if (STAGES == 2) {
+                turn ^= 1;
+                fetch_next(row);
+            }
+            queries.tile = tile;
+            queries.load_statistics(lane, queries_there);
+            if (Q_IN_REGISTERS) queries.load_factors(lane);
+            plain = queries.allows_plain_of_lane(queries_there);
+            all = keeps_all_of_lane(keys);
+            return sizeof(ELEMENT) == 2 && !SEGMENTS && uncut && warp_all(plain && all);
+        };
+        auto leave = [&](int row, const QuerySums& dq) {
+            if (WANT_DQ) {
+                gradient.store(dq, lane.query, queries_there, in.scale);
+                gradient.next_row(params);
+            }
+            if (STAGES == 1) {
+                block_barrier();
+                fetch_next(row);
+            }
+        };
+
+        // Fast terms are a loop of their own, which shares no registers with the code of others.
+        for (int row = 0; row < rows; row++) {
+            bool fast = arrive(row);
+            while (fast) {
+                QuerySums dq;
+                compute(true, dq, keys, row, true, true, more);
+                leave(row, dq);
+                if (++row == rows) break;
+                fast = arrive(row);
+            }
+            if (row == rows) break;
+            QuerySums dq;
+            if (sees) {
+                compute(false, dq, keys, row, warp_all(plain), keys_there == TILE_K && warp_all(all), more);
+            } else {
+                clear(dq);
+            }
+            leave(row, dq);
+        }
+        // All terms are rows of one head: nothing is kept for more.
+        if (!SUMS_HEADS && !SUMS_BATCH) break;
+        if (SUMS_ROWS) {
+            next.row += rows;
+            if (next.row < in.rows) continue;
+            next.row = 0;
+        }
+        if (SUMS_HEADS) {
+            if (++of_group == in.group) {
+                of_group = 0;
+                key_head++;
+            }
+            if (++next.head < in.heads) continue;
+            next.head = key_head = of_group = 0;
+        }
+        if (SUMS_BATCH) next.batch++;
+    }
+
+    // Found again, so that it takes no registers before.
+    const Owner to(params, notes.block());
+    const int first_of_run = Lane::key_of(thread_index_again());
+    const i64 batches = SUMS_BATCH ? 1 : in.batch, rows = SUMS_ROWS ? 1 : in.rows, heads = SUMS_HEADS ? 1 : in.heads;
+    const i64 partial = ((to.chunk * batches + to.batch) * rows + to.row) * heads + to.head;
+#pragma unroll
+    for (int part = 0; part < PARTS; part++) {
+#pragma unroll
+        for (int i = 0; i < M; i++) {
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const i64 query = to.first_query + lane.query + 16 * i + 8 * half;
+                if (query >= in.seqlen_q) continue;
+#pragma unroll
+                for (int j = 0; j < N; j++) {
+#pragma unroll
+                    for (int e = 0; e < 2; e++) {
+                        const i64 key = to.first_key + first_of_run + part * 8 * N + 2 * j + e;
+                        if (key >= in.seqlen_k) continue;
+                        const float value = dbias[part][i][j][2 * half + e];
+                        if (DBIAS_PARTIALS) {
+                            ((float*)params.dbias_partials)[(partial * in.seqlen_q + query) * in.seqlen_k + key] = value;
+                        } else {
+#define STORE(index, T)                                                                                                            \
+    ((T*)params.dbiases[index].data)[offset_of(params.dbiases[index], {to.batch, to.row, 0}, to.head, query) +          \
+                                     key * params.dbiases[index].strides[4]] = from_f32<T>(value);
+                            DBIAS_LIST(STORE)
+#undef STORE
+                        }
+                    }
+                }
+            }
+        }
+    }
+}
