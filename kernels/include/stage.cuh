@@ -97,16 +97,10 @@ template <class StageT, class T, int channels, int rows, int threads, bool piece
         if constexpr (pieces) source = (const T*)opaque((i64)source);
     }
     // Starts the copy of the tile, of which `left` rows exist.
-    DEVICE void fetch(u32 tile, i64 left) {
+    DEVICE void fetch(u32 tile, i64 left) const {
         const int there = left < rows ? (int)left : rows;
         if constexpr (even) {
-#pragma unroll
-            for (int turn = 0; turn < Stage::turns; turn++) {
-                if (Stage::count % threads != 0 && thread_index() + turn * threads >= Stage::count) continue;
-                const int further = Order()(turn * turn_rows);
-                const bool read = row + further < there && (exact || thread_index() % Stage::Layout::pieces * Stage::per_piece < channels);
-                copy_async(tile + to + turn * turn_rows * Stage::Layout::pitch, source + further * from.row_stride, read ? 16 : 0);
-            }
+            fetch_kept(tile, [&](int turn) { return row + Order()(turn * turn_rows) < there; });
         } else if constexpr (pieces) {
             Stage::each([&](int, int row, int piece) {
                 const bool read = Order()(row) < there && piece * Stage::per_piece < channels;

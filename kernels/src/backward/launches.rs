@@ -288,8 +288,13 @@ impl<'a> Launches<'a> {
         let shared = |bias: &Operand| bias.strides[1] == 0 || bias.strides[3] == 0;
         let [_, rows, _] = pass.walked;
         let biases = &self.operands.inputs.biases;
-        let most = if biases.len() == 1 { 32 } else { 16 };
-        rows && self.channels.largest() <= most && biases.iter().all(shared)
+        // Half steps of a product take registers too.
+        let room = match self.channels.largest() {
+            ..=16 => true,
+            32 => biases.len() == 1,
+            _ => false,
+        };
+        rows && room && biases.iter().all(shared)
     }
 
     fn dbias_dtype(&self, i: usize) -> DType {

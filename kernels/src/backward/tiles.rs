@@ -141,7 +141,7 @@ impl QueryTiles {
             (false, ..=32) if bias => ((4, 2), (2, 4), 2),
             (false, ..=32) => ((4, 2), (2, 4), 2),
             (false, 33..=64) => ((4, 1), (4, 2), 2),
-            (false, 65..=128) if bias => ((2, 1), (4, 1), 2),
+            (false, 65..=128) if bias => ((2, 1), (2, 2), 2),
             (false, 65..=128) => ((4, 1), (4, 1), 2),
             (true, ..=32) => ((4, 1), (4, 2), 2),
             (true, 33..=64) if bias => ((2, 1), (4, 1), 2),
@@ -151,7 +151,7 @@ impl QueryTiles {
             (false, _) if !bias => ((2, 1), (2, 1), 2),
             (false | true, _) => ((2, 1), (2, 1), 1),
         };
-        let in_registers = !channels.is_single() && channels.largest() <= 128;
+        let in_registers = !channels.is_single() && channels.largest() <= if bias { 64 } else { 128 };
         let tiles =
             Self { warps, row_tiles, columns, parts, stages, in_registers, shared_bytes: 0 };
         let rows = |rows, channels_of| tile_bytes(rows, channels_of, channels.element);
