@@ -54,7 +54,7 @@ static_assert(STAGES_AT + STAGES * STAGE_BYTES == SHARED_BYTES, "shared memory a
 template <class T, int channels>
 DEVICE void store_row(const Operand& to, i64 offset, const Accumulator (&acc)[Tile<ELEMENT, channels>::columns], int half,
                       float factor, bool kept, const float* added) {
-    T* data = (T*)to.data + offset;
+    T* data = (T*)to.data + offset + 2 * (lane_index() % 4) * to.strides[4];
 #pragma unroll
     for (int c = 0; c < Tile<ELEMENT, channels>::columns; c++) {
 #pragma unroll
@@ -63,8 +63,10 @@ DEVICE void store_row(const Operand& to, i64 offset, const Accumulator (&acc)[Ti
             if (channel >= channels) continue;
             float value = kept ? acc[c][2 * half + e] * factor : 0.0f;
             if (added) value += added[channel];
-            data[channel * to.strides[4]] = from_f32<T>(value);
+            data[e * to.strides[4]] = from_f32<T>(value);
         }
+        // Opaque: the addresses of all channels would take registers at once.
+        data = (T*)opaque((i64)(data + 8 * to.strides[4]));
     }
 }
 
@@ -151,8 +153,14 @@ KERNEL_WITH_BLOCKS(THREADS, MIN_BLOCKS) backward_keys(const BackwardParams param
     }
 
     if (tiles > 0) {
-        StageK::start(shared, k, first_key, in.seqlen_k, KeyOrder());
-        if (NEEDS_DS) StageV::start(shared + V_AT, v, first_key, in.seqlen_k, KeyOrder());
+        StageWalk<StageK, ELEMENT, HEAD_DIM, TILE_K, THREADS, K_PIECES, KeyOrder> k_walk;
+        StageWalk<StageV, ELEMENT, HEAD_DIM_V, TILE_K, THREADS, V_PIECES, KeyOrder> v_walk;
+        k_walk.start(k, first_key);
+        k_walk.fetch(shared, in.seqlen_k - first_key);
+        if (NEEDS_DS) {
+            v_walk.start(v, first_key);
+            v_walk.fetch(shared + V_AT, in.seqlen_k - first_key);
+        }
         copy_async_commit();
         copy_async_wait<0>();
         block_barrier();
@@ -180,9 +188,14 @@ KERNEL_WITH_BLOCKS(THREADS, MIN_BLOCKS) backward_keys(const BackwardParams param
     auto compute = [&](bool plain, int next_last) {
         float lse[2 * N], low[2 * N], delta[2 * N];
         const u32 statistics = staged + STATISTICS_AT + first_of_lane<N>() * 4;
-        load_shared_run(lse, statistics);
-        if (!plain) load_shared_run(low, statistics + TILE_Q * 4);
-        if (NEEDS_DS) load_shared_run(delta, statistics + 2 * TILE_Q * 4);
+        // Before the products, which hide the wait, where registers have room.
+        constexpr bool STATISTICS_FIRST = !STEP_BY_STEP<ELEMENT, HEAD_DIM> && !STEP_BY_STEP<ELEMENT, HEAD_DIM_V>;
+        const auto load_lse = [&] {
+            load_shared_run(lse, statistics);
+            if (!plain) load_shared_run(low, statistics + TILE_Q * 4);
+        };
+        if (STATISTICS_FIRST) load_lse();
+        if (NEEDS_DS && (STATISTICS_FIRST || STARTS_FROM_DELTA)) load_shared_run(delta, statistics + 2 * TILE_Q * 4);
 
         Accumulator s[M][N], dp[M][N];
 #pragma unroll
@@ -211,8 +224,10 @@ KERNEL_WITH_BLOCKS(THREADS, MIN_BLOCKS) backward_keys(const BackwardParams param
                     multiply_rows<ELEMENT, HEAD_DIM_V>(dp, v_fragments[K_IN_REGISTERS ? x : 0], staged + DO_AT, 0, pass, x, start);
                 }
             }
+            if (!STATISTICS_FIRST && !STARTS_FROM_DELTA) load_shared_run(delta, statistics + 2 * TILE_Q * 4);
             if (!STARTS_FROM_DELTA) add_to_all(dp, minus_delta);
         }
+        if (!STATISTICS_FIRST) load_lse();
         if (plain) {
             biases.take<true>(s, in, first_query, lse, lse);
         } else {

@@ -52,6 +52,10 @@ PRODUCT_FROM(f16, "f16")
 PRODUCT_FROM(bf16, "bf16")
 #undef PRODUCT_FROM
 
+// Whether a step waits for the one before. The compiler would begin with the loads of all, for which registers have no room
+// beside the two terms of f32, or the sums of many channels.
+template <class T, int channels> constexpr bool STEP_BY_STEP = sizeof(T) == 4 || channels > 64;
+
 // Passes over the steps of one sum: with f32 the small terms of all steps come first (mma.cuh).
 template <class T> constexpr int PASSES = sizeof(T) == 4 ? 2 : 1;
 
@@ -107,6 +111,7 @@ DEVICE void multiply_rows(Accumulator (&acc)[m][n], const FragmentA (&a)[m], u32
                           const LaneOffsets<T, channels>& lane = LaneOffsets<T, channels>()) {
     using Rows = Tile<T, channels>;
     u32 words[4];
+    if constexpr (STEP_BY_STEP<T, channels>) one_by_one();
     if (Rows::half_step && step == Rows::steps - 1) {
         static_assert(n % 4 == 0 || n < 4, "as many eights in each load");
 #pragma unroll
@@ -174,6 +179,7 @@ template <class T, int channels, int m, int steps> struct ProductOverRows {
         for (int s = 0; s < steps; s++) {
 #pragma unroll
             for (int c = 0; c + 1 < columns; c += 2) {
+                if constexpr (STEP_BY_STEP<T, channels>) one_by_one();
                 load_matrices_transposed(words, tile + lane.sixteen + (first_row + 16 * s) * Rows::pitch + c * 16);
                 const FragmentB b[2] = {{{words[0], words[1]}}, {{words[2], words[3]}}};
 #pragma unroll
@@ -207,12 +213,13 @@ template <int channels, int m, int steps> struct ProductOverRows<float, channels
         for (int c = 0; c < Rows::columns; c++) {
             // The matrix unit cuts sums off towards 0: a long one is added from short ones in f32.
             Accumulator sum[m] = {};
+            one_by_one();
 #pragma unroll
             for (int pass = 0; pass < PASSES<float>; pass++) {
 #pragma unroll
                 for (int s = 0; s < steps; s++) {
-                    const int row = first_row + 8 * s + 2 * (lane % 4);
-                    const u32 at = tile + row * Rows::pitch + (8 * c + lane / 4) * 4;
+                    const int row = 2 * (lane % 4), column = lane / 4;
+                    const u32 at = tile + row * Rows::pitch + column * 4 + (first_row + 8 * s) * Rows::pitch + 8 * c * 4;
                     const FragmentB b = {{load_shared(at), load_shared(at + Rows::pitch)}};
 #pragma unroll
                     for (int i = 0; i < m; i++) multiply_step<float>(sum[i], a[i][s], b, sum[i], pass);

@@ -171,8 +171,8 @@ DEVICE i64 opaque(i64 x) {
 // What all lanes have alike, told to compilers of other vendors.
 DEVICE bool same_in_warp(bool x) { return x; }
 
-// Between steps of long code: other vendors' compilers would begin with the loads of all of them.
-DEVICE void one_by_one() {}
+// Between steps of long code: keeps the compiler from beginning with the loads of all of them.
+DEVICE void one_by_one() { warp_barrier(); }
 // At the end of a branch: other vendors' compilers would merge it with the end of the other branch, and move registers.
 DEVICE void keep_apart() {}
 

@@ -25,6 +25,9 @@ constexpr int GROUP_PRODUCTS = ONE_GROUP ? KEY_COLUMNS : products_of_load<KeyTil
 constexpr int KEY_GROUPS = KEY_COLUMNS / GROUP_PRODUCTS;
 constexpr int GROUP_KEYS = LANE_KEYS / KEY_GROUPS;
 static_assert(KEY_COLUMNS % GROUP_PRODUCTS == 0, "whole groups");
+// Whether a step of a product waits for the one before. The compiler would begin with the loads of all, for which registers
+// have no room beside the two terms of f32, or the sums of many channels.
+constexpr bool STEP_BY_STEP = sizeof(ELEMENT) == 4 || HEAD_DIM_V > 128;
 constexpr int QUERY_STEPS = QueryTile::steps + QueryTile::half_step;
 
 // Where a lane stands in the block's tile.
@@ -125,6 +128,7 @@ template <int terms> DEVICE void add_logit_terms(Scores& s, const Queries& queri
     constexpr int products = products_of_load<KeyTileShape>, words = 4 / products;
 #pragma unroll
     for (int step = 0; step < QUERY_STEPS; step += 2) {
+        if constexpr (STEP_BY_STEP) one_by_one();
         Factor<ELEMENT, 4> a[QUERY_TILES][2];
 #pragma unroll
         for (int m = 0; m < QUERY_TILES; m++)
@@ -215,6 +219,7 @@ template <class T = ELEMENT> DEVICE void add_values(Output& out, const Weights& 
 #pragma unroll
         for (int c = 0; c < OUT_COLUMNS; c++) {
             // The tile's share, small terms first: what the matrix unit cuts off is then small, and O is added in f32.
+            if constexpr (STEP_BY_STEP) one_by_one();
             float share[QUERY_TILES][4] = {};
             add_share_terms<SMALL_TERMS, T>(share, a, values, c);
             add_share_terms<LARGE_TERMS, T>(share, a, values, c);
@@ -228,6 +233,7 @@ template <class T = ELEMENT> DEVICE void add_values(Output& out, const Weights& 
         for (int k = 0; k < WEIGHT_STEPS; k++)
 #pragma unroll
             for (int c = 0; c + 1 < OUT_COLUMNS; c += 2) {
+                if constexpr (STEP_BY_STEP) one_by_one();
                 u32 b[4];
                 load_right_transposed<ValueTile, LANE_KEYS>(b, values, 2 * k, c);
 #pragma unroll

@@ -67,12 +67,12 @@ template <class T, int channels, int rows, int threads, bool pieces> struct Stag
     }
 };
 
-// A walk over tiles of neighbouring rows. Orders are sums of what bits of a row give: where a thread's pieces lie whole
-// eights of rows apart it keeps the address of its first piece alone, and otherwise computes each address anew.
+// A walk over tiles of neighbouring rows. Orders are sums of what bits of a row give: where a turn takes whole rows, as many
+// as a power of two, a thread keeps the address of its first piece alone, and otherwise computes each address anew.
 template <class StageT, class T, int channels, int rows, int threads, bool pieces, class Order = InOrder> struct StageWalk {
     using Stage = StageT;
     static constexpr int turn_rows = threads / Stage::Layout::pieces;
-    static constexpr bool even = pieces && threads % Stage::Layout::pieces == 0 && turn_rows % 8 == 0;
+    static constexpr bool even = pieces && threads % Stage::Layout::pieces == 0 && (turn_rows & (turn_rows - 1)) == 0;
     static constexpr bool exact = channels > (Stage::Layout::pieces - 1) * Stage::per_piece;
     Rows<T> from;
     const T* source;
