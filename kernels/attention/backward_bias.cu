@@ -124,6 +124,7 @@ KERNEL_WITH_BLOCKS(THREADS, MIN_BLOCKS) backward_bias(const BackwardParams param
 #pragma unroll
         for (int part = 0; part < PARTS; part++) {
             Accumulator s[M][N], dp[M][N];
+            if (!fast) one_by_one();
             if (fast) {
                 queries.multiply<Q_IN_REGISTERS>(s, dp, keys, part, lane);
                 const i64 first = ALIBI || !RUNS ? notes.first_key() + key + part * 8 * N : 0;

@@ -53,6 +53,7 @@ KERNEL_WITH_BLOCKS(THREADS, MIN_BLOCKS) backward_queries(const BackwardParams pa
 #pragma unroll
         for (int part = 0; part < PARTS; part++) {
             Accumulator s[M][N], dp[M][N];
+            if (!fast) one_by_one();
             queries.multiply<Q_IN_REGISTERS>(s, dp, keys, part, lane);
             if (fast) {
                 biases.take<true>(s, in, first_key + key + part * 8 * N, part, queries.lse, queries.lse);

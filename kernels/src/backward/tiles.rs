@@ -136,10 +136,14 @@ impl QueryTiles {
         // Warps, row tiles; columns, parts; buffers.
         let ((warps, row_tiles), (columns, parts), stages) = match (channels.is_single(), channels.largest()) {
             (false, ..=8) if work == QueryWork::Both => ((4, 1), (4, 4), 2),
-            (false, 9..=32) if work == QueryWork::Both => ((4, 1), (2, 8), 2),
+            (false, 9..=16 | 32) if work == QueryWork::Both => ((4, 1), (2, 8), 2),
+            // Half steps of a product take registers.
+            (false, 17..=32) if work == QueryWork::Both => ((4, 1), (2, 4), 2),
             _ if work == QueryWork::Both => return None,
+            (false, 17..=31) if bias => ((4, 1), (2, 8), 2),
             (false, ..=32) if bias => ((4, 2), (2, 4), 2),
             (false, ..=32) => ((4, 2), (2, 4), 2),
+            (false, 33..=64) if bias => ((4, 1), (2, 4), 2),
             (false, 33..=64) => ((4, 1), (4, 2), 2),
             (false, 65..=128) if bias => ((2, 1), (2, 2), 2),
             (false, 65..=128) => ((4, 1), (4, 1), 2),
