@@ -5,7 +5,7 @@ use tracing::debug;
 use crate::{
     AttentionPlan, AttentionProblem, AttentionSpec, Backend, BackwardArgs, BackwardOperands, BiasSpec, DType, Device,
     DeviceError, DeviceId, EmptyRows, Error, ForwardArgs, ForwardOperands, Gradients, MAX_BIASES, MergeArgs,
-    MergeOperands, ProblemError, RelayoutArgs, Stream, StructuralMask, Tensor, TensorView, TensorViewMut,
+    MergeOperands, ProblemError, Products, RelayoutArgs, Stream, StructuralMask, Tensor, TensorView, TensorViewMut,
 };
 
 /// Tensors that attention reads.
@@ -44,6 +44,8 @@ pub struct Options {
     pub mask: StructuralMask,
     /// What a row without keys gives.
     pub empty_rows: EmptyRows,
+    /// Whether the factors of products may be rounded to tf32, in f32 alone: faster where there are tensor cores.
+    pub products: Products,
 }
 
 /// What a forward pass writes, and a backward pass reads.
@@ -202,6 +204,7 @@ pub fn problem(inputs: &Inputs<'_>, options: &Options, gradients: Gradients) -> 
     let biases = biases.map(|(bias, name)| Ok(BiasSpec { shape: dims(name, bias)?, dtype: bias.dtype() }));
     let spec = AttentionSpec {
         dtype: inputs.q.dtype(),
+        products: options.products,
         batch,
         rows,
         seqlen_q,

@@ -10,7 +10,7 @@
 //! Column-wise attention and attention around the ending node are the same launch over permuted views: nothing is copied,
 //! and every result has the caller's order of axes. [`evoformer_attention`] takes the shapes of DeepSpeed4Science.
 
-use crate::{Backward, Device, EmptyRows, Error, Forward, Gradients, TensorView};
+use crate::{Backward, Device, EmptyRows, Error, Forward, Gradients, Products, TensorView};
 
 mod ds4sci;
 mod variant;
@@ -38,13 +38,16 @@ pub struct Inputs<'a> {
     pub gate: Option<TensorView<'a>>,
     /// What a row without keys gives; [`EmptyRows::Uniform`] is what AlphaFold's `-1e9` gives.
     pub empty_rows: EmptyRows,
+    /// Whether the factors of products may be rounded to tf32, in f32 alone: as in [`Options`](crate::Options).
+    pub products: Products,
 }
 
 impl<'a> Inputs<'a> {
     /// Without mask, bias and gate.
     #[must_use]
     pub fn new(q: TensorView<'a>, k: TensorView<'a>, v: TensorView<'a>) -> Self {
-        Self { q, k, v, mask: None, pair_bias: None, gate: None, empty_rows: EmptyRows::default() }
+        let (empty_rows, products) = (EmptyRows::default(), Products::default());
+        Self { q, k, v, mask: None, pair_bias: None, gate: None, empty_rows, products }
     }
 
     /// Every gradient these inputs have; that of the pair bias is `biases[0]`.

@@ -16,8 +16,8 @@ pub use tilefold_core::attention::reference;
 pub use tilefold_core::{
     AttentionPlan, AttentionProblem, AttentionSpec, Backend, BackwardArgs, BackwardOperands, BiasSpec, DType,
     DeviceError, DeviceId, DeviceInfo, DeviceKind, DeviceResult, Element, EmptyRows, Event, ForwardArgs,
-    ForwardOperands, Gradients, Layout, MAX_BIASES, MAX_HEAD_DIM, MergeArgs, MergeOperands, OpenError, ProblemError,
-    RelayoutArgs, Storage, Stream, StructuralMask, Tensor, TensorView, TensorViewMut, Window,
+    ForwardOperands, Gradients, Layout, MAX_BIASES, MAX_HEAD_DIM, MergeArgs, MergeOperands, OpenError, Precision,
+    ProblemError, Products, RelayoutArgs, Storage, Stream, StructuralMask, Tensor, TensorView, TensorViewMut, Window,
 };
 
 pub use crate::attention::{

@@ -37,7 +37,7 @@ heads or another dtype",
     Ok(AttentionPlan {
         problem: problem.clone(),
         device,
-        kernel: format!("cuda-sm_{}-{}", limits.arch, spec.dtype),
+        kernel: format!("cuda-sm_{}-{}", limits.arch, spec.precision()),
         tile_q,
         tile_k,
         forward_workspace_bytes: lists_bytes,

@@ -4,7 +4,7 @@ use std::time::{Duration, Instant};
 
 use tilefold::{
     AttentionPlan, AttentionProblem, Backend, Backward, BackwardArgs, DType, Device, DeviceError, Error, Forward,
-    ForwardArgs, Gradients, Inputs, Options, ProblemError, Stream, StructuralMask, Tensor, TensorViewMut,
+    ForwardArgs, Gradients, Inputs, Options, Precision, ProblemError, Stream, StructuralMask, Tensor, TensorViewMut,
     all_gradients, problem,
 };
 
@@ -50,11 +50,17 @@ impl Launch {
     ///
     /// # Errors
     /// As [`Launch::new`].
-    pub fn of_workload(device: &Device, workload: &Workload, dtype: DType, pass: Pass) -> Result<Self, Error> {
+    pub fn of_workload(
+        device: &Device,
+        workload: &Workload,
+        precision: impl Into<Precision>,
+        pass: Pass,
+    ) -> Result<Self, Error> {
+        let Precision { dtype, products } = precision.into();
         let mask = StructuralMask { causal: workload.causal, ..StructuralMask::default() };
         let operands = Operands::random(workload, dtype, pass.has_gradients())?;
         let gradients = if pass.has_gradients() { all_gradients(&operands.inputs()?) } else { Gradients::default() };
-        Self::new(device, operands, &Options { mask, ..Options::default() }, gradients)
+        Self::new(device, operands, &Options { mask, products, ..Options::default() }, gradients)
     }
 
     /// The problem that is solved.

@@ -2,7 +2,7 @@
 
 use serde::Deserialize;
 use thiserror::Error;
-use tilefold::{AttentionSpec, BiasSpec, DType};
+use tilefold::{AttentionSpec, BiasSpec, Precision};
 
 const DEFINITIONS: &str = include_str!("../definitions/workloads.toml");
 
@@ -61,11 +61,12 @@ impl Workload {
         self.seqlen_k.unwrap_or(self.seqlen)
     }
 
-    /// The problem in one dtype, with every gradient if `gradients` says so.
+    /// The problem in one precision, with every gradient if `gradients` says so.
     #[must_use]
-    pub fn spec(&self, dtype: DType, gradients: bool) -> AttentionSpec {
+    pub fn spec(&self, precision: impl Into<Precision>, gradients: bool) -> AttentionSpec {
+        let Precision { dtype, products } = precision.into();
         let mut spec = AttentionSpec::new(dtype, 1, self.rows, self.seqlen, self.heads, self.head_dim);
-        spec.seqlen_k = self.seqlen_k();
+        (spec.products, spec.seqlen_k) = (products, self.seqlen_k());
         spec.key_mask = self.key_mask;
         spec.mask.causal = self.causal;
         if self.pair_bias {
@@ -102,7 +103,7 @@ pub fn find(name: &str) -> Result<Workload, DefinitionError> {
 mod tests {
     use std::collections::HashSet;
 
-    use tilefold::AttentionProblem;
+    use tilefold::{AttentionProblem, DType};
 
     use super::*;
 

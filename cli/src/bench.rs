@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, ensure};
 use serde::Serialize;
-use tilefold::{AttentionProblem, Backend, DType, Device};
+use tilefold::{AttentionProblem, Backend, Device, Precision};
 use tilefold_benches::{Pass, Workload, definitions, find};
 
 use crate::global::Global;
@@ -38,9 +38,9 @@ pub(crate) struct Args {
     /// Sequence lengths to time, instead of the workload's own
     #[arg(long, value_delimiter = ',', value_name = "L")]
     lengths: Vec<usize>,
-    /// Dtypes [default: those of the workload]
+    /// Dtypes; tf32 is f32 with products of tf32 [default: those of the workload]
     #[arg(long, value_delimiter = ',', value_parser = list::dtype)]
-    dtype: Vec<DType>,
+    dtype: Vec<Precision>,
     /// Parts of a training step
     #[arg(long, value_delimiter = ',', value_enum, default_value = "forward,backward,both")]
     pass: Vec<PassName>,
@@ -113,15 +113,15 @@ impl Args {
     fn plans(&self, device: &Device) -> Result<Vec<Plan>> {
         let mut plans = Vec::new();
         for workload in self.chosen()? {
-            for dtype in self.dtypes(&workload)? {
+            for precision in self.precisions(&workload)? {
                 ensure!(
-                    device.info().dtypes.contains(&dtype),
-                    "{} does not compute in {dtype}; choose another with --dtype",
+                    device.info().dtypes.contains(&precision.dtype),
+                    "{} does not compute in {precision}; choose another with --dtype",
                     device.info().id
                 );
-                let plan = Plan { workload: workload.clone(), dtype, passes: self.passes() };
+                let plan = Plan { workload: workload.clone(), precision, passes: self.passes() };
                 // Found out now, not after the workloads before it.
-                AttentionProblem::new(workload.spec(dtype, true)).with_context(|| plan.name())?;
+                AttentionProblem::new(workload.spec(precision, true)).with_context(|| plan.name())?;
                 plans.push(plan);
             }
         }
@@ -156,7 +156,7 @@ impl Args {
         Ok(named.iter().flat_map(|workload| self.lengths.iter().map(|&seqlen| at(workload, seqlen))).collect())
     }
 
-    fn dtypes(&self, workload: &Workload) -> Result<Vec<DType>> {
+    fn precisions(&self, workload: &Workload) -> Result<Vec<Precision>> {
         if self.dtype.is_empty() {
             let parsed: Result<Vec<_>, String> = workload.dtypes.iter().map(|name| list::dtype(name)).collect();
             return parsed.map_err(|error| anyhow::anyhow!("workload {}: {error}", workload.name));

@@ -1,14 +1,11 @@
 //! Lists on the command line: `128,256` and the names of dtypes.
 
 use anyhow::{Result, bail};
-use tilefold::DType;
+use tilefold::Precision;
 
-/// A dtype q may have, by name.
-pub(crate) fn dtype(name: &str) -> Result<DType, String> {
-    [DType::F32, DType::F16, DType::BF16]
-        .into_iter()
-        .find(|dtype| dtype.to_string() == name)
-        .ok_or_else(|| format!("expected f32, f16 or bf16, got `{name}`"))
+/// A dtype q may have, by name; `tf32` is f32 whose products may be of tf32.
+pub(crate) fn dtype(name: &str) -> Result<Precision, String> {
+    name.parse()
 }
 
 /// Bytes with an optional unit: `16GiB`, `12.5 GB`, `1048576`.
@@ -44,6 +41,8 @@ pub(crate) fn shape(sizes: &[usize]) -> Result<[usize; 4]> {
 
 #[cfg(test)]
 mod tests {
+    use tilefold::DType;
+
     use super::*;
 
     #[test]
@@ -60,7 +59,8 @@ mod tests {
 
     #[test]
     fn dtypes_are_those_of_q() {
-        assert_eq!(dtype("bf16"), Ok(DType::BF16));
+        assert_eq!(dtype("bf16"), Ok(Precision::exact(DType::BF16)));
+        assert_eq!(dtype("tf32"), Ok(Precision::TF32));
         assert!(dtype("bool").is_err() && dtype("F32").is_err());
     }
 }

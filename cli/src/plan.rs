@@ -2,7 +2,7 @@
 
 use anyhow::{Context, Result, ensure};
 use serde::Serialize;
-use tilefold::{AttentionProblem, AttentionSpec, Backend, BiasSpec, DType, Device};
+use tilefold::{AttentionProblem, AttentionSpec, Backend, BiasSpec, DType, Device, Precision};
 
 use crate::global::Global;
 use crate::list;
@@ -24,9 +24,9 @@ pub(crate) struct Args {
     /// rows,seqlen,heads,head_dim; the seqlen is where the search for the longest begins
     #[arg(long, value_delimiter = ',', required = true, value_name = "N,L,H,D")]
     shape: Vec<usize>,
-    /// Type of q, k, v, out and the biases
+    /// Type of q, k, v, out and the biases; tf32 is f32 with products of tf32
     #[arg(long, default_value = "bf16", value_parser = list::dtype)]
-    dtype: DType,
+    dtype: Precision,
     /// Operands beside q, k, v: a bias for every pair, a bias (and gradient) for every key of every row, a bool mask
     #[arg(long, value_delimiter = ',', value_enum, default_value = "pair,mask")]
     biases: Vec<Bias>,
@@ -123,11 +123,13 @@ impl Args {
             !self.biases.contains(&Bias::None) || self.biases.len() == 1,
             "--biases: `none` stands alone; leave it out or name nothing else"
         );
-        let mut spec = AttentionSpec::new(self.dtype, 1, rows, seqlen, heads, head_dim);
+        let Precision { dtype, products } = self.dtype;
+        let mut spec = AttentionSpec::new(dtype, 1, rows, seqlen, heads, head_dim);
+        spec.products = products;
         for bias in &self.biases {
             match bias {
-                Bias::Pair => spec.biases.push(BiasSpec { shape: [1, 1, heads, seqlen, seqlen], dtype: self.dtype }),
-                Bias::Key => spec.biases.push(BiasSpec { shape: [1, rows, 1, 1, seqlen], dtype: self.dtype }),
+                Bias::Pair => spec.biases.push(BiasSpec { shape: [1, 1, heads, seqlen, seqlen], dtype }),
+                Bias::Key => spec.biases.push(BiasSpec { shape: [1, rows, 1, 1, seqlen], dtype }),
                 Bias::Mask => spec.key_mask = true,
                 Bias::None => {}
             }

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, bail, ensure};
 use serde::Serialize;
-use tilefold::{Backend, Device, EmptyRows, Error, Gradients, MAX_BIASES, Options, safetensors};
+use tilefold::{Backend, Device, EmptyRows, Error, Gradients, MAX_BIASES, Options, Products, safetensors};
 use tilefold_benches::{Launch, Operands, Pass};
 
 use crate::global::Global;
@@ -40,6 +40,9 @@ pub(crate) struct Args {
     /// What a query without keys gives: 0, or the mean of v
     #[arg(long, value_enum, default_value = "zero")]
     empty_rows: EmptyRowsName,
+    /// Whether the factors of products of f32 tensors may be rounded to tf32
+    #[arg(long, value_enum, default_value = "exact")]
+    products: ProductsName,
     /// Gradients: q, k, v, bias0.., gate, or all, or none [default: all if there is a d_out]
     #[arg(long, value_delimiter = ',', value_name = "NAME,..")]
     grad: Vec<String>,
@@ -52,6 +55,12 @@ pub(crate) struct Args {
 enum EmptyRowsName {
     Zero,
     Uniform,
+}
+
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+enum ProductsName {
+    Exact,
+    Tf32,
 }
 
 #[derive(Serialize)]
@@ -86,6 +95,10 @@ pub(crate) fn run(args: &Args, global: &Global) -> Result<Outcome> {
         empty_rows: match args.empty_rows {
             EmptyRowsName::Zero => EmptyRows::Zero,
             EmptyRowsName::Uniform => EmptyRows::Uniform,
+        },
+        products: match args.products {
+            ProductsName::Exact => Products::Exact,
+            ProductsName::Tf32 => Products::Tf32,
         },
     };
     let gradients = gradients(&args.grad, &operands, &args.input)?;

@@ -7,7 +7,7 @@ use std::path::PathBuf;
 use anyhow::{Result, ensure};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
-use tilefold::{Backend, DType, DeviceInfo};
+use tilefold::{Backend, DeviceInfo, Precision};
 use tilefold_conformance::report::{Report, TrialResult};
 use tilefold_conformance::suite::{Filter, Outcome as TrialOutcome, Subject, trials};
 
@@ -22,9 +22,9 @@ pub(crate) struct Args {
     /// Only trials whose name (dtype/group/case) contains this
     #[arg(long, value_name = "TEXT")]
     filter: Option<String>,
-    /// Only these dtypes of q
+    /// Only these dtypes of q; tf32 is f32 with products of tf32, of which f32 brings a choice of cases
     #[arg(long, value_delimiter = ',', value_parser = list::dtype)]
-    dtype: Vec<DType>,
+    dtype: Vec<Precision>,
     /// Leaves out tensors of more than 2^31 elements: the largest such trial takes 11 GB of memory and half a minute
     #[arg(long)]
     no_large: bool,
@@ -78,7 +78,7 @@ pub(crate) fn run(args: &Args, global: &Global) -> Result<Outcome> {
     let mut filter = Filter { contains: args.filter.clone(), ..Filter::for_device(device.info()) };
     filter.large &= !args.no_large;
     if !args.dtype.is_empty() {
-        filter.dtypes.clone_from(&args.dtype);
+        filter.precisions.clone_from(&args.dtype);
         filter.in_turn = false;
     }
     let trials = trials(&Subject::of(&device)?, &filter);

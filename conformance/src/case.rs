@@ -54,7 +54,7 @@ impl Case {
     /// The case's name as results show it.
     #[must_use]
     pub fn title(&self) -> String {
-        format!("{}/{}/{}", self.spec.dtype, self.group, self.name)
+        format!("{}/{}/{}", self.spec.precision(), self.group, self.name)
     }
 
     /// Tiles of 64 queries by 64 keys, padded ones whole: the work of a device whose kernels are interpreted.

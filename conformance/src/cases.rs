@@ -3,13 +3,25 @@
 //! Sizes are small where size is not the point: the oracle takes every logit through f64 loops. Each bug that is found
 //! gets a case of its own, named after it.
 
-use tilefold_core::{AttentionSpec, BiasSpec, DType, EmptyRows, Gradients, MAX_BIASES, Window};
+use tilefold_core::{AttentionSpec, BiasSpec, DType, EmptyRows, Gradients, MAX_BIASES, Precision, Window};
 
 use crate::case::{Case, MaskPattern, Place, Places, Poison, SegmentPattern, Values};
 
-/// Every case in one dtype. `tiles` are the tile sizes of the backend under test: lengths around them are added.
+/// Groups of which f32 takes the cases with products of tf32, too: sizes by which plans decide, numbers at their limits.
+const WITH_TF32: [&str; 5] = ["extreme", "magnitude", "walks", "everything", "workload"];
+
+/// The cases of f32 that are run with products of tf32 where not all are.
 #[must_use]
-pub fn all(dtype: DType, tiles: &[usize]) -> Vec<Case> {
+pub fn chosen_with_tf32() -> Vec<Case> {
+    let mut cases = all(Precision::TF32, &[]);
+    cases.retain(|case| WITH_TF32.contains(&case.group));
+    cases
+}
+
+/// Every case in one precision. `tiles` are the tile sizes of the backend under test: lengths around them are added.
+#[must_use]
+pub fn all(precision: impl Into<Precision>, tiles: &[usize]) -> Vec<Case> {
+    let Precision { dtype, products } = precision.into();
     let groups = [
         lengths(dtype, tiles),
         cross_lengths(dtype),
@@ -33,7 +45,7 @@ pub fn all(dtype: DType, tiles: &[usize]) -> Vec<Case> {
         everything(dtype),
         workloads(dtype),
     ];
-    groups.into_iter().flatten().collect()
+    groups.into_iter().flatten().map(|case| case.with(|c| c.spec.products = products)).collect()
 }
 
 /// Batch 1 with every gradient.
@@ -746,12 +758,11 @@ mod tests {
     use std::collections::HashSet;
 
     use super::*;
-    use crate::case::DTYPES;
 
     #[test]
     fn every_case_is_a_valid_problem_with_a_name_of_its_own() {
-        for dtype in DTYPES {
-            let cases = all(dtype, &[48]);
+        for precision in Precision::ALL {
+            let cases = all(precision, &[48]);
             let mut titles = HashSet::new();
             for case in &cases {
                 assert!(titles.insert(case.title()), "{} twice", case.title());

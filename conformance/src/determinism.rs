@@ -53,8 +53,8 @@ pub(crate) fn trials(
 }
 
 fn case_trials(subject: &Subject, case: &Case) -> Vec<Trial> {
-    let dtype = case.spec.dtype;
-    let name = |what: &str| format!("{dtype}/{GROUP}/{}/{}/{what}", case.group, case.name);
+    let precision = case.spec.precision();
+    let name = |what: &str| format!("{precision}/{GROUP}/{}/{}/{what}", case.group, case.name);
     let mut others = vec![("again".to_owned(), Arc::clone(&subject.device))];
     others.extend(subject.twins.iter().cloned());
     let mut trials = Vec::new();

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use tilefold_core::{
     AttentionPlan, AttentionProblem, AttentionSpec, Backend, BackwardArgs, BackwardOperands, BiasSpec, DType,
-    DeviceError, ForwardArgs, ForwardOperands, Gradients, Layout, RelayoutArgs, Stream, Tensor, TensorView,
+    DeviceError, ForwardArgs, ForwardOperands, Gradients, Layout, Precision, RelayoutArgs, Stream, Tensor, TensorView,
     TensorViewMut,
 };
 
@@ -32,13 +32,17 @@ const REAL_BYTES: u64 = 11 << 30;
 /// In CI a machine with this much memory may not skip it.
 const CI_BYTES: u64 = 20 << 30;
 
-pub(crate) fn trials(device: &Arc<dyn Backend>, dtype: DType) -> Vec<Trial> {
-    let trial = |name: &str, run: fn(&dyn Backend, DType) -> Result<Outcome, String>| {
+pub(crate) fn trials(device: &Arc<dyn Backend>, precision: Precision) -> Vec<Trial> {
+    let trial = |name: &str, run: fn(&dyn Backend, Precision) -> Result<Outcome, String>| {
         let device = Arc::clone(device);
-        Trial { group: GROUP, name: format!("{dtype}/{GROUP}/{name}"), run: Box::new(move || run(&*device, dtype)) }
+        Trial {
+            group: GROUP,
+            name: format!("{precision}/{GROUP}/{name}"),
+            run: Box::new(move || run(&*device, precision)),
+        }
     };
     let mut trials = vec![trial("far_strides", far_strides)];
-    if dtype == DType::BF16 {
+    if precision.dtype == DType::BF16 {
         trials.push(trial("2^31_elements", many_elements));
     }
     trials
@@ -130,8 +134,10 @@ fn outcome(result: Result<f64, Obstacle>) -> Result<Outcome, String> {
 }
 
 /// Two rows 2^32 elements apart: positions no 32-bit index reaches, in memory that is mapped but hardly touched.
-fn far_strides(device: &dyn Backend, dtype: DType) -> Result<Outcome, String> {
+fn far_strides(device: &dyn Backend, precision: Precision) -> Result<Outcome, String> {
+    let Precision { dtype, products } = precision;
     let mut spec = AttentionSpec::new(dtype, 1, 2, 37, 2, 8).with_all_gradients();
+    spec.products = products;
     spec.biases = vec![BiasSpec { shape: [1, 2, 2, 37, 37], dtype }];
     let mut case = Case::new(GROUP, "far_strides", spec.with_all_gradients());
     case.spec.mask.causal = true;
@@ -198,7 +204,7 @@ fn check_far(launch: &Launch<'_>, case: &Case) -> Result<f64, Obstacle> {
 }
 
 /// q and dq of more than 2^31 elements each. All rows but the last are alike; k, v and d_out are shared.
-fn many_elements(device: &dyn Backend, dtype: DType) -> Result<Outcome, String> {
+fn many_elements(device: &dyn Backend, precision: Precision) -> Result<Outcome, String> {
     let [total, available] = memory_bytes(device);
     if available < REAL_BYTES {
         let reason = format!("needs {REAL_BYTES} bytes of memory, {available} are available");
@@ -206,7 +212,8 @@ fn many_elements(device: &dyn Backend, dtype: DType) -> Result<Outcome, String> 
         let must = in_ci && device.info().id.is_host() && total >= CI_BYTES;
         return if must { Err(reason) } else { Ok(Outcome::Skipped { reason }) };
     }
-    let mut spec = AttentionSpec::new(dtype, 1, 2, 64, 8, 64);
+    let mut spec = AttentionSpec::new(precision.dtype, 1, 2, 64, 8, 64);
+    spec.products = precision.products;
     (spec.seqlen_k, spec.head_dim_v) = (4, 8);
     spec.gradients = Gradients { q: true, ..Gradients::default() };
     // Two rows stand for all: the first ones, and the last.

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use tilefold_core::{
     AttentionProblem, AttentionSpec, Backend, BiasSpec, DType, ForwardArgs, ForwardOperands, MergeArgs, MergeOperands,
-    Stream,
+    Precision, Stream,
 };
 
 use crate::buffer::{Buffer, Downloaded};
@@ -29,10 +29,11 @@ struct Split {
     place: Place,
 }
 
-pub(crate) fn trials(device: &Arc<dyn Backend>, dtype: DType) -> Vec<Trial> {
-    let mut trials: Vec<Trial> = splits(dtype).into_iter().map(|split| split_trial(device, split)).collect();
+pub(crate) fn trials(device: &Arc<dyn Backend>, precision: Precision) -> Vec<Trial> {
+    let dtype = precision.dtype;
+    let mut trials: Vec<Trial> = splits(precision).into_iter().map(|split| split_trial(device, split)).collect();
     for accumulator in [DType::F32, dtype] {
-        let name = format!("{dtype}/{GROUP}/arithmetic/{accumulator}");
+        let name = format!("{precision}/{GROUP}/arithmetic/{accumulator}");
         let device = Arc::clone(device);
         trials.push(Trial::new(GROUP, name, move || arithmetic(&*device, dtype, accumulator)));
         if dtype == DType::F32 {
@@ -50,10 +51,11 @@ fn split_trial(device: &Arc<dyn Backend>, split: Split) -> Trial {
     })
 }
 
-fn splits(dtype: DType) -> Vec<Split> {
+fn splits(precision: Precision) -> Vec<Split> {
+    let dtype = precision.dtype;
     let base = |name: &str| {
         let mut spec = AttentionSpec::new(dtype, 2, 2, 20, 4, 8);
-        (spec.seqlen_k, spec.kv_heads, spec.head_dim_v) = (90, 2, 12);
+        (spec.products, spec.seqlen_k, spec.kv_heads, spec.head_dim_v) = (precision.products, 90, 2, 12);
         spec.biases = vec![BiasSpec { shape: [2, 1, 4, 20, 90], dtype }];
         Case::new(GROUP, name, spec)
     };

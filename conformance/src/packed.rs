@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use tilefold_core::{
     AttentionPlan, AttentionProblem, AttentionSpec, Backend, BackwardArgs, BackwardOperands, DType, ForwardArgs,
-    ForwardOperands, Stream, Tensor,
+    ForwardOperands, Precision, Stream, Tensor,
 };
 
 use crate::buffer::{Buffer, Downloaded};
@@ -97,11 +97,11 @@ pub(crate) fn packed_shape(shape: &[usize]) -> Vec<usize> {
     shape.iter().enumerate().map(|(axis, &size)| if axis == HEADS { 3 * size } else { size }).collect()
 }
 
-pub(crate) fn trials(device: &Arc<dyn Backend>, dtype: DType) -> Vec<Trial> {
+pub(crate) fn trials(device: &Arc<dyn Backend>, precision: Precision) -> Vec<Trial> {
     let list = [(3, 21, 4, 8), (2, 70, 2, 33)];
     let trial = |&(rows, length, heads, head_dim): &(usize, usize, usize, usize)| {
-        let mut spec = AttentionSpec::new(dtype, 1, rows, length, heads, head_dim).with_all_gradients();
-        spec.mask.causal = true;
+        let mut spec = AttentionSpec::new(precision.dtype, 1, rows, length, heads, head_dim).with_all_gradients();
+        (spec.products, spec.mask.causal) = (precision.products, true);
         let case = Case::new("layout", format!("packed/{length}x{heads}x{head_dim}"), spec);
         let device = Arc::clone(device);
         Trial::new("layout", case.title(), move || {

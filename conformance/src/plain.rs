@@ -5,20 +5,26 @@
 //! outputs. What the contract keeps in f32 stays in f32 here too: logits, the softmax, and the dS that bias gradients
 //! sum. `delta` comes from the rounded output, since that is what the contract hands to a backward pass.
 //!
+//! Where products may be of tf32 it rounds both factors of each to that: q, k, v, the gradient of the output, the
+//! probabilities and dS, and q before the scale, which the contract puts on the product.
+//!
 //! Beside each value stands an estimate of the rounding error that any such computation may have there, since one
 //! computation can be exact by luck. It is first-order analysis with independent roundings (root of the sum of
 //! squares), and plain sums where one error is common to a whole row of logits.
 
 use tilefold_core::attention::reference::ReferenceInputs;
-use tilefold_core::{AttentionProblem, AttentionSpec, DType, EmptyRows};
+use tilefold_core::{AttentionProblem, AttentionSpec, DType, EmptyRows, Products};
 
-use crate::values::round_to;
+use crate::values::{round_to, round_to_tf32};
 
 /// Unit roundoff of f32.
 const EPS: f64 = 1.0 / 16_777_216.0;
 
 /// Roundings of a sum of products relative to the norms of its factors, for any order of summation.
 const PRODUCT_ERROR: f64 = 4.0 * EPS;
+
+/// Unit roundoff of tf32.
+const TF32: f64 = 1.0 / 2048.0;
 
 /// Logit errors from here on say nothing about the probability any more: it may be anything.
 const CHAOTIC: f64 = 0.5;
@@ -79,7 +85,7 @@ impl Sums {
     }
 }
 
-/// Inputs in f32: exact, since every dtype fits in f32.
+/// Inputs in f32: exact, since every dtype fits in f32; but for q, k and v, which are factors alone, rounded as such.
 struct Single {
     q: Vec<f32>,
     k: Vec<f32>,
@@ -128,8 +134,10 @@ struct Plain<'a> {
     inputs: &'a ReferenceInputs,
     single: Single,
     common_logits: bool,
-    /// Unit roundoff of the dtype, and the same with 0 for f32, where storing rounds nothing.
+    /// Unit roundoff of the dtype.
     unit: f64,
+    /// Relative error of a term from rounding its factors. In the half types one of them is rounded, the other was given in
+    /// the dtype; in tf32 both are; in f32 none.
     half: f64,
     out: Sums,
     lse: Vec<f64>,
@@ -185,7 +193,11 @@ impl<'a> Plain<'a> {
             single: Single::new(spec, inputs, d_out),
             common_logits,
             unit,
-            half: if spec.dtype == DType::F32 { 0.0 } else { unit },
+            half: match (spec.dtype, spec.products) {
+                (DType::F32, Products::Exact) => 0.0,
+                (DType::F32, _) => std::f64::consts::SQRT_2 * TF32,
+                _ => unit,
+            },
             out: Sums::new(queries, spec.head_dim_v),
             lse: vec![f64::NEG_INFINITY; queries],
             lse_floor: vec![0.0; queries],
@@ -228,9 +240,9 @@ impl<'a> Plain<'a> {
     fn logits(&self, at: &Query) -> Logits {
         let (s, x) = (self.spec, &self.single);
         let scale = self.problem.softmax_scale();
-        let q: Vec<f32> = (x.q[span(at.q_row, s.head_dim)].iter())
-            .map(|&q| single(round_to(s.dtype, f64::from(q) * scale)))
-            .collect();
+        let tf32 = s.products == Products::Tf32;
+        let scaled = |&q: &f32| if tf32 { q } else { single(round_to(s.dtype, f64::from(q) * scale)) };
+        let q: Vec<f32> = x.q[span(at.q_row, s.head_dim)].iter().map(scaled).collect();
         let keys = s.seqlen_k;
         let mut row = Logits {
             logits: vec![f32::NEG_INFINITY; keys],
@@ -248,7 +260,7 @@ impl<'a> Plain<'a> {
                 continue;
             }
             let k_row = self.k_row(at, key);
-            let mut logit = dot(&q, &x.k[span(k_row, s.head_dim)]);
+            let mut logit = dot(&q, &x.k[span(k_row, s.head_dim)]) * if tf32 { single(scale) } else { 1.0 };
             let norms = scale.abs() * x.q_norms[at.q_row] * x.k_norms[k_row];
             let mut magnitude = 0.0;
             for (bias, values) in s.biases.iter().zip(&x.biases) {
@@ -311,7 +323,7 @@ impl<'a> Plain<'a> {
                 continue;
             }
             let v = &self.single.v[span(self.k_row(at, key), s.head_dim_v)];
-            add_scaled(&mut out, single(round_to(s.dtype, p)), v);
+            add_scaled(&mut out, factor(s, p), v);
             let largest = largest(v);
             squared += ((row.p_error[key] + self.half * p) * largest).powi(2);
             magnitude += p * largest;
@@ -337,7 +349,9 @@ impl<'a> Plain<'a> {
         let delta: f32 = products.iter().sum();
         let delta_error =
             norm(&d_o) * out_error + 2.0 * self.unit * norm(&products) + PRODUCT_ERROR * norm(&d_out) * norm(out);
-        let gated = if s.gate { self.half / root(s.head_dim_v) } else { 0.0 };
+        let rounded = s.gate || s.products == Products::Tf32;
+        let rounding = if rounded { self.half / root(s.head_dim_v) } else { 0.0 };
+        let d_o_factor: Vec<f32> = d_o.iter().map(|&d_o| factor(s, f64::from(d_o))).collect();
         let mut ds = DS::new(s.seqlen_k);
         for key in 0..s.seqlen_k {
             let p = f64::from(row.p[key]);
@@ -352,12 +366,12 @@ impl<'a> Plain<'a> {
                 continue;
             }
             let error = (row.p_error[key] + (self.half + row.common) * p) * largest(&d_o);
-            self.dv.add(k_row, single(round_to(s.dtype, p)), &d_o, error, p * largest(&d_o));
+            self.dv.add(k_row, factor(s, p), &d_o_factor, error, p * largest(&d_o));
             if constant {
                 continue;
             }
-            let dp = dot(&d_o, &self.single.v[span(k_row, s.head_dim_v)]);
-            let dp_error = (PRODUCT_ERROR + gated) * norm(&d_o) * self.single.v_norms[k_row];
+            let dp = dot(&d_o_factor, &self.single.v[span(k_row, s.head_dim_v)]);
+            let dp_error = (PRODUCT_ERROR + rounding) * norm(&d_o) * self.single.v_norms[k_row];
             ds.seen[key] = true;
             ds.values[key] = row.p[key] * (dp - delta);
             // Where a probability may be anything, delta and dp are multiplied by another one than the plain one.
@@ -391,7 +405,7 @@ impl<'a> Plain<'a> {
         for key in (0..s.seqlen_k).filter(|&key| ds.seen[key]) {
             let k_row = self.k_row(at, key);
             let k = &self.single.k[span(k_row, s.head_dim)];
-            let stored = single(round_to(s.dtype, f64::from(ds.values[key])));
+            let stored = factor(s, f64::from(ds.values[key]));
             let (size, own) = (f64::from(ds.values[key].abs()), ds.own_error[key]);
             add_scaled(&mut dq, stored, k);
             squared += ((own + self.half * size) * largest(k)).powi(2);
@@ -465,8 +479,9 @@ impl<'a> Plain<'a> {
 impl Single {
     fn new(s: &AttentionSpec, inputs: &ReferenceInputs, d_out: &[f64]) -> Self {
         let narrow = |values: &[f64]| values.iter().map(|&value| single(value)).collect::<Vec<f32>>();
+        let factors = |values: &[f64]| values.iter().map(|&value| factor(s, value)).collect::<Vec<f32>>();
         let norms = |values: &[f32], row: usize| values.chunks(row).map(norm).collect();
-        let (q, k, v) = (narrow(&inputs.q), narrow(&inputs.k), narrow(&inputs.v));
+        let (q, k, v) = (factors(&inputs.q), factors(&inputs.k), factors(&inputs.v));
         Self {
             q_norms: norms(&q, s.head_dim),
             k_norms: norms(&k, s.head_dim),
@@ -500,6 +515,12 @@ impl DS {
             row_error: vec![0.0; keys],
         }
     }
+}
+
+/// A number as a factor of a product.
+fn factor(s: &AttentionSpec, value: f64) -> f32 {
+    let stored = single(round_to(s.dtype, value));
+    if s.products == Products::Tf32 { round_to_tf32(stored) } else { stored }
 }
 
 fn span(row: usize, channels: usize) -> std::ops::Range<usize> {

@@ -11,6 +11,8 @@ use tilefold_core::{
     TensorViewMut, Window,
 };
 
+use crate::values::{round_to, round_to_tf32};
+
 /// What goes wrong, by the mistake a kernel's author makes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Bug {
@@ -64,6 +66,10 @@ pub enum Bug {
     Nondeterministic,
     /// Every result is 1 % too large.
     Inaccurate,
+    /// q, k and v of f32 are rounded to tf32: no bug where that is allowed.
+    RoundedToTf32,
+    /// q, k and v of f32 are rounded to bf16.
+    RoundedToBf16,
     /// k is read as if it lay dense, although it is packed with q and v.
     PackedReadDense,
     /// Strides are taken to 32 bits: what lies farther is read where nothing was written.
@@ -82,7 +88,7 @@ pub enum Bug {
 
 impl Bug {
     /// Every bug.
-    pub const ALL: [Self; 32] = [
+    pub const ALL: [Self; 34] = [
         Self::CausalOffByOne,
         Self::WindowMirrored,
         Self::OffsetsIgnored,
@@ -108,6 +114,8 @@ impl Bug {
         Self::GateForgottenInBackward,
         Self::Nondeterministic,
         Self::Inaccurate,
+        Self::RoundedToTf32,
+        Self::RoundedToBf16,
         Self::PackedReadDense,
         Self::ShortStrides,
         Self::FillMissesTail,
@@ -156,9 +164,18 @@ impl Bug {
                 // The same as exchanging the first two key heads, as far as a wrong mapping goes.
                 swap_heads(&mut inputs.k, s.kv_heads, s.head_dim);
             }
+            Self::RoundedToTf32 if s.dtype == DType::F32 => {
+                #[allow(clippy::cast_possible_truncation, reason = "they were given in f32")]
+                round_factors(inputs, |x| f64::from(round_to_tf32(x as f32)));
+            }
+            Self::RoundedToBf16 if s.dtype == DType::F32 => round_factors(inputs, |x| round_to(DType::BF16, x)),
             _ => {}
         }
     }
+}
+
+fn round_factors(inputs: &mut ReferenceInputs, round: impl Fn(f64) -> f64) {
+    inputs.q.iter_mut().chain(&mut inputs.k).chain(&mut inputs.v).for_each(|x| *x = round(*x));
 }
 
 /// Exchanges heads 0 and 1 of a `[.., heads, channels]` tensor.
@@ -284,7 +301,7 @@ fn dbiases_in_half(problem: &AttentionProblem, inputs: &ReferenceInputs, d_out: 
         let mut sums = vec![0.0; bias.shape.iter().product()];
         for (logit, ds) in ds.into_iter().enumerate() {
             let at = source(logit, &full, &bias.shape);
-            sums[at] = crate::values::round_to(problem.spec().dtype, sums[at] + ds);
+            sums[at] = round_to(problem.spec().dtype, sums[at] + ds);
         }
         sums
     };
@@ -371,7 +388,7 @@ impl Backend for Planted {
         }
         let mut results = reference::forward(&problem, &inputs);
         self.forward_bugs(problem.spec(), &mut results.out, &mut results.lse);
-        let high: Vec<f64> = results.lse.iter().map(|&lse| crate::values::round_to(DType::F32, lse)).collect();
+        let high: Vec<f64> = results.lse.iter().map(|&lse| round_to(DType::F32, lse)).collect();
         let low = results.lse.iter().zip(&high).map(|(lse, high)| if high.is_infinite() { 0.0 } else { lse - high });
         let low: Vec<f64> = low.map(|low| if self.has(Bug::LseRounded) { 0.0 } else { low }).collect();
         let out = if self.has(Bug::TailUnwritten) { without_tail(&mut results.out, o.out) } else { Some(o.out) };

@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use tilefold_core::{AttentionProblem, AttentionSpec, Backend, DType, DeviceInfo};
+use tilefold_core::{AttentionProblem, AttentionSpec, Backend, DType, DeviceInfo, Precision};
 
 use crate::case::{Case, DTYPES};
 use crate::{cases, determinism, device_trials, large, merging, oracle, packed, relayouts};
@@ -20,8 +20,8 @@ pub struct Subject {
 /// Which trials to make.
 #[derive(Clone, Debug)]
 pub struct Filter {
-    /// Dtypes of q.
-    pub dtypes: Vec<DType>,
+    /// Dtypes of q. f32 brings a choice of cases with products of tf32, which [`Precision::TF32`] makes of all.
+    pub precisions: Vec<Precision>,
     /// Only trials whose name contains this.
     pub contains: Option<String>,
     /// Whether to try problems that fill the memory: half a minute, and 11 GB where there are as many.
@@ -34,7 +34,8 @@ pub struct Filter {
 
 impl Default for Filter {
     fn default() -> Self {
-        Self { dtypes: DTYPES.to_vec(), contains: None, large: true, most_tiles: usize::MAX, in_turn: false }
+        let precisions = DTYPES.map(Precision::from).to_vec();
+        Self { precisions, contains: None, large: true, most_tiles: usize::MAX, in_turn: false }
     }
 }
 
@@ -94,17 +95,20 @@ impl Trial {
 #[must_use]
 pub fn trials(subject: &Subject, filter: &Filter) -> Vec<Trial> {
     let mut trials = device_trials::trials(&subject.device);
-    for (turn, &dtype) in filter.dtypes.iter().enumerate() {
-        let table = cases::all(dtype, &tiles(&*subject.device, dtype));
+    for (turn, &precision) in filter.precisions.iter().enumerate() {
+        let mut table = cases::all(precision, &tiles(&*subject.device, precision.dtype));
         let fits = |case: &Case| case.tiles() <= filter.most_tiles;
-        let has_turn = |number: usize| !filter.in_turn || number % (2 * filter.dtypes.len()) == 2 * turn;
+        let has_turn = |number: usize| !filter.in_turn || number % (2 * filter.precisions.len()) == 2 * turn;
         trials.extend(determinism::trials(subject, &table, fits, has_turn));
+        if precision == DType::F32.into() && !filter.precisions.contains(&Precision::TF32) {
+            table.extend(cases::chosen_with_tf32());
+        }
         let cases = table.into_iter().enumerate().filter(|&(number, ref case)| has_turn(number) && fits(case));
         trials.extend(cases.map(|(_, case)| case_trial(&subject.device, case)));
-        trials.extend(packed::trials(&subject.device, dtype));
-        trials.extend(merging::trials(&subject.device, dtype));
+        trials.extend(packed::trials(&subject.device, precision));
+        trials.extend(merging::trials(&subject.device, precision));
         if filter.large {
-            trials.extend(large::trials(&subject.device, dtype));
+            trials.extend(large::trials(&subject.device, precision));
         }
     }
     trials.extend(relayouts::trials(&subject.device));

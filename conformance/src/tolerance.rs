@@ -7,6 +7,9 @@
 //!   accumulators, and each may cost as much again as the plain computation; an error of logic costs far more.
 //! * The plain computation ([`crate::plain`]) has the problem's dtype, so that what is hard for every implementation
 //!   (logits of thousands, -1e9 added to every key) is allowed to a backend too, and nothing else is.
+//! * Where factors of products may be rounded to tf32, the plain computation rounds them, and a term of a product has an
+//!   estimated error of √2 · 2^-11 of itself, from two roundings at random. Nothing else is allowed more than in f32: sums,
+//!   softmax, lse beyond what its logits have, and storing. What computes exactly is well inside.
 //! * The estimated error stands in for luck: a plain result may be exact where another order of sums is not.
 //! * Rounding of the result is the unit roundoff of the dtype times the row's largest value. Below that, numbers may
 //!   vanish: half the smallest positive one in f16, and 2^16 times the smallest normal one in f32 and bf16.

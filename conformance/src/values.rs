@@ -52,6 +52,15 @@ pub fn round_to(dtype: DType, value: f64) -> f64 {
     }
 }
 
+/// Nearest number of 11 significant bits, ties away from 0: what a factor of a product becomes in tf32. Infinities and NaN
+/// stay.
+#[must_use]
+pub fn round_to_tf32(value: f32) -> f32 {
+    const CUT: u32 = 13;
+    let bits = value.to_bits();
+    if value.is_finite() { f32::from_bits((bits + (1 << (CUT - 1))) & !((1 << CUT) - 1)) } else { value }
+}
+
 impl Inputs {
     /// Draws the inputs of a case. Each operand has a stream of its own, so that one does not depend on another's size.
     #[must_use]
@@ -246,4 +255,26 @@ fn segments(case: &Case) -> [Host; 2] {
         let values = (0..shape.iter().product()).map(|index| f64::from(id(index))).collect();
         Host { dtype: DType::I32, shape: shape.to_vec(), values }.repeat(&case.places.masks.repeated)
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tf32_has_eleven_bits() {
+        let unit = 2_f32.powi(-10);
+        for (value, rounded) in [
+            (1.0 + unit, 1.0 + unit),
+            (1.0 + 0.49 * unit, 1.0),
+            (1.0 + 0.5 * unit, 1.0 + unit),
+            (-1.0 - 0.5 * unit, -1.0 - unit),
+            (2.0 - 0.25 * unit, 2.0),
+            (0.0, 0.0),
+            (f32::INFINITY, f32::INFINITY),
+        ] {
+            assert_eq!(round_to_tf32(value), rounded, "{value}");
+        }
+        assert!(round_to_tf32(f32::NAN).is_nan());
+    }
 }

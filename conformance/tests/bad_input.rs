@@ -4,8 +4,8 @@
 
 use tilefold_core::{
     AttentionPlan, AttentionProblem, AttentionSpec, BackwardArgs, BackwardOperands, BiasSpec, DType, DeviceId,
-    DeviceKind, ForwardArgs, ForwardOperands, Layout, MergeArgs, MergeOperands, ProblemError, RelayoutArgs, Tensor,
-    TensorView, TensorViewMut,
+    DeviceKind, ForwardArgs, ForwardOperands, Layout, MergeArgs, MergeOperands, ProblemError, Products, RelayoutArgs,
+    Tensor, TensorView, TensorViewMut,
 };
 
 /// A bias that varies over heads and keys, in the dtype of q.
@@ -111,6 +111,17 @@ fn dtypes_that_do_not_go_together() {
         };
         refuses("bias", edit, &error, &["bias0", &q.to_string(), &got.to_string()]);
     }
+}
+
+#[test]
+fn products_of_half_types_have_no_choice() {
+    for dtype in [DType::F16, DType::BF16] {
+        let error = ProblemError::ProductsOfDType { products: Products::Tf32, dtype };
+        let edit = |s: &mut AttentionSpec| (s.dtype, s.products, s.biases) = (dtype, Products::Tf32, vec![]);
+        refuses("products", edit, &error, &["products", "tf32", "f32", &dtype.to_string()]);
+    }
+    let spec = AttentionSpec { products: Products::Tf32, ..spec() };
+    assert_eq!(AttentionProblem::new(spec).unwrap().spec().products, Products::Tf32);
 }
 
 #[test]

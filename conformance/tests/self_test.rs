@@ -9,14 +9,14 @@ use tilefold_conformance::case::DTYPES;
 use tilefold_conformance::planted::{Bug, Planted};
 use tilefold_conformance::report::Report;
 use tilefold_conformance::suite::{Filter, Subject, trials};
-use tilefold_core::{Backend, DType};
+use tilefold_core::{Backend, DType, Precision};
 
 /// Runs the trials whose names contain `part` on the oracle with a bug in it.
-fn report(bug: Option<Bug>, dtype: DType, part: &str) -> Report {
+fn report(bug: Option<Bug>, precision: impl Into<Precision>, part: &str) -> Report {
     let inner: Arc<dyn Backend> = Arc::new(CpuBackend::new().unwrap());
     let device: Arc<dyn Backend> = Arc::new(Planted::new(inner, bug));
     let subject = Subject { device, twins: Vec::new() };
-    let filter = Filter { dtypes: vec![dtype], contains: Some(part.to_owned()), ..Filter::default() };
+    let filter = Filter { precisions: vec![precision.into()], contains: Some(part.to_owned()), ..Filter::default() };
     Report::of(trials(&subject, &filter), |_| ())
 }
 
@@ -47,6 +47,7 @@ fn traces(bug: Bug) -> (&'static str, &'static str) {
         Bug::GateGradient => ("gate/normal", "d_gate["),
         Bug::GateForgottenInBackward => ("gate/normal", "dv["),
         Bug::Nondeterministic => ("determinism/seqlen/97/again", "out differs"),
+        Bug::RoundedToTf32 | Bug::RoundedToBf16 => ("workload/triangle_starting", "out["),
         Bug::Inaccurate => ("workload/triangle_starting", "out"),
         Bug::PackedReadDense => ("layout/packed/21", "out["),
         Bug::ShortStrides => ("large/far_strides", "out["),
@@ -66,6 +67,7 @@ fn every_planted_bug_is_found() {
             // Copies do not depend on the dtype of q.
             Bug::FillMissesTail | Bug::RelayoutForwards | Bug::RelayoutTruncates => &DTYPES[..1],
             Bug::BiasGradientInHalf => &DTYPES[1..],
+            Bug::RoundedToTf32 | Bug::RoundedToBf16 => &DTYPES[..1],
             _ => &DTYPES[..],
         };
         for &dtype in dtypes {
@@ -92,6 +94,15 @@ fn one_percent_shows_in_every_result_and_dtype() {
             assert!(named, "{dtype}: {name} is 1 % off, and `{message}` does not say so");
         }
     }
+}
+
+#[test]
+fn where_tf32_is_allowed_nothing_coarser_is() {
+    let part = "workload/";
+    let tf32 = report(Some(Bug::RoundedToTf32), Precision::TF32, part);
+    assert!(tf32.is_success() && !tf32.results.is_empty(), "{:#?}", tf32.failures().collect::<Vec<_>>());
+    let coarser = report(Some(Bug::RoundedToBf16), Precision::TF32, part);
+    assert_eq!(coarser.failures().count(), tf32.results.len(), "{:#?}", coarser.results);
 }
 
 #[test]

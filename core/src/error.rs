@@ -2,7 +2,7 @@
 
 use thiserror::Error;
 
-use crate::{DType, DeviceId};
+use crate::{DType, DeviceId, Products};
 
 /// The caller's mistake, found before a device is touched.
 ///
@@ -62,6 +62,14 @@ pub enum ProblemError {
         expected: String,
         /// The dtype given.
         got: DType,
+    },
+    /// The factors of products may be rounded in f32 alone.
+    #[error("products: {products} is for dtype f32, got {dtype}; leave it at exact")]
+    ProductsOfDType {
+        /// What was asked for.
+        products: Products,
+        /// The dtype of q.
+        dtype: DType,
     },
     /// A product of sizes or strides does not fit 63 bits.
     #[error("{tensor}: {quantity} overflows 63 bits; use smaller dimensions")]

@@ -19,7 +19,7 @@ mod tensor;
 
 pub use attention::{
     AttentionPlan, AttentionProblem, AttentionSpec, BackwardArgs, BackwardOperands, BiasSpec, EmptyRows, ForwardArgs,
-    ForwardOperands, Gradients, MAX_BIASES, MAX_HEAD_DIM, StructuralMask, Window,
+    ForwardOperands, Gradients, MAX_BIASES, MAX_HEAD_DIM, Precision, Products, StructuralMask, Window,
 };
 pub use backend::Backend;
 pub use device::{DeviceId, DeviceInfo, DeviceKind};

@@ -230,7 +230,7 @@ KERNEL_WITH_BLOCKS(THREADS, MIN_BLOCKS) backward_bias(const BackwardParams param
             if (Q_IN_REGISTERS) queries.load_factors(lane);
             plain = queries.allows_plain_of_lane(queries_there);
             all = keeps_all_of_lane(keys);
-            return sizeof(ELEMENT) == 2 && !SEGMENTS && uncut && warp_all(plain && all);
+            return MAY_BE_PLAIN && !SEGMENTS && uncut && warp_all(plain && all);
         };
         auto leave = [&](int row, const QuerySums& dq) {
             if (WANT_DQ) {

@@ -280,14 +280,14 @@ KERNEL_WITH_BLOCKS(THREADS, MIN_BLOCKS) backward_keys(const BackwardParams param
             const u32 next = STAGES == 2 ? both_stages - staged : staged;
             if (STAGES == 2) fetch(next, more ? next_there : 0);
             if (more) biases.advance();
-            bool plain = sizeof(ELEMENT) == 2;
-            if (sizeof(ELEMENT) == 2) {
+            bool plain = MAY_BE_PLAIN;
+            if (MAY_BE_PLAIN) {
 #pragma unroll
                 for (int i = 0; i < TILE_Q; i += WARP_THREADS) plain = plain && allows_plain(float_of(load_shared(staged + STATISTICS_AT + (i + lane % TILE_Q) * 4)));
                 plain = warp_all(plain);
             }
             // Known when compiling in each: two pieces of code.
-            if (sizeof(ELEMENT) == 2 && plain) {
+            if (MAY_BE_PLAIN && plain) {
                 compute(true, next_there - 1);
             } else {
                 compute(false, next_there - 1);

@@ -131,7 +131,7 @@ KERNEL_WITH_BLOCKS(THREADS, MIN_BLOCKS) backward_queries(const BackwardParams pa
             }
             const bool uncut = first_key + TILE_K <= end && !(POSITIONS && cuts(band(in, first_query, first_key), TILE_Q, TILE_K));
             const bool plain = queries.allows_plain_of_lane(queries_there), all = keeps_all_of_lane(keys);
-            if (sizeof(ELEMENT) == 2 && !SEGMENTS && uncut && warp_all(plain && all)) {
+            if (MAY_BE_PLAIN && !SEGMENTS && uncut && warp_all(plain && all)) {
                 compute(true, keys, true, true);
             } else {
                 compute(false, keys, warp_all(plain), first_key + TILE_K <= end && warp_all(all));

@@ -19,7 +19,7 @@ constexpr int TILE_Q = WARPS * WARP_QUERIES;
 
 // Largest reference, in base 2, next to which the plain path holds: see attention/README.md. Without biases nothing is divided.
 constexpr bool HAS_BIAS = BIAS_0 != ABSENT;
-constexpr float PLAIN_LIMIT = HAS_BIAS ? 512.0f : 4194304.0f;
+constexpr float PLAIN_LIMIT = !HAS_BIAS ? 4194304.0f : sizeof(T) == 4 ? 2048.0f / HEAD_DIM : 512.0f;
 // Largest sum of a lane's P in a tile that the plain path keeps: f16 ends at 2^16.
 constexpr float LARGEST_SHARE = 32768.0f;
 

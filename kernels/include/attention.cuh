@@ -1,7 +1,8 @@
 // What attention adds to a tile of logits: biases, ALiBi, masks. Shared by the forward and the backward pass.
 //
 // Constants, all of them defined: ELEMENT (float, f16, bf16), HEAD_DIM, HEAD_DIM_V; BIAS_0 .. BIAS_3 (a kind below) and
-// BIAS_0_ELEMENT .. BIAS_3_ELEMENT; 0 or 1: KEY_MASK, KV_LENGTHS, SEGMENTS, POSITIONS, ALIBI, GATE, UNIFORM_ROWS.
+// BIAS_0_ELEMENT .. BIAS_3_ELEMENT; 0 or 1: TF32 (factors in float are rounded to that), KEY_MASK, KV_LENGTHS, SEGMENTS,
+// POSITIONS, ALIBI, GATE, UNIFORM_ROWS.
 #pragma once
 
 #include "gpu.h"

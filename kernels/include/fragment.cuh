@@ -56,8 +56,8 @@ PRODUCT_FROM(bf16, "bf16")
 // beside the two terms of f32, or the sums of many channels.
 template <class T, int channels> constexpr bool STEP_BY_STEP = sizeof(T) == 4 || channels > 64;
 
-// Passes over the steps of one sum: with f32 the small terms of all steps come first (mma.cuh).
-template <class T> constexpr int PASSES = sizeof(T) == 4 ? 2 : 1;
+// Passes over the steps of one sum: where numbers are split the small terms of all steps come first (mma.cuh).
+template <class T> constexpr int PASSES = SPLIT<T> ? 2 : 1;
 
 // d = a b + c over one whole step, in the pass `pass`.
 template <class T> DEVICE void multiply_step(Accumulator& d, const FragmentA& a, const FragmentB& b, const float (&c)[4], int pass) {
@@ -66,11 +66,13 @@ template <class T> DEVICE void multiply_step(Accumulator& d, const FragmentA& a,
         const Factor<T, 2> right = factor<T>(b.words);
 #pragma unroll
         for (int x = 0; x < 4; x++) d[x] = c[x];
-        if (pass == 0) {
-            mma_step<SMALL_TERMS>(d, left, right);
-        } else {
-            mma_step<LARGE_TERMS>(d, left, right);
+        if constexpr (SPLIT<T>) {
+            if (pass == 0) {
+                mma_step<SMALL_TERMS>(d, left, right);
+                return;
+            }
         }
+        mma_step<LARGE_TERMS>(d, left, right);
     } else {
         mma_from(d, a.words, b.words, c, T());
     }

@@ -86,10 +86,13 @@ template <int queries, int threads> struct StatisticsWalk {
     }
 };
 
-// Whether the plain way may be taken next to this lse. f32 never does: its P is to be exact to f32.
-constexpr float PLAIN_LIMIT = 1024.0f;
+// Whether the plain way may be taken next to this lse, whose low part it leaves out: at most 2^-24 of it, an error that all of
+// a row has. Half types round their results to 2^-11, and it may be 2^-14; tf32 rounds factors alone to that, at random,
+// which in sums is less: 2^-18. Exact f32 never takes it.
+constexpr bool MAY_BE_PLAIN = !SPLIT<ELEMENT>;
+constexpr float PLAIN_LIMIT = sizeof(ELEMENT) == 4 ? 64.0f : 1024.0f;
 constexpr bool HAS_BIAS = BIAS_0 != ABSENT;
-DEVICE bool allows_plain(float lse) { return sizeof(ELEMENT) == 2 && (magnitude(lse) <= PLAIN_LIMIT || lse == INFINITE); }
+DEVICE bool allows_plain(float lse) { return MAY_BE_PLAIN && (magnitude(lse) <= PLAIN_LIMIT || lse == INFINITE); }
 
 // The sum so far and one more bias: in base 2, but on the plain way.
 template <bool plain> DEVICE float with_bias(float sum, float bias) { return sum + (plain ? bias : bias_base2(bias)); }
@@ -109,8 +112,9 @@ template <bool plain> DEVICE float logit_of(float product, float scale_base2, fl
     }
 }
 
-// Whether dO v starts from -delta, which saves additions. What the matrix unit cuts off is then of delta's size: not in f32.
-constexpr bool STARTS_FROM_DELTA = sizeof(ELEMENT) == 2;
+// Whether dO v starts from -delta, which saves additions. What the matrix unit cuts off is then of delta's size: not where
+// products are exact to f32.
+constexpr bool STARTS_FROM_DELTA = !SPLIT<ELEMENT>;
 template <int m, int n, class Term> DEVICE void add_to_all(Accumulator (&acc)[m][n], Term term) {
 #pragma unroll
     for (int i = 0; i < m; i++)

@@ -15,15 +15,20 @@
 // product, and at random: over a sum that is what rounding in f32 (2^-24 of every partial sum) costs too. The matrix unit
 // cuts off what does not fit its sums, always towards 0. That adds up, so the two small terms of all steps come first, when
 // the sum is small, and long sums are cut into short ones that are added in f32.
+//
+// With the constant TF32, f32 is multiplied as Ah Bh alone.
 #pragma once
 
 #include "gpu.h"
 
+// Whether numbers are split in two, so that products are exact to f32.
+template <class T> constexpr bool SPLIT = sizeof(T) == 4 && !TF32;
+
 // A factor of a product as the matrix unit takes it.
-template <class T, int words> struct Factor {
+template <class T, int words, bool split = SPLIT<T>> struct Factor {
     u32 high[words];
 };
-template <int words> struct Factor<float, words> {
+template <class T, int words> struct Factor<T, words, true> {
     u32 high[words];
     u32 low[words];
 };
@@ -31,12 +36,8 @@ template <int words> struct Factor<float, words> {
 template <class T, int words> DEVICE Factor<T, words> factor(const u32 (&raw)[words]) {
     Factor<T, words> f;
     for (int i = 0; i < words; i++) {
-        if constexpr (sizeof(T) == 4) {
-            f.high[i] = to_tf32(float_of(raw[i]));
-            f.low[i] = to_tf32(float_of(raw[i]) - float_of(f.high[i]));
-        } else {
-            f.high[i] = raw[i];
-        }
+        f.high[i] = sizeof(T) == 4 ? to_tf32(float_of(raw[i])) : raw[i];
+        if constexpr (SPLIT<T>) f.low[i] = to_tf32(float_of(raw[i]) - float_of(f.high[i]));
     }
     return f;
 }
@@ -46,12 +47,12 @@ template <class T, int words> DEVICE Factor<T, words / 2> half_of(const Factor<T
     Factor<T, words / 2> half;
     for (int i = 0; i < words / 2; i++) {
         half.high[i] = whole.high[i];
-        if constexpr (sizeof(T) == 4) half.low[i] = whole.low[i];
+        if constexpr (SPLIT<T>) half.low[i] = whole.low[i];
     }
     return half;
 }
 
-// Which terms of a product are added: in the half types there is a large one only.
+// Which terms of a product are added: what is not split has a large one only.
 constexpr int SMALL_TERMS = 0;  // Ah Bl + Al Bh
 constexpr int LARGE_TERMS = 1;  // Ah Bh
 
@@ -100,7 +101,7 @@ DEVICE void mma_step(float (&c)[4], const Factor<T, words>& a, const Factor<T, w
     if constexpr (terms == LARGE_TERMS) {
         mma(c, a.high, b.high, T());
     } else {
-        static_assert(sizeof(T) == 4, "products of halves have no small terms");
+        static_assert(SPLIT<T>, "what is not split has no small terms");
         mma(c, a.low, b.high, T());
         mma(c, a.high, b.low, T());
     }

@@ -20,7 +20,7 @@ using KeyTileShape = Tile<ELEMENT, TILE_K, HEAD_DIM, LANE_KEYS>;
 using ValueTile = Tile<ELEMENT, TILE_K, HEAD_DIM_V, LANE_KEYS>;
 // Keys are taken in groups of as many products as one load fetches, at least two; all at once where queries would be loaded
 // or split once more for each group.
-constexpr bool ONE_GROUP = sizeof(ELEMENT) == 4 || !QUERIES_IN_REGISTERS;
+constexpr bool ONE_GROUP = SPLIT<ELEMENT> || !QUERIES_IN_REGISTERS;
 constexpr int GROUP_PRODUCTS = ONE_GROUP ? KEY_COLUMNS : products_of_load<KeyTileShape> > 2 ? products_of_load<KeyTileShape> : 2;
 constexpr int KEY_GROUPS = KEY_COLUMNS / GROUP_PRODUCTS;
 constexpr int GROUP_KEYS = LANE_KEYS / KEY_GROUPS;
@@ -89,7 +89,8 @@ template <class Tile, bool in_pieces> struct Loader {
 using KeyLoader = Loader<KeyTileShape, K_PIECES>;
 using ValueLoader = Loader<ValueTile, V_PIECES>;
 
-// A of q, in registers or loaded for every tile of keys.
+// A of q, in registers or loaded for every tile of keys. Numbers that are split are kept whole, to take half the registers;
+// others as the matrix unit takes them.
 struct Queries {
     u32 words[QUERIES_IN_REGISTERS ? QUERY_TILES : 1][QUERIES_IN_REGISTERS ? QUERY_STEPS : 1][4];
     const Piece* tile;
@@ -108,17 +109,31 @@ struct Queries {
 #pragma unroll
             for (int m = 0; m < QUERY_TILES; m++)
 #pragma unroll
-                for (int step = 0; step < QUERY_STEPS; step++)
-                    load_left<QueryTile>(words[m][step], tile, query + 16 * m, step);
+                for (int step = 0; step < QUERY_STEPS; step++) {
+                    u32 raw[4];
+                    load_left<QueryTile>(raw, tile, query + 16 * m, step);
+                    const Factor<ELEMENT, 4> taken = factor<ELEMENT>(raw);
+#pragma unroll
+                    for (int i = 0; i < 4; i++) words[m][step][i] = SPLIT<ELEMENT> ? raw[i] : taken.high[i];
+                }
         }
     }
-    DEVICE void left(u32 (&a)[4], int m, int step) const {
-        if constexpr (QUERIES_IN_REGISTERS) {
+    DEVICE Factor<ELEMENT, 4> left(int m, int step) const {
+        if constexpr (QUERIES_IN_REGISTERS && !SPLIT<ELEMENT>) {
+            Factor<ELEMENT, 4> taken;
 #pragma unroll
-            for (int i = 0; i < 4; i++) a[i] = words[m][step][i];
+            for (int i = 0; i < 4; i++) taken.high[i] = words[m][step][i];
+            return taken;
         } else {
-            // Opaque: addresses of all steps would take registers through the loop.
-            load_left<QueryTile>(a, tile, opaque(query) + 16 * m, step);
+            u32 raw[4];
+            if constexpr (QUERIES_IN_REGISTERS) {
+#pragma unroll
+                for (int i = 0; i < 4; i++) raw[i] = words[m][step][i];
+            } else {
+                // Opaque: addresses of all steps would take registers through the loop.
+                load_left<QueryTile>(raw, tile, opaque(query) + 16 * m, step);
+            }
+            return factor<ELEMENT>(raw);
         }
     }
 };
@@ -133,11 +148,7 @@ template <int terms> DEVICE void add_logit_terms(Scores& s, const Queries& queri
 #pragma unroll
         for (int m = 0; m < QUERY_TILES; m++)
 #pragma unroll
-            for (int i = 0; i < 2 && step + i < QUERY_STEPS; i++) {
-                u32 raw[4];
-                queries.left(raw, m, step + i);
-                a[m][i] = factor<ELEMENT>(raw);
-            }
+            for (int i = 0; i < 2 && step + i < QUERY_STEPS; i++) a[m][i] = queries.left(m, step + i);
 #pragma unroll
         for (int n = group * GROUP_PRODUCTS; n < (group + 1) * GROUP_PRODUCTS; n += products) {
             u32 b[4];
@@ -167,7 +178,7 @@ template <int terms> DEVICE void add_logit_terms(Scores& s, const Queries& queri
 
 // S += q k, for one group of keys.
 template <class T = ELEMENT> DEVICE void add_logits(Scores& s, const Queries& queries, const Piece* keys, int group) {
-    if constexpr (sizeof(T) == 4) add_logit_terms<SMALL_TERMS>(s, queries, keys, group);
+    if constexpr (SPLIT<T>) add_logit_terms<SMALL_TERMS>(s, queries, keys, group);
     add_logit_terms<LARGE_TERMS>(s, queries, keys, group);
 }
 
@@ -218,10 +229,10 @@ template <class T = ELEMENT> DEVICE void add_values(Output& out, const Weights& 
             for (int n = 0; n < WEIGHT_STEPS; n++) a[m][n] = factor<T>(p[m][n]);
 #pragma unroll
         for (int c = 0; c < OUT_COLUMNS; c++) {
-            // The tile's share, small terms first: what the matrix unit cuts off is then small, and O is added in f32.
+            // The tile's share: what the matrix unit cuts off is then small, and O is added in f32. Small terms first.
             if constexpr (STEP_BY_STEP) one_by_one();
             float share[QUERY_TILES][4] = {};
-            add_share_terms<SMALL_TERMS, T>(share, a, values, c);
+            if constexpr (SPLIT<T>) add_share_terms<SMALL_TERMS, T>(share, a, values, c);
             add_share_terms<LARGE_TERMS, T>(share, a, values, c);
 #pragma unroll
             for (int m = 0; m < QUERY_TILES; m++)

@@ -89,7 +89,7 @@ struct QueryRows {
     }
     // Whether the plain way holds for the warp's query of this lane; several lanes look at one where there are fewer.
     DEVICE bool allows_plain_of_lane(int there) const {
-        if (sizeof(ELEMENT) == 4) return false;
+        if (!MAY_BE_PLAIN) return false;
         const int query = warp_index() * 16 * M + lane_index() % (16 * M);
         const bool allows = allows_plain(float_of(load_shared(tile + STATISTICS_AT + query * 4)));
         return ROWS_ARE_PADDED ? allows : (int)allows | (int)(query >= there);

@@ -1,6 +1,6 @@
 //! Compile-time constants that the kernels of both attention passes share: those of `include/attention.cuh`.
 
-use tilefold_core::{AttentionProblem, DType, EmptyRows, MAX_BIASES};
+use tilefold_core::{AttentionProblem, DType, EmptyRows, MAX_BIASES, Precision, Products};
 
 use crate::operands::AttentionOperands;
 use crate::params::Operand;
@@ -46,6 +46,8 @@ impl BiasKind {
 pub struct AttentionConstants {
     /// Type of q, k, v, gate and out.
     pub dtype: DType,
+    /// Whether factors of products in f32 are rounded to tf32.
+    pub products: Products,
     /// Channels of q and k.
     pub head_dim: usize,
     /// Channels of v and out.
@@ -69,7 +71,8 @@ pub struct AttentionConstants {
 }
 
 impl AttentionConstants {
-    /// What a problem and the layout of its operands ask for.
+    /// What a problem and the layout of its operands ask for, with all the freedom the problem gives: see
+    /// [`Vendor::products`](crate::Vendor::products).
     #[must_use]
     pub fn new(problem: &AttentionProblem, operands: &AttentionOperands) -> Self {
         let spec = problem.spec();
@@ -79,6 +82,7 @@ impl AttentionConstants {
         }
         Self {
             dtype: spec.dtype,
+            products: spec.products,
             head_dim: spec.head_dim,
             head_dim_v: spec.head_dim_v,
             biases,
@@ -109,6 +113,7 @@ impl AttentionConstants {
     pub fn constants(&self) -> Vec<Constant> {
         let mut constants = vec![
             constant("ELEMENT", element(self.dtype)),
+            constant("TF32", u8::from(self.products == Products::Tf32)),
             constant("HEAD_DIM", self.head_dim),
             constant("HEAD_DIM_V", self.head_dim_v),
         ];
@@ -123,7 +128,8 @@ impl AttentionConstants {
     /// What it is specialised for, in words: `bf16 32x32 bias0=pieces,bf16 key_mask`.
     #[must_use]
     pub fn name(&self) -> String {
-        let mut name = format!("{} {}x{}", self.dtype, self.head_dim, self.head_dim_v);
+        let precision = Precision { dtype: self.dtype, products: self.products };
+        let mut name = format!("{precision} {}x{}", self.head_dim, self.head_dim_v);
         for (index, (kind, dtype)) in self.biases.into_iter().enumerate() {
             if kind != BiasKind::Absent {
                 name.push_str(&format!(" bias{index}={},{dtype}", kind.name()));

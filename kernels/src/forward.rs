@@ -1,6 +1,6 @@
 //! The plan of a forward launch: constants, tile sizes, shared memory and grid of `attention/forward.cu`.
 
-use tilefold_core::{AttentionProblem, DType};
+use tilefold_core::{AttentionProblem, DType, Products};
 
 use crate::constants::{AttentionConstants, BiasKind, constant};
 use crate::kernel::{Kernel, KernelError, Launch};
@@ -121,16 +121,17 @@ impl ForwardKernel {
         operands: &AttentionOperands,
         outputs: &ForwardOutputs,
     ) -> Self {
-        let (spec, attention) = (problem.spec(), AttentionConstants::new(problem, operands));
-        let dtype = spec.dtype;
+        let spec = problem.spec();
+        let (dtype, products) = (spec.dtype, vendor.products(spec.products));
+        let attention = AttentionConstants { products, ..AttentionConstants::new(problem, operands) };
         let in_pieces = |operand: &Operand, channels: usize| channels.is_multiple_of(8) && operand.in_pieces(5, dtype);
         // Scores times a positive scale, over which biases are divided.
         let scale = problem.softmax_scale();
         let divisible = (1e-9..=1e9).contains(&scale);
         let mut kinds = attention.biases.iter().map(|(kind, _)| *kind);
-        let preloaded = match dtype {
-            // Dividing by the scale costs roundings that f32 would show.
-            DType::F32 => kinds.all(|kind| kind == BiasKind::Absent),
+        let preloaded = match (dtype, products) {
+            // Dividing by the scale costs roundings that f32 would show, but for those of tf32.
+            (DType::F32, Products::Exact) => kinds.all(|kind| kind == BiasKind::Absent),
             _ => kinds.all(|kind| kind != BiasKind::Strided),
         };
         let size = dtype.size_bytes();
@@ -262,6 +263,7 @@ mod tests {
     fn uniform_kernel(vendor: Vendor, dtype: DType, head_dim: usize, head_dim_v: usize) -> ForwardKernel {
         let attention = AttentionConstants {
             dtype,
+            products: Products::Exact,
             head_dim,
             head_dim_v,
             biases: [(BiasKind::Absent, DType::F32); 4],

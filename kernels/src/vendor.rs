@@ -1,5 +1,7 @@
 //! Who made the GPU: one source for all, with other tile sizes.
 
+use tilefold_core::Products;
+
 /// Maker of a GPU, as far as kernels and their plans differ.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Vendor {
@@ -26,6 +28,15 @@ impl Vendor {
         match self {
             Self::Nvidia => 16,
             Self::Amd => 32,
+        }
+    }
+
+    /// How its kernels multiply where `allowed` is all that is: AMD's have no tf32, and multiply f32 in f32.
+    #[must_use]
+    pub fn products(self, allowed: Products) -> Products {
+        match self {
+            Self::Nvidia => allowed,
+            Self::Amd => Products::Exact,
         }
     }
 

@@ -80,6 +80,11 @@ fn mistakes_are_problem_errors_that_name_the_tensor() {
     assert!(problem_error(attention(&device, &plain(), &options)).starts_with("softmax_scale: "));
     let options = Options { kv_lengths: Some(vec![4]), ..Options::default() };
     assert!(problem_error(attention(&device, &plain(), &options)).starts_with("kv_lengths[0]: "));
+    let options = Options { products: Products::Tf32, ..Options::default() };
+    let halves = Inputs::new(half.view(), half.view(), half.view());
+    assert!(
+        problem_error(attention(&device, &halves, &options)).starts_with("products: tf32 is for dtype f32, got f16")
+    );
 }
 
 #[test]

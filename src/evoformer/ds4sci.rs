@@ -7,7 +7,7 @@ use crate::{Device, Error, Gradients, ProblemError, TensorView};
 ///
 /// *Shapes*: q, k, v `[B, N, L, H, D]`; `biases[0]` (the mask as a bias, such as `1e9 · (mask - 1)`) `[B, N, 1, 1, L]`;
 /// `biases[1]` (the pair bias) `[B, 1, H, L, L]`; either may be absent. Any L and D, where DeepSpeed asks for L > 16 and
-/// D ≤ 64. *Source*: Song et al. 2023, DeepSpeed4Science, section 3.
+/// D ≤ 64. *Numerics*: products are [exact](crate::Products::Exact). *Source*: Song et al. 2023, DeepSpeed4Science, section 3.
 ///
 /// ```
 /// use tilefold::evoformer::{evoformer_attention, evoformer_attention_backward};

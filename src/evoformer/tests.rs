@@ -294,6 +294,11 @@ fn bad_shapes_are_named() {
     for (variant, inputs, message) in cases {
         assert_eq!(variant.forward(&device, &inputs).unwrap_err().to_string(), message);
     }
+    let half = Tensor::zeros(crate::DType::F16, msa.shape()).unwrap();
+    let products = Products::Tf32;
+    let rounded = Inputs { products, ..Inputs::new(half.view(), half.view(), half.view()) };
+    let refused = msa_row(&device, &rounded).unwrap_err().to_string();
+    assert_eq!(refused, "products: tf32 is for dtype f32, got f16; leave it at exact");
     let forward = msa_row(&device, &plain()).unwrap();
     let wrong = msa_row_backward(&device, &plain(), &forward, &other.view(), plain().all_gradients());
     assert_eq!(wrong.unwrap_err().to_string(), "d_out: n_res must be 5, got 4");

@@ -88,7 +88,7 @@ impl Variant {
         gradients: Gradients,
     ) -> Result<(Attend<'a>, AttentionPlan), Error> {
         let attend = self.views(inputs)?;
-        let options = Options { empty_rows: inputs.empty_rows, ..Options::default() };
+        let options = Options { empty_rows: inputs.empty_rows, products: inputs.products, ..Options::default() };
         let plan = device.plan_attention(&problem(&attend, &options, gradients)?)?;
         Ok((attend, plan))
     }

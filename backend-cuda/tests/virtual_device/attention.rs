@@ -6,14 +6,19 @@
 use std::sync::Arc;
 
 use tilefold_backend_cuda::CudaBackend;
-use tilefold_conformance::{cases, oracle};
+use tilefold_conformance::oracle::{self, Expected};
+use tilefold_conformance::values::Inputs;
+use tilefold_conformance::{cases, exchange};
 use tilefold_core::{
     AttentionPlan, AttentionProblem, AttentionSpec, Backend, BackwardArgs, BackwardOperands, BiasSpec, DType,
-    ForwardArgs, ForwardOperands, Layout, Storage, Stream, Tensor,
+    ForwardArgs, ForwardOperands, Layout, Precision, Storage, Stream, Tensor,
 };
 
-pub(crate) const TESTS: &[(&str, fn())] =
-    &[("attention_agrees_with_the_oracle", attention), ("strides_are_64_bits_wide", far_apart)];
+pub(crate) const TESTS: &[(&str, fn())] = &[
+    ("attention_agrees_with_the_oracle", attention),
+    ("tf32_is_used_where_it_is_allowed", tf32),
+    ("strides_are_64_bits_wide", far_apart),
+];
 
 /// All features at once: both lists that are uploaded with a launch, every gradient, workspace.
 fn attention() {
@@ -23,6 +28,23 @@ fn attention() {
         assert!(case.spec.kv_lengths.is_some() && case.spec.mask.alibi_slopes.is_some());
         assert!(case.spec.gradients.q && case.spec.gradients.biases.contains(&true));
         oracle::check_case(&device, &case).unwrap();
+    }
+}
+
+/// Every result has the error of tf32 where that is allowed, which exact products would not leave.
+fn tf32() {
+    let device = CudaBackend::new(0).unwrap();
+    let of = |precision: Precision| {
+        let mut all = cases::all(precision, &[]).into_iter();
+        all.find(|case| case.group == "workload" && case.name == "msa_row").unwrap()
+    };
+    let (exact, rounded) = (of(DType::F32.into()), of(Precision::TF32));
+    let inputs = Inputs::draw(&exact);
+    let results = exchange::run(&device, &rounded, &inputs).unwrap();
+    Expected::of(&rounded, &inputs).unwrap().check(&rounded, &results).unwrap();
+    let message = Expected::of(&exact, &inputs).unwrap().check(&exact, &results).unwrap_err();
+    for name in ["out[", "lse[", "dq[", "dk[", "dv[", "dbias0[", "dbias1["] {
+        assert!(message.contains(name), "{name} is as exact as f32: {message}");
     }
 }
 

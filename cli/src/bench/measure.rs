@@ -5,7 +5,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
-use tilefold::{Backend, DType, Device};
+use tilefold::{Backend, Device, Precision};
 use tilefold_benches::{Launch, Pass, Workload};
 
 use crate::system::PeakMemory;
@@ -14,7 +14,7 @@ use crate::system::PeakMemory;
 #[derive(Debug)]
 pub(super) struct Plan {
     pub(super) workload: Workload,
-    pub(super) dtype: DType,
+    pub(super) precision: Precision,
     pub(super) passes: Vec<Pass>,
 }
 
@@ -22,8 +22,8 @@ impl Plan {
     /// What is timed, for messages.
     pub(super) fn name(&self) -> String {
         let Workload { name, rows, seqlen, heads, head_dim, .. } = &self.workload;
-        let dtype = self.dtype;
-        format!("workload {name} (rows {rows}, seqlen {seqlen}, heads {heads}, head_dim {head_dim}) in {dtype}")
+        let precision = self.precision;
+        format!("workload {name} (rows {rows}, seqlen {seqlen}, heads {heads}, head_dim {head_dim}) in {precision}")
     }
 }
 
@@ -55,7 +55,7 @@ pub(super) fn measure(device: &Device, plans: &[Plan], repeats: u32, warmup: u32
     let mut entries = Vec::new();
     for plan in plans {
         for &pass in &plan.passes {
-            bar.set_message(format!("{} {} {pass}", plan.workload.name, plan.dtype));
+            bar.set_message(format!("{} {} {pass}", plan.workload.name, plan.precision));
             let entry = one(device, plan, pass, repeats, warmup, &bar);
             entries.push(entry.with_context(|| plan.name())?);
         }
@@ -65,7 +65,7 @@ pub(super) fn measure(device: &Device, plans: &[Plan], repeats: u32, warmup: u32
 }
 
 fn one(device: &Device, plan: &Plan, pass: Pass, repeats: u32, warmup: u32, bar: &ProgressBar) -> Result<Entry> {
-    let mut launch = Launch::of_workload(device, &plan.workload, plan.dtype, pass)?;
+    let mut launch = Launch::of_workload(device, &plan.workload, plan.precision, pass)?;
     if pass == Pass::Backward {
         launch.forward()?;
     }
@@ -87,7 +87,7 @@ fn one(device: &Device, plan: &Plan, pass: Pass, repeats: u32, warmup: u32, bar:
         device: device.info().id.to_string(),
         kernel: launch.plan().kernel.clone(),
         shape: [rows, seqlen, heads, head_dim],
-        dtype: plan.dtype.to_string(),
+        dtype: plan.precision.to_string(),
         pass: pass.to_string(),
         median_ms: median * 1e3,
         min_ms: times.first().map_or(0.0, Duration::as_secs_f64) * 1e3,

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use tilefold::reference::{self, ReferenceInputs};
 use tilefold::{
-    DType, EmptyRows, Inputs, Options, StructuralMask, Tensor, Window, all_gradients, problem, safetensors,
+    DType, EmptyRows, Inputs, Options, Products, StructuralMask, Tensor, Window, all_gradients, problem, safetensors,
 };
 use tilefold_benches::normal;
 
@@ -82,6 +82,7 @@ fn run_agrees_with_the_oracle_under_every_option() {
     let [input, output] = write(folder.path(), &tensors);
     let cases = [
         (vec![], Options::default()),
+        (vec!["--products", "tf32"], Options { products: Products::Tf32, ..Options::default() }),
         (vec!["--scale", "-0.3"], Options { softmax_scale: Some(-0.3), ..Options::default() }),
         (
             vec!["--causal", "--q-offset", "2", "--alibi", "auto"],

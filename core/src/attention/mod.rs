@@ -7,6 +7,7 @@ mod bias;
 mod mask;
 mod plan;
 mod problem;
+mod products;
 pub mod reference;
 
 pub use args::{BackwardArgs, BackwardOperands, ForwardArgs, ForwardOperands};
@@ -14,3 +15,4 @@ pub use bias::{BiasSpec, MAX_BIASES};
 pub use mask::{Cover, StructuralMask, Window};
 pub use plan::AttentionPlan;
 pub use problem::{AttentionProblem, AttentionSpec, EmptyRows, Gradients, MAX_HEAD_DIM};
+pub use products::{Precision, Products};

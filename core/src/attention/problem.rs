@@ -1,7 +1,7 @@
 //! Sizes, dtypes and options of one attention, checked once.
 
 use crate::attention::bias::{BIAS_AXES, BIAS_NAMES, BiasSpec, DBIAS_NAMES, MAX_BIASES};
-use crate::{DType, ProblemError, StructuralMask};
+use crate::{DType, Precision, ProblemError, Products, StructuralMask};
 
 /// Largest head dimension of q, k and v.
 pub const MAX_HEAD_DIM: usize = 256;
@@ -39,6 +39,8 @@ pub struct Gradients {
 pub struct AttentionSpec {
     /// Type of q, k, v, gate, out and their gradients: f32, f16 or bf16.
     pub dtype: DType,
+    /// Whether the factors of products may be rounded to tf32; f32 alone has the choice.
+    pub products: Products,
     /// Outermost dimension.
     pub batch: usize,
     /// Independent attentions that may share biases: MSA rows, columns, or rows of the pair representation.
@@ -81,6 +83,7 @@ impl AttentionSpec {
     pub fn new(dtype: DType, batch: usize, rows: usize, seqlen: usize, heads: usize, head_dim: usize) -> Self {
         Self {
             dtype,
+            products: Products::Exact,
             batch,
             rows,
             seqlen_q: seqlen,
@@ -99,6 +102,12 @@ impl AttentionSpec {
             empty_rows: EmptyRows::Zero,
             gradients: Gradients::default(),
         }
+    }
+
+    /// The dtype and how products are taken, as one name.
+    #[must_use]
+    pub fn precision(&self) -> Precision {
+        Precision { dtype: self.dtype, products: self.products }
     }
 
     /// Asks for every gradient the problem has.
@@ -273,6 +282,9 @@ fn check_sizes(s: &AttentionSpec) -> Result<(), ProblemError> {
 fn check_dtypes(s: &AttentionSpec) -> Result<(), ProblemError> {
     if !s.dtype.is_float() {
         return Err(ProblemError::UnsupportedDType { tensor: "q", expected: "f32, f16 or bf16".into(), got: s.dtype });
+    }
+    if s.products != Products::Exact && s.dtype != DType::F32 {
+        return Err(ProblemError::ProductsOfDType { products: s.products, dtype: s.dtype });
     }
     for (bias, tensor) in s.biases.iter().zip(BIAS_NAMES) {
         if bias.dtype != s.dtype && bias.dtype != DType::F32 {

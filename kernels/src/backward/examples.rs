@@ -1,6 +1,6 @@
 //! Backward kernels of representative problems, for the checks of every kernel.
 
-use tilefold_core::{AttentionProblem, AttentionSpec, BiasSpec, DType, EmptyRows, Layout, StructuralMask};
+use tilefold_core::{AttentionProblem, AttentionSpec, BiasSpec, DType, EmptyRows, Layout, Precision, StructuralMask};
 
 use super::{BackwardOperands, backward};
 use crate::kernel::{Kernel, KernelError};
@@ -15,21 +15,21 @@ const HEADS: usize = 4;
 
 /// Every backward kernel of these problems, and whether its speed is followed.
 ///
-/// In every dtype Evoformer problems (a mask bias or a key mask, a pair bias, a gate, all gradients), short and long enough
-/// for each choice of passes; one problem with every switch and kind of bias, dense and strided; sizes
-/// that are no multiple of a piece. f16, whose kernels differ from those of bf16 in single instructions, has one head
-/// dimension of the first kind.
+/// In every dtype, and in f32 with products of tf32, Evoformer problems (a mask bias or a key mask, a pair bias, a gate, all
+/// gradients), short and long enough for each choice of passes; one problem with every switch and kind of bias, dense and
+/// strided; sizes that are no multiple of a piece. f16, whose kernels differ from those of bf16 in single instructions, has
+/// one head dimension of the first kind.
 pub(crate) fn kernels() -> Result<Vec<(Kernel, bool)>, KernelError> {
     let mut kernels = Vec::new();
-    for dtype in [DType::F32, DType::F16, DType::BF16] {
-        let head_dims = if dtype == DType::F16 { &[32][..] } else { &HEAD_DIMS };
+    for precision in Precision::ALL {
+        let head_dims = if precision.dtype == DType::F16 { &[32][..] } else { &HEAD_DIMS };
         for &head_dim in head_dims {
-            let masked = |seqlen| AttentionSpec { key_mask: true, ..evoformer(dtype, head_dim, seqlen) };
-            for spec in [evoformer(dtype, head_dim, 256), pair_alone(masked(256)), masked(2048)] {
+            let masked = |seqlen| AttentionSpec { key_mask: true, ..evoformer(precision, head_dim, seqlen) };
+            for spec in [evoformer(precision, head_dim, 256), pair_alone(masked(256)), masked(2048)] {
                 kernels.extend(launches(spec, 1)?.into_iter().map(|kernel| (kernel, true)));
             }
         }
-        for (spec, step) in others(dtype) {
+        for (spec, step) in others(precision) {
             kernels.extend(launches(spec, step)?.into_iter().map(|kernel| (kernel, false)));
         }
     }
@@ -37,18 +37,19 @@ pub(crate) fn kernels() -> Result<Vec<(Kernel, bool)>, KernelError> {
 }
 
 /// Problems whose speed is not followed, with the distance of neighbouring channels and keys in memory.
-fn others(dtype: DType) -> Vec<(AttentionSpec, i64)> {
-    let mut others = vec![(everything(dtype), 1), (everything(dtype), 3)];
+fn others(precision: Precision) -> Vec<(AttentionSpec, i64)> {
+    let mut others = vec![(everything(precision), 1), (everything(precision), 3)];
     for (head_dim, head_dim_v, seqlen) in [(5, 5, 77), (20, 40, 384), (33, 16, 1000), (136, 136, 40), (8, 8, 9)] {
-        let spec = AttentionSpec { head_dim_v, batch: 2, ..evoformer(dtype, head_dim, seqlen) };
+        let spec = AttentionSpec { head_dim_v, batch: 2, ..evoformer(precision, head_dim, seqlen) };
         let biases = spec.biases.iter().map(|bias| BiasSpec { shape: [1, 1, bias.shape[2], seqlen, seqlen], ..*bias });
         others.push((AttentionSpec { biases: biases.collect(), ..spec }, 1));
     }
     others
 }
 
-fn evoformer(dtype: DType, head_dim: usize, seqlen: usize) -> AttentionSpec {
+fn evoformer(Precision { dtype, products }: Precision, head_dim: usize, seqlen: usize) -> AttentionSpec {
     let mut spec = AttentionSpec::new(dtype, 1, ROWS, seqlen, HEADS, head_dim);
+    spec.products = products;
     spec.biases = vec![
         BiasSpec { shape: [1, ROWS, 1, 1, seqlen], dtype },
         BiasSpec { shape: [1, 1, HEADS, seqlen, seqlen], dtype },
@@ -66,9 +67,10 @@ fn pair_alone(mut spec: AttentionSpec) -> AttentionSpec {
     spec.with_all_gradients()
 }
 
-fn everything(dtype: DType) -> AttentionSpec {
+fn everything(Precision { dtype, products }: Precision) -> AttentionSpec {
     let seqlen = 384;
     let mut spec = AttentionSpec::new(dtype, 1, ROWS, seqlen, HEADS, 32);
+    spec.products = products;
     spec.biases = vec![
         BiasSpec { shape: [1, ROWS, 1, 1, seqlen], dtype },
         BiasSpec { shape: [1, 1, HEADS, seqlen, seqlen], dtype },
@@ -127,9 +129,9 @@ mod tests {
 
     #[test]
     fn every_example_is_a_problem() {
-        for dtype in [DType::F32, DType::F16, DType::BF16] {
-            let followed = HEAD_DIMS.map(|head_dim| (evoformer(dtype, head_dim, 2048), 1));
-            for (spec, step) in others(dtype).into_iter().chain(followed) {
+        for precision in Precision::ALL {
+            let followed = HEAD_DIMS.map(|head_dim| (evoformer(precision, head_dim, 2048), 1));
+            for (spec, step) in others(precision).into_iter().chain(followed) {
                 assert!(!launches(spec.clone(), step).unwrap().is_empty(), "{spec:?}");
             }
         }

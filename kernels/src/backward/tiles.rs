@@ -156,8 +156,7 @@ impl QueryTiles {
             (false | true, _) => ((2, 1), (2, 1), 1),
         };
         let in_registers = !channels.is_single() && channels.largest() <= if bias { 64 } else { 128 };
-        let tiles =
-            Self { warps, row_tiles, columns, parts, stages, in_registers, shared_bytes: 0 };
+        let tiles = Self { warps, row_tiles, columns, parts, stages, in_registers, shared_bytes: 0 };
         let rows = |rows, channels_of| tile_bytes(rows, channels_of, channels.element);
         let both = |count| rows(count, channels.head_dim) + rows(count, channels.head_dim_v);
         let queries = both(tiles.tile_q()) + 3 * tiles.tile_q() * 4;

@@ -1,14 +1,12 @@
 //! Attention problems that together use every value of every constant.
 
-use tilefold_core::{AttentionProblem, AttentionSpec, BiasSpec, DType, EmptyRows, StructuralMask, Window};
+use tilefold_core::{AttentionProblem, AttentionSpec, BiasSpec, DType, EmptyRows, Precision, StructuralMask, Window};
 
 use crate::forward::{ForwardKernel, ForwardOutputs};
 use crate::kernel::{Kernel, KernelError};
 use crate::operands::AttentionOperands;
 use crate::params::Operand;
 use crate::vendor::Vendor;
-
-const DTYPES: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
 
 /// Head dimensions of published models, and the largest.
 const HEAD_DIMS: [usize; 9] = [8, 16, 24, 32, 48, 64, 96, 128, 256];
@@ -45,9 +43,11 @@ pub(super) fn forward(vendor: Vendor) -> Result<Vec<(Kernel, bool)>, KernelError
 
 fn cases() -> Vec<Case> {
     let mut cases = Vec::new();
-    for dtype in DTYPES {
+    for Precision { dtype, products } in Precision::ALL {
+        let plain =
+            |head_dim| AttentionSpec { products, ..AttentionSpec::new(dtype, 1, ROWS, SEQLEN, HEADS, head_dim) };
         for head_dim in HEAD_DIMS {
-            let base = || AttentionSpec::new(dtype, 1, ROWS, SEQLEN, HEADS, head_dim);
+            let base = || plain(head_dim);
             let pair = || AttentionSpec { biases: vec![pair_bias(dtype)], ..base() };
             let masked = AttentionSpec { key_mask: true, ..pair() };
             // The half types differ in single instructions: one of them goes over every problem.
@@ -60,14 +60,13 @@ fn cases() -> Vec<Case> {
         // Each switch by itself and all of them.
         let of_switches = if dtype == DType::BF16 { &[8, 32][..] } else { &[32] };
         for &head_dim in of_switches {
-            cases.extend(switches(&AttentionSpec::new(dtype, 1, ROWS, SEQLEN, HEADS, head_dim)));
+            cases.extend(switches(&plain(head_dim)));
         }
         // Odd sizes: channels that are no multiple of a piece, of q and of v; short sequences, a few queries of long ones.
         for (head_dim, head_dim_v, seqlen_q) in
             [(5, 5, SEQLEN), (20, 40, SEQLEN), (32, 32, 9), (64, 64, 40), (8, 8, 40)]
         {
-            let base = AttentionSpec::new(dtype, 1, ROWS, SEQLEN, HEADS, head_dim);
-            cases.push(Case::new(AttentionSpec { head_dim_v, seqlen_q, ..base }));
+            cases.push(Case::new(AttentionSpec { head_dim_v, seqlen_q, ..plain(head_dim) }));
         }
     }
     cases

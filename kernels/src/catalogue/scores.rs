@@ -18,7 +18,7 @@ pub struct Scores {
     pub tile_k: usize,
     /// Warps of a block.
     pub warps: usize,
-    /// Matrix products of each score; f32 takes three for one on NVIDIA.
+    /// Matrix products of each score; f32 takes three for one on NVIDIA, or one of tf32 where that is allowed.
     pub products: usize,
     /// Channels of q and k by the problem.
     pub head_dim: usize,
@@ -71,6 +71,7 @@ impl Scores {
             Vendor::Amd => channels.next_multiple_of(vendor.product_rows()),
         };
         let wants = |name| constants.is(name);
+        let splits = dtype == DType::F32 && vendor == Vendor::Nvidia && !wants("TF32");
         let (pass, walk, [tile_q, tile_k], warps, products, copied) = match kernel.entry {
             "attention_forward" => {
                 let warps = number("WARPS")?;
@@ -101,7 +102,7 @@ impl Scores {
             tile_q,
             tile_k,
             warps,
-            products: if dtype == DType::F32 && vendor == Vendor::Nvidia { 3 * products } else { products },
+            products: if splits { 3 * products } else { products },
             head_dim,
             depth: usize::midpoint(padded(head_dim), padded_v(number("HEAD_DIM_V")?)),
             dtype,
