@@ -125,12 +125,11 @@ KERNEL_WITH_BLOCKS(THREADS, MIN_BLOCKS) backward_bias(const BackwardParams param
         for (int part = 0; part < PARTS; part++) {
             Accumulator s[M][N], dp[M][N];
             if (!fast) one_by_one();
+            queries.multiply<Q_IN_REGISTERS>(s, dp, keys, part, lane);
             if (fast) {
-                queries.multiply<Q_IN_REGISTERS>(s, dp, keys, part, lane);
                 const i64 first = ALIBI || !RUNS ? notes.first_key() + key + part * 8 * N : 0;
                 biases.take<true>(s, in, first, part, queries.lse, queries.lse);
             } else {
-                queries.multiply<Q_IN_REGISTERS>(s, dp, keys, part, lane);
                 const Position at = notes.term(row);
                 general_logits(s, dp, queries, biases, in, at, lane, notes.first_query(), notes.first_key(), key + part * 8 * N, part, plain, all);
             }
