@@ -23,7 +23,7 @@ pub(crate) fn plan(problem: &AttentionProblem, device: DeviceId, limits: Limits)
     let spec = problem.spec();
     let kernel = ForwardKernel::new(Vendor::Nvidia, problem, &AttentionOperands::default(), &ForwardOutputs::default());
     let (tile_q, tile_k) = (kernel.tile.tile_q(), kernel.tile.tile_k);
-    let backward_shared = usize::try_from(backward_shared_bytes(problem)).map_err(unsupported)?;
+    let backward_shared = usize::try_from(backward_shared_bytes(Vendor::Nvidia, problem)).map_err(unsupported)?;
     let shared = kernel.shared_bytes().max(backward_shared);
     if shared > usize::try_from(limits.shared_bytes).unwrap_or(usize::MAX) {
         let limit = format!(
@@ -111,7 +111,7 @@ pub(crate) fn backward(stream: &CudaStream, limits: Limits, args: BackwardArgs<'
     let bytes = workspace_bytes(problem);
     let workspace = (bytes > 0).then(|| Block::new(stream, bytes)).transpose()?;
     let address = workspace.as_ref().map_or(0, Block::address);
-    for launch in tilefold_kernels::backward(problem, &operands, address).map_err(unsupported)? {
+    for launch in tilefold_kernels::backward(Vendor::Nvidia, problem, &operands, address).map_err(unsupported)? {
         match launch {
             BackwardLaunch::Attention(launch) => launch_all(stream, limits, Ok(*launch))?,
             BackwardLaunch::Sums(launch) => launch_all(stream, limits, Ok(*launch))?,
@@ -124,7 +124,7 @@ pub(crate) fn backward(stream: &CudaStream, limits: Limits, args: BackwardArgs<'
 fn workspace_bytes(problem: &AttentionProblem) -> usize {
     let asked = problem.spec().gradients;
     let any = asked.q || asked.k || asked.v || asked.gate || asked.biases.contains(&true);
-    if any { usize::try_from(backward_workspace_bytes(problem)).unwrap_or(usize::MAX) } else { 0 }
+    if any { usize::try_from(backward_workspace_bytes(Vendor::Nvidia, problem)).unwrap_or(usize::MAX) } else { 0 }
 }
 
 /// Lists of a problem that the kernels read from the device: the only workspace of a forward launch.

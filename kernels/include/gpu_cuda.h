@@ -87,6 +87,9 @@ struct Pair {
 DEVICE Pair fused_multiply_add(Pair a, float b, float c) {
     return {fused_multiply_add(a.x, b, c), fused_multiply_add(a.y, b, c)};
 }
+DEVICE Pair fused_multiply_add(Pair a, float b, Pair c) {
+    return {fused_multiply_add(a.x, b, c.x), fused_multiply_add(a.y, b, c.y)};
+}
 
 // A sum of numbers that come in pairs.
 struct PairSum {
@@ -169,7 +172,7 @@ DEVICE i64 opaque(i64 x) {
 }
 
 // What all lanes have alike, told to compilers of other vendors.
-DEVICE bool same_in_warp(bool x) { return x; }
+template <class T> DEVICE T same_in_warp(T x) { return x; }
 
 // Between steps of long code: keeps the compiler from beginning with the loads of all of them.
 DEVICE void one_by_one() { warp_barrier(); }

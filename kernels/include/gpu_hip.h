@@ -14,9 +14,13 @@
 #define KERNEL(threads) extern "C" void
 #define KERNEL_WITH_WAVES(threads, waves) KERNEL(threads)
 #endif
+// As KERNEL, with the number of blocks that registers must leave room for on one compute unit, which has four SIMDs.
+#define KERNEL_WITH_BLOCKS(threads, blocks) KERNEL_WITH_WAVES(threads, ((blocks) * (threads) + 255) / 256)
 #define SHARED __attribute__((shared))
 // Shared memory whose size the launch gives.
 #define DYNAMIC_SHARED(name) extern SHARED Piece name[]
+// The same, by its name.
+extern "C" SHARED Piece shared[];
 
 constexpr int WARP_THREADS = 64;
 
@@ -73,6 +77,7 @@ DEVICE float add(float a, float b) {
 // Two numbers, for which there are instructions.
 typedef float Pair __attribute__((ext_vector_type(2)));
 DEVICE Pair fused_multiply_add(Pair a, float b, float c) { return __builtin_elementwise_fma(a, (Pair)b, (Pair)c); }
+DEVICE Pair fused_multiply_add(Pair a, float b, Pair c) { return __builtin_elementwise_fma(a, (Pair)b, c); }
 
 // A sum of numbers that come in pairs.
 struct PairSum {
@@ -134,8 +139,13 @@ DEVICE i64 opaque(i64 x) {
     return x;
 }
 
-// What all lanes have alike, told to the compiler: branches by it are branches of the wave.
+// What all lanes have alike, told to the compiler: branches by it are branches of the wave, addresses are scalar.
 DEVICE bool same_in_warp(bool x) { return warp_ballot(x) != 0; }
+DEVICE int same_in_warp(int x) { return (int)__builtin_amdgcn_readfirstlane((u32)x); }
+DEVICE i64 same_in_warp(i64 x) {
+    const u64 low = (u32)same_in_warp((int)x), high = (u32)same_in_warp((int)(x >> 32));
+    return (i64)(high << 32 | low);
+}
 
 // Between steps of long code: keeps the compiler from beginning with the loads of all of them.
 DEVICE void one_by_one() { asm volatile("" ::: "memory"); }
@@ -145,11 +155,8 @@ DEVICE void keep_apart() { asm volatile(""); }
 // The kernel's argument, or what it begins with, of which the compiler knows nothing: numbers that are read from it are read
 // where they are used.
 template <class Params> DEVICE const Params& read_again(const Params&) {
-    const u64 address = (u64)opaque((i64)__builtin_amdgcn_kernarg_segment_ptr());
-    // The same in all lanes.
-    const u64 low = (u32)__builtin_amdgcn_readfirstlane((u32)address);
-    const u64 high = (u32)__builtin_amdgcn_readfirstlane((u32)(address >> 32));
-    return *(const Params*)(const __attribute__((address_space(4))) Params*)(high << 32 | low);
+    const u64 address = (u64)same_in_warp(opaque((i64)__builtin_amdgcn_kernarg_segment_ptr()));
+    return *(const Params*)(const __attribute__((address_space(4))) Params*)address;
 }
 
 // ----------------------------------------------------------------------------------------------------------- memory
@@ -163,3 +170,10 @@ template <class T> DEVICE T load_global(const void* from) { return *(const __att
 DEVICE Piece load_piece(const void* from) { return __builtin_bit_cast(Piece, load_global<FourWords>(from)); }
 // A byte of read-only global memory, or 0 without a look at it.
 DEVICE u32 load_byte_or_zero(const u8* from, bool there) { return there ? load_global<u8>(from) : 0; }
+
+// Shared memory whose size the launch gives, by bytes from its start.
+DEVICE u32 shared_address(const void* pointer) { return (u32)((const char*)pointer - (const char*)shared); }
+template <class T> DEVICE T load_shared(u32 address) { return *(const T*)((const char*)shared + address); }
+template <class T> DEVICE void store_shared(u32 address, const T& x) { *(T*)((char*)shared + address) = x; }
+DEVICE u32 load_shared(u32 address) { return load_shared<u32>(address); }
+DEVICE Piece load_shared_piece(u32 address) { return __builtin_bit_cast(Piece, load_shared<FourWords>(address)); }

@@ -1,16 +1,10 @@
 // Matrix products of the forward pass on AMD's matrix cores: which of a tile's numbers a lane holds, S = q k, O += P v.
 //
-// Products are `v_mfma` of 32 rows, 32 columns: C[32][32] += A[32][k] B[k][32]. Lane l with c = l % 32 and h = l / 32 holds
-//
-//   A   row c; of a step of 8 (half types) numbers 4 h .. 4 h + 3, of a step of 2 (f32) number h
-//   B   column c, the same numbers
-//   C   column c, rows 8 g + 4 h + i as number 4 g + i (g, i below 4)
-//
-// S is kept transposed, S^T = k q^T: a column is a query, which two lanes share, 32 queries a wave. Keys are dealt to rows
+// Products are those of mma_hip.cuh. S is kept transposed, S^T = k q^T: a column is a query, which two lanes share, 32 queries a wave. Keys are dealt to rows
 // (tile_hip.cuh) so that a lane's keys are neighbours. P^T is the right factor of O^T = v^T P^T as it lies.
 #pragma once
 
-#include "gpu.h"
+#include "mma_hip.cuh"
 #include "tile_hip.cuh"
 
 constexpr int WARP_QUERIES = 32 * QUERY_TILES;
@@ -43,13 +37,6 @@ struct Lane {
     DEVICE bool leads() const { return half == 0; }
 };
 
-typedef float ProductVector __attribute__((ext_vector_type(16)));
-// C of one product: a lane's numbers together, and one by one.
-union Product {
-    ProductVector all;
-    float each[16];
-};
-
 // Logits of the wave's queries and one tile of keys, transposed.
 using Scores = Product[QUERY_TILES][KEY_TILES];
 DEVICE float& score(Scores& s, int row, int key) { return s[row][key / 16].each[key % 16]; }
@@ -57,42 +44,6 @@ DEVICE float& score(Scores& s, int row, int key) { return s[row][key / 16].each[
 using Output = Product[QUERY_TILES][CHANNEL_TILES];
 DEVICE float& value(Output& out, int row, int channel) { return out[row][channel / 16].each[channel % 16]; }
 DEVICE float value(const Output& out, int row, int channel) { return out[row][channel / 16].each[channel % 16]; }
-
-// Two words: four halves of one row.
-typedef u32 FourHalves __attribute__((ext_vector_type(2)));
-typedef short Bf16Factor __attribute__((ext_vector_type(4)));
-typedef _Float16 F16Factor __attribute__((ext_vector_type(4)));
-
-// The half type; where there is none, one that branches for halves compile with.
-template <class T> struct HalfOf {
-    using Type = T;
-};
-template <> struct HalfOf<float> {
-    using Type = bf16;
-};
-using Half = HalfOf<ELEMENT>::Type;
-
-// C += A B, a step of 8.
-DEVICE void multiply_add(Product& c, FourHalves a, FourHalves b, bf16) {
-    c.all = __builtin_amdgcn_mfma_f32_32x32x8bf16_1k(__builtin_bit_cast(Bf16Factor, a), __builtin_bit_cast(Bf16Factor, b), c.all, 0, 0, 0);
-}
-DEVICE void multiply_add(Product& c, FourHalves a, FourHalves b, f16) {
-    c.all = __builtin_amdgcn_mfma_f32_32x32x8f16(__builtin_bit_cast(F16Factor, a), __builtin_bit_cast(F16Factor, b), c.all, 0, 0, 0);
-}
-// C += A B, a step of 2.
-DEVICE void multiply_add(Product& c, float a, float b) {
-    c.all = __builtin_amdgcn_mfma_f32_32x32x2f32(a, b, c.all, 0, 0, 0);
-}
-// The numbers of one piece: two steps of halves, four of f32.
-DEVICE void multiply_add_pieces(Product& c, const FourWords& a, const FourWords& b) {
-    if constexpr (HALF_TYPE) {
-        multiply_add(c, a.xy, b.xy, Half());
-        multiply_add(c, a.zw, b.zw, Half());
-    } else {
-#pragma unroll
-        for (int i = 0; i < 4; i++) multiply_add(c, float_of(a[i]), float_of(b[i]));
-    }
-}
 
 // Over the lanes that share a row.
 DEVICE float row_maximum(float x) { return maximum(x, shuffle_xor(x, 32)); }
@@ -130,14 +81,13 @@ struct Excluded {
     }
 };
 
-// q^T, in registers: of each pair of pieces of a query one for each of its two lanes; of an odd piece half.
+// q^T, in registers.
 struct Queries {
-    static constexpr int pieces = KeyTileShape::pieces, pairs = pieces / 2;
-    static constexpr bool odd = pieces % 2 == 1;
+    using QueryColumn = Column<HEAD_DIM, Q_PIECES, true>;
+    static constexpr int pairs = QueryColumn::pairs;
     int column;
     int half;
-    FourWords words[QUERY_TILES][pairs > 0 ? pairs : 1];
-    FourHalves last[QUERY_TILES];
+    QueryColumn columns[QUERY_TILES];
 
     // Starts loading the block's `count` queries from `first` on.
     DEVICE void start(const Rows<ELEMENT>& rows, i64 first, int count, Piece*, const Lane& lane) {
@@ -147,16 +97,7 @@ struct Queries {
         for (int m = 0; m < QUERY_TILES; m++) {
             // Queries that do not exist read the last one that does.
             const int row = lane.row(m) < count ? lane.row(m) : count - 1;
-            const ELEMENT* data = rows.data + (first + row) * rows.row_stride;
-#pragma unroll
-            for (int p = 0; p < pairs; p++) {
-                const int channel = (2 * p + half) * PIECE_ELEMENTS<ELEMENT>;
-                words[m][p] = RowPart<4, HEAD_DIM, Q_PIECES>::load(data + channel * rows.channel_stride, channel, rows.channel_stride);
-            }
-            if constexpr (odd) {
-                const int channel = 2 * pairs * PIECE_ELEMENTS<ELEMENT> + 4 * half;
-                last[m] = RowPart<2, HEAD_DIM, Q_PIECES>::load(data + channel * rows.channel_stride, channel, rows.channel_stride);
-            }
+            columns[m].start(rows.data + (first + row) * rows.row_stride, rows.channel_stride, half);
         }
     }
     DEVICE void load() {}
@@ -169,29 +110,13 @@ DEVICE void add_logits(Scores& s, const Queries& queries, const Piece* keys, int
     for (int p = 0; p < Queries::pairs; p++) {
         const FourWords left = *(const FourWords*)&keys[KeyTileShape::slot(row, 2 * p + queries.half)];
 #pragma unroll
-        for (int m = 0; m < QUERY_TILES; m++) multiply_add_pieces(s[m][group], left, queries.words[m][p]);
+        for (int m = 0; m < QUERY_TILES; m++) multiply_add_pieces(s[m][group], left, queries.columns[m].words[p]);
     }
-    if constexpr (Queries::odd) {
+    if constexpr (Queries::QueryColumn::odd) {
         const FourHalves left = ((const FourHalves*)&keys[KeyTileShape::slot(row, 2 * Queries::pairs)])[queries.half];
 #pragma unroll
-        for (int m = 0; m < QUERY_TILES; m++) multiply_add(s[m][group], left, queries.last[m], Half());
+        for (int m = 0; m < QUERY_TILES; m++) multiply_add(s[m][group], left, queries.columns[m].last, Half());
     }
-}
-
-// Two P, rounded to nearest (ties away from 0). NaN may get lost: the row's sum is NaN then.
-DEVICE u32 pack_rounded(Pair p, bf16) {
-#if defined(__gfx942__)
-    // One addition for both: that of the low number carries nothing over, as it is positive.
-    const u64 added = __builtin_bit_cast(u64, p) + 0x0000800000008000;
-    return __builtin_amdgcn_perm((u32)(added >> 32), (u32)added, 0x07060302);
-#else
-    return __builtin_amdgcn_perm(bits_of(p.y) + 0x8000, bits_of(p.x) + 0x8000, 0x07060302);
-#endif
-}
-DEVICE u32 pack_rounded(Pair p, f16) {
-    // The conversion cuts off what is added half of.
-    const u32 low = bits_of(p.x) + 0x1000, high = bits_of(p.y) + 0x1000;
-    return __builtin_bit_cast(u32, __builtin_amdgcn_cvt_pkrtz(float_of(low), float_of(high)));
 }
 
 // P as the right factor, of the lane's keys: halves by four, or f32.

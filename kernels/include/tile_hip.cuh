@@ -8,11 +8,9 @@
 //   v, f32            a row for each key, in their own order: a product reads one number of each lane's row
 #pragma once
 
-#include "gpu.h"
-#include "rows.cuh"
+#include "mma_hip.cuh"
 
 constexpr int LANE_KEYS = TILE_K / 2;  // neighbouring keys that one of a row's two lanes owns
-constexpr bool HALF_TYPE = sizeof(ELEMENT) == 2;
 
 // Row c of product t is row 32 t + c. A lane of half h receives of it rows c = 8 g + 4 h + i (i below 4) as number
 // 4 g + i, which are to be its keys 16 t + 4 g + i.
@@ -54,32 +52,6 @@ template <class Load> DEVICE void whole_or_part(u64 keeps, Load load) {
         load(false);
     }
 }
-
-// Neighbouring channels of a row, in words; channels that do not exist are 0.
-template <int words, int channels, bool in_pieces> struct RowPart {
-    static constexpr int elements = 4 * words / (int)sizeof(ELEMENT);
-    typedef u32 Words __attribute__((ext_vector_type(words)));
-
-    // `address` is that of channel `channel`.
-    static DEVICE Words load(const ELEMENT* address, int channel, i64 channel_stride) {
-        if constexpr (in_pieces) {
-            static_assert(channels % 8 == 0, "pieces of a row");
-            return load_global<Words>(address);
-        } else {
-            Words loaded = 0;
-#pragma unroll
-            for (int i = 0; i < elements; i++) {
-                if (channel + i >= channels) continue;
-                if constexpr (HALF_TYPE) {
-                    loaded[i / 2] |= (u32)load_global<u16>(address + i * channel_stride) << 16 * (i % 2);
-                } else {
-                    loaded[i] = load_global<u32>(address + i * channel_stride);
-                }
-            }
-            return loaded;
-        }
-    }
-};
 
 // Loads tiles of rows, in pieces: those whose bit in `keeps` is set; the others become 0 and are not read.
 template <class Tile, bool in_pieces, int threads> struct RowLoader {

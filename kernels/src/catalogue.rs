@@ -28,7 +28,7 @@ pub struct Entry {
 }
 
 /// Kernels whose products are written for NVIDIA's tensor cores alone so far.
-const WITHOUT_AMD: [&str; 3] = ["backward_keys", "backward_bias", "backward_queries"];
+const WITHOUT_AMD: [&str; 2] = ["backward_bias", "backward_queries"];
 
 /// All kernels for one vendor: those of copies, fills and merges in every dtype, those of attention.
 ///
@@ -51,7 +51,7 @@ pub fn catalogue(vendor: Vendor) -> Result<Vec<Entry>, KernelError> {
     for (kernel, followed) in attention::forward(vendor)? {
         add(kernel, followed);
     }
-    for (kernel, followed) in backward::kernels()? {
+    for (kernel, followed) in backward::kernels(vendor)? {
         add(kernel, followed);
     }
     Ok(entries)
@@ -62,13 +62,17 @@ mod tests {
     use super::*;
 
     #[test]
-    fn amd_has_what_needs_no_backward_products() {
+    fn amd_has_all_but_the_passes_by_queries() {
         let entries = catalogue(Vendor::Amd).unwrap();
         let forward = entries.iter().find(|entry| entry.kernel.name.starts_with("forward bf16 8x8 bias0")).unwrap();
         let scores = forward.scores.as_ref().unwrap();
         // v is padded to 32 channels.
         assert_eq!((scores.tile_q, scores.tile_k, scores.depth, scores.products), (128, 64, 20, 2));
         assert_eq!(forward.kernel.block_threads, 256);
+        let keys = entries.iter().find(|entry| entry.kernel.name.starts_with("backward_keys bf16 8x8")).unwrap();
+        let scores = keys.scores.as_ref().unwrap();
+        // Channels of dK and dV are padded to 32.
+        assert_eq!((scores.tile_q, scores.tile_k, scores.depth, scores.products), (32, 256, 20, 4));
         assert!(entries.iter().any(|entry| entry.kernel.entry == "sums"));
         assert!(entries.iter().all(|entry| !WITHOUT_AMD.contains(&entry.kernel.entry)));
     }

@@ -6,6 +6,7 @@ use super::{BackwardOperands, backward};
 use crate::kernel::{Kernel, KernelError};
 use crate::operands::AttentionOperands;
 use crate::params::Operand;
+use crate::vendor::Vendor;
 
 /// Head dimensions that kernels are tuned for, and the largest.
 const HEAD_DIMS: [usize; 8] = [8, 16, 24, 32, 48, 64, 128, 256];
@@ -19,18 +20,18 @@ const HEADS: usize = 4;
 /// gradients), short and long enough for each choice of passes; one problem with every switch and kind of bias, dense and
 /// strided; sizes that are no multiple of a piece. f16, whose kernels differ from those of bf16 in single instructions, has
 /// one head dimension of the first kind.
-pub(crate) fn kernels() -> Result<Vec<(Kernel, bool)>, KernelError> {
+pub(crate) fn kernels(vendor: Vendor) -> Result<Vec<(Kernel, bool)>, KernelError> {
     let mut kernels = Vec::new();
     for precision in Precision::ALL {
         let head_dims = if precision.dtype == DType::F16 { &[32][..] } else { &HEAD_DIMS };
         for &head_dim in head_dims {
             let masked = |seqlen| AttentionSpec { key_mask: true, ..evoformer(precision, head_dim, seqlen) };
             for spec in [evoformer(precision, head_dim, 256), pair_alone(masked(256)), masked(2048)] {
-                kernels.extend(launches(spec, 1)?.into_iter().map(|kernel| (kernel, true)));
+                kernels.extend(launches(vendor, spec, 1)?.into_iter().map(|kernel| (kernel, true)));
             }
         }
         for (spec, step) in others(precision) {
-            kernels.extend(launches(spec, step)?.into_iter().map(|kernel| (kernel, false)));
+            kernels.extend(launches(vendor, spec, step)?.into_iter().map(|kernel| (kernel, false)));
         }
     }
     Ok(kernels)
@@ -85,7 +86,7 @@ fn everything(Precision { dtype, products }: Precision) -> AttentionSpec {
 
 /// Kernels of a problem (none where it is none, which the tests refuse), in operands whose innermost axis has a stride of
 /// `step`.
-fn launches(spec: AttentionSpec, step: i64) -> Result<Vec<Kernel>, KernelError> {
+fn launches(vendor: Vendor, spec: AttentionSpec, step: i64) -> Result<Vec<Kernel>, KernelError> {
     let Ok(problem) = AttentionProblem::new(spec) else { return Ok(Vec::new()) };
     let spec = problem.spec();
     let dense = |shape: &[usize]| {
@@ -120,7 +121,7 @@ fn launches(spec: AttentionSpec, step: i64) -> Result<Vec<Kernel>, KernelError> 
             .collect(),
         d_gate: spec.gate.then(|| dense(&problem.out_shape())),
     };
-    Ok(backward(&problem, &operands, 256)?.iter().map(|launch| launch.kernel().clone()).collect())
+    Ok(backward(vendor, &problem, &operands, 256)?.iter().map(|launch| launch.kernel().clone()).collect())
 }
 
 #[cfg(test)]
@@ -132,7 +133,7 @@ mod tests {
         for precision in Precision::ALL {
             let followed = HEAD_DIMS.map(|head_dim| (evoformer(precision, head_dim, 2048), 1));
             for (spec, step) in others(precision).into_iter().chain(followed) {
-                assert!(!launches(spec.clone(), step).unwrap().is_empty(), "{spec:?}");
+                assert!(!launches(Vendor::Nvidia, spec.clone(), step).unwrap().is_empty(), "{spec:?}");
             }
         }
     }

@@ -9,6 +9,7 @@ use crate::constants::{AttentionConstants, element};
 use crate::kernel::{Kernel, KernelError, Launch};
 use crate::params::{BackwardParams, Operand, SumParams};
 use crate::source::Constant;
+use crate::vendor::Vendor;
 
 /// Threads of the kernels that are not passes.
 const SIMPLE_THREADS: u32 = 128;
@@ -18,6 +19,7 @@ const FEW_SUMS: u64 = 4096;
 
 /// The launches of one backward pass, under way.
 pub(super) struct Launches<'a> {
+    vendor: Vendor,
     problem: &'a AttentionProblem,
     operands: &'a BackwardOperands,
     schedule: Schedule,
@@ -62,11 +64,12 @@ fn dense<const N: usize>(sizes: [u64; N]) -> Result<[i64; N], KernelError> {
 
 impl<'a> Launches<'a> {
     pub(super) fn new(
+        vendor: Vendor,
         problem: &'a AttentionProblem,
         operands: &'a BackwardOperands,
         workspace: u64,
     ) -> Result<Self, KernelError> {
-        let (spec, schedule) = (problem.spec(), Schedule::new(problem));
+        let (spec, schedule) = (problem.spec(), Schedule::new(vendor, problem));
         let channels = Channels::of(spec);
         let offsets = schedule.workspace;
         let at = |offset: u64| workspace.saturating_add(offset);
@@ -109,7 +112,7 @@ impl<'a> Launches<'a> {
             term_chunk: 1,
             first_block: 0,
         };
-        Ok(Self { problem, operands, schedule, params, channels })
+        Ok(Self { vendor, problem, operands, schedule, params, channels })
     }
 
     pub(super) fn list(&self) -> Result<Vec<BackwardLaunch>, KernelError> {
@@ -148,8 +151,14 @@ impl<'a> Launches<'a> {
     fn shared(&self) -> Constants {
         let (spec, operands) = (self.spec(), &self.operands.inputs);
         let pieces = |operand: &Operand, channels: usize| self.in_pieces(operand, channels);
-        // Rows of a bias lie apart what fits 32 bits, in bytes.
-        let narrow = |bias: &Operand| i32::try_from(bias.strides[3].saturating_mul(4)).is_ok();
+        // Rows of a bias lie apart what fits 32 bits, in bytes; on AMD a tile of them with all keys does, going up.
+        let narrow = |bias: &Operand| match self.vendor {
+            Vendor::Nvidia => i32::try_from(bias.strides[3].saturating_mul(4)).is_ok(),
+            Vendor::Amd => {
+                let tile = u64::try_from(bias.strides[3]).unwrap_or(u64::MAX).saturating_mul(32);
+                u32::try_from(tile.saturating_add(spec.seqlen_k as u64).saturating_mul(4)).is_ok()
+            }
+        };
         // Rows of the workspace are padded with zeros.
         let d_o_pieces = spec.gate || pieces(&self.params.d_o, spec.head_dim_v);
         Constants(AttentionConstants::new(self.problem, operands).constants())
@@ -165,6 +174,10 @@ impl<'a> Launches<'a> {
     fn in_pieces(&self, operand: &Operand, channels: usize) -> bool {
         let dtype = self.spec().dtype;
         operand.in_pieces(5, dtype) && (channels * dtype.size_bytes()).is_multiple_of(16)
+    }
+
+    fn warp_threads(&self) -> u32 {
+        u32::try_from(self.vendor.warp_threads()).unwrap_or(u32::MAX)
     }
 
     fn title(&self, what: &str) -> String {
@@ -198,7 +211,7 @@ impl<'a> Launches<'a> {
 
     fn uniform(&self) -> Result<BackwardLaunch, KernelError> {
         let spec = self.spec();
-        let threads = self.channels.head_dim_v.next_multiple_of(32).min(SIMPLE_THREADS);
+        let threads = self.channels.head_dim_v.next_multiple_of(self.warp_threads()).min(SIMPLE_THREADS);
         let constants = Constants::default()
             .value("ELEMENT", element(spec.dtype))
             .value("HEAD_DIM_V", spec.head_dim_v)
@@ -211,7 +224,6 @@ impl<'a> Launches<'a> {
 
     fn by_keys(&self, pass: &KeyPass) -> Result<BackwardLaunch, KernelError> {
         let (spec, sizes, chunks) = (self.spec(), &pass.tiles, self.schedule.query_chunks.count);
-        let threads = sizes.warps * 32;
         let constants = self
             .shared()
             .value("WARPS", sizes.warps)
@@ -220,14 +232,14 @@ impl<'a> Launches<'a> {
             .value("STAGES", sizes.stages)
             .value("K_IN_REGISTERS", sizes.in_registers)
             .value("SHARED_BYTES", sizes.shared_bytes)
-            .value("MIN_BLOCKS", 1)
+            .value("MIN_BLOCKS", sizes.min_blocks)
             .value("WANT_DK", pass.dk)
             .value("WANT_DV", pass.dv)
             .value("WANT_KEY_SUMS", pass.sums)
             .value("PARTIALS", chunks > 1);
         let wanted = [(pass.dk, " dk"), (pass.dv, " dv"), (pass.sums, " sums"), (chunks > 1, " partials")];
         let title = self.title("backward_keys") + &list_of(wanted);
-        let kernel = Kernel::new(title, "attention/backward_keys.cu", "backward_keys", &constants.0, threads)?
+        let kernel = Kernel::new(title, "attention/backward_keys.cu", "backward_keys", &constants.0, sizes.threads())?
             .with_dynamic_shared_bytes(sizes.shared_bytes);
         let outer: u64 = [spec.batch, spec.rows, spec.kv_heads].iter().map(|&size| size as u64).product();
         let blocks = outer * tiles(spec.seqlen_k, sizes.tile_k()) * chunks;

@@ -16,6 +16,7 @@ use tilefold_core::{AttentionProblem, DType};
 use crate::kernel::{Kernel, KernelError, Launch};
 use crate::operands::AttentionOperands;
 use crate::params::{BackwardParams, Operand, SumParams};
+use crate::vendor::Vendor;
 
 /// Operands of a backward pass on a device, gradients exactly as the problem asks.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -68,14 +69,15 @@ impl BackwardLaunch {
 /// without a query or key axis, one f32 for each key or query and head; and where a walk is cut into chunks, up to 8 times
 /// the f32 size of dK, dV and a bias gradient and up to 4 times that of dQ. Nothing grows with seqlen_q · seqlen_k per row.
 #[must_use]
-pub fn backward_workspace_bytes(problem: &AttentionProblem) -> u64 {
-    Schedule::new(problem).workspace.bytes
+pub fn backward_workspace_bytes(vendor: Vendor, problem: &AttentionProblem) -> u64 {
+    Schedule::new(vendor, problem).workspace.bytes
 }
 
-/// Shared memory that some block of a backward pass takes; at most 99 KiB, which every supported device has.
+/// Shared memory that some block of a backward pass takes; no more than every supported device of the
+/// vendor has.
 #[must_use]
-pub fn backward_shared_bytes(problem: &AttentionProblem) -> u32 {
-    let schedule = Schedule::new(problem);
+pub fn backward_shared_bytes(vendor: Vendor, problem: &AttentionProblem) -> u32 {
+    let schedule = Schedule::new(vendor, problem);
     let keys = schedule.keys.iter().map(|pass| pass.tiles.shared_bytes);
     keys.chain(schedule.queries.iter().map(|pass| pass.tiles.shared_bytes)).max().unwrap_or(0)
 }
@@ -88,9 +90,10 @@ pub fn backward_shared_bytes(problem: &AttentionProblem) -> u32 {
 /// # Errors
 /// [`KernelError`].
 pub fn backward(
+    vendor: Vendor,
     problem: &AttentionProblem,
     operands: &BackwardOperands,
     workspace: u64,
 ) -> Result<Vec<BackwardLaunch>, KernelError> {
-    Launches::new(problem, operands, workspace)?.list()
+    Launches::new(vendor, problem, operands, workspace)?.list()
 }

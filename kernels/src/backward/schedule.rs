@@ -2,7 +2,8 @@
 
 use tilefold_core::{AttentionProblem, AttentionSpec, BiasSpec, EmptyRows, MAX_BIASES};
 
-use super::tiles::{Channels, KeyTiles, QueryTiles, QueryWork, padded};
+use super::tiles::{Channels, KeyTiles, KeyWork, QueryTiles, QueryWork, padded};
+use crate::vendor::Vendor;
 
 /// Blocks that fill a device: two on each of 108 multiprocessors. One number for every device, so that sums have the same
 /// order everywhere.
@@ -111,7 +112,7 @@ pub(crate) struct Schedule {
 
 impl Schedule {
     /// Decides from the problem alone, so that the workspace is known before a launch.
-    pub(crate) fn new(problem: &AttentionProblem) -> Self {
+    pub(crate) fn new(vendor: Vendor, problem: &AttentionProblem) -> Self {
         let (spec, wanted) = (problem.spec(), problem.spec().gradients);
         let channels = Channels::of(spec);
         let biases = || spec.biases.iter().enumerate().filter(|(i, _)| wanted.biases[*i]);
@@ -119,7 +120,8 @@ impl Schedule {
 
         let mut keys = Vec::new();
         let mut key_pass = |dk, dv, sums| {
-            keys.push(KeyPass { dk, dv, sums, tiles: KeyTiles::choose(channels, dk || sums) });
+            let tiles = KeyTiles::choose(vendor, channels, KeyWork { dk, dv, sums }, spec.seqlen_k);
+            keys.push(KeyPass { dk, dv, sums, tiles });
         };
         match (wanted.k, wanted.v, any(Reduction::Queries)) {
             (false, false, false) => {}

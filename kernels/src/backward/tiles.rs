@@ -2,6 +2,8 @@
 
 use tilefold_core::{AttentionSpec, DType};
 
+use crate::vendor::Vendor;
+
 /// Accumulated channels, dK and dV together, beyond which they are computed in two passes.
 const MOST_ACCUMULATED: u32 = 256;
 
@@ -14,6 +16,10 @@ fn tile_bytes(rows: u32, channels: u32, element: u32) -> u32 {
 /// Channels rounded up to eight.
 pub(crate) fn padded(channels: u32) -> u32 {
     channels.next_multiple_of(8)
+}
+
+fn small(size: usize) -> u32 {
+    u32::try_from(size).unwrap_or(u32::MAX)
 }
 
 /// What tile sizes depend on.
@@ -30,7 +36,6 @@ pub(crate) struct Channels {
 impl Channels {
     /// Those of a problem, whose head dimensions are at most 256.
     pub(crate) fn of(spec: &AttentionSpec) -> Self {
-        let small = |size: usize| u32::try_from(size).unwrap_or(u32::MAX);
         Self {
             element: small(spec.dtype.size_bytes()),
             head_dim: small(spec.head_dim),
@@ -43,7 +48,7 @@ impl Channels {
     }
 
     fn is_single(self) -> bool {
-        self.element == u32::try_from(DType::F32.size_bytes()).unwrap_or(4)
+        self.element == small(DType::F32.size_bytes())
     }
 
     /// Whether dK and dV have room in one pass.
@@ -52,11 +57,20 @@ impl Channels {
     }
 }
 
+/// What a pass by keys computes: dK, dV, sums of dS over queries.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct KeyWork {
+    pub(crate) dk: bool,
+    pub(crate) dv: bool,
+    pub(crate) sums: bool,
+}
+
 /// Tiles of the pass by keys.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct KeyTiles {
+    vendor: Vendor,
     pub(crate) warps: u32,
-    /// Groups of 16 keys of a warp.
+    /// Groups of a warp's keys: 16 each, 32 on AMD.
     pub(crate) row_tiles: u32,
     /// Queries of one step.
     pub(crate) tile_q: u32,
@@ -64,17 +78,31 @@ pub(crate) struct KeyTiles {
     pub(crate) stages: u32,
     /// Whether a warp keeps its keys and values in registers.
     pub(crate) in_registers: bool,
+    /// Blocks of a multiprocessor that registers are to leave room for.
+    pub(crate) min_blocks: u32,
     pub(crate) shared_bytes: u32,
 }
 
 impl KeyTiles {
     /// Keys of a block.
     pub(crate) fn tile_k(&self) -> u32 {
-        self.warps * 16 * self.row_tiles
+        self.warps * small(self.vendor.product_rows()) * self.row_tiles
     }
 
-    /// The choice for a problem; `needs_v` says that dS is computed.
-    pub(crate) fn choose(channels: Channels, needs_v: bool) -> Self {
+    /// Threads of a block.
+    pub(crate) fn threads(&self) -> u32 {
+        self.warps * small(self.vendor.warp_threads())
+    }
+
+    /// The choice for a problem.
+    pub(crate) fn choose(vendor: Vendor, channels: Channels, work: KeyWork, seqlen_k: usize) -> Self {
+        match vendor {
+            Vendor::Nvidia => Self::nvidia(channels, work),
+            Vendor::Amd => Self::amd(channels, work, small(seqlen_k)),
+        }
+    }
+
+    fn nvidia(channels: Channels, work: KeyWork) -> Self {
         let (warps, row_tiles, tile_q, stages, in_registers) = match (channels.is_single(), channels.largest()) {
             (false, ..=32) => (4, 2, 32, 2, true),
             (false, 33..=64) => (4, 1, 32, 2, true),
@@ -84,13 +112,52 @@ impl KeyTiles {
             (true, 65..=128) => (2, 1, 16, 2, false),
             (true, _) => (2, 1, 16, 1, false),
         };
-        let tiles = Self { warps, row_tiles, tile_q, stages, in_registers, shared_bytes: 0 };
+        let vendor = Vendor::Nvidia;
+        let tiles = Self { vendor, warps, row_tiles, tile_q, stages, in_registers, min_blocks: 1, shared_bytes: 0 };
         let rows = |rows, channels_of| tile_bytes(rows, channels_of, channels.element);
         let keys = rows(tiles.tile_k(), channels.head_dim)
-            + if needs_v { rows(tiles.tile_k(), channels.head_dim_v) } else { 0 };
+            + if work.dk || work.sums { rows(tiles.tile_k(), channels.head_dim_v) } else { 0 };
         let stage = rows(tile_q, channels.head_dim) + rows(tile_q, channels.head_dim_v) + 3 * tile_q * 4;
         Self { shared_bytes: keys + stages * stage, ..tiles }
     }
+
+    fn amd(channels: Channels, work: KeyWork, seqlen_k: u32) -> Self {
+        // Waves of a SIMD that registers are to leave room for come last.
+        let (row_tiles, stages, in_registers, waves): (u32, u32, bool, u32) =
+            match (channels.is_single(), channels.largest()) {
+                (false, ..=32) => (2, 2, true, 2),
+                (false, 33..=48) | (true, ..=32) => (1, 2, true, 2),
+                (_, ..=64) => (1, 1, true, 2),
+                (_, 65..=128) => (1, 1, true, 1),
+                (..) => (1, 1, false, 1),
+            };
+        let vendor = Vendor::Amd;
+        // As many warps as leave the fewest keys of the last block without work.
+        let keys = |warps: u32| seqlen_k.next_multiple_of(warps * row_tiles * small(vendor.product_rows()));
+        let warps = [4, 3, 2, 1].into_iter().min_by_key(|&warps| keys(warps)).unwrap_or(1);
+        let (min_blocks, shared_bytes) = ((4 * waves).div_ceil(warps), stages * lds_stage_bytes(channels, work));
+        Self { vendor, warps, row_tiles, tile_q: LDS_QUERIES, stages, in_registers, min_blocks, shared_bytes }
+    }
+}
+
+/// Queries of a tile on AMD: rows of a product.
+const LDS_QUERIES: u32 = 32;
+
+/// A tile of queries in the LDS of AMD, as `include/key_products_hip.cuh` lays it out: rows of q and dO, in the half types
+/// both transposed, statistics; what the work has no use for takes no room.
+fn lds_stage_bytes(channels: Channels, work: KeyWork) -> u32 {
+    let Channels { element, head_dim, head_dim_v } = channels;
+    let rows = |channels| {
+        let pieces = padded(channels) * element / 16;
+        // Rows of 64 pieces fill the LDS and have no unused piece.
+        LDS_QUERIES * 16 * if pieces >= 64 { pieces } else { pieces | 1 }
+    };
+    let columns =
+        |channels, wanted: bool| u32::from(wanted && element == 2) * padded(channels) * 16 * (LDS_QUERIES / 8 | 1);
+    let d_o = if work.dk || work.sums || element == 4 { rows(head_dim_v) } else { 0 };
+    let tiles = rows(head_dim) + d_o + columns(head_dim, work.dk) + columns(head_dim_v, work.dv);
+    // Where tiles fill the LDS, statistics are read from memory.
+    if tiles < small(Vendor::Amd.max_shared_bytes()) { tiles + 3 * LDS_QUERIES * 4 } else { tiles }
 }
 
 /// Tiles of the passes with queries for rows.
@@ -185,10 +252,15 @@ mod tests {
             for head_dim in 1..=256 {
                 for head_dim_v in [1, head_dim, 256] {
                     let channels = Channels { element, head_dim, head_dim_v };
-                    let tiles = KeyTiles::choose(channels, true);
-                    assert!(tiles.shared_bytes <= MAX_SHARED_BYTES, "{channels:?}");
-                    // Statistics of a row are whole tiles.
-                    assert!(padded_queries(1).is_multiple_of(u64::from(tiles.tile_q)), "{channels:?}");
+                    for (vendor, limit) in [(Vendor::Nvidia, MAX_SHARED_BYTES), (Vendor::Amd, 64 * 1024)] {
+                        let both = channels.keys_in_one_pass();
+                        for (dk, dv) in [(true, both), (both, true)] {
+                            let tiles = KeyTiles::choose(vendor, channels, KeyWork { dk, dv, sums: dk }, 4096);
+                            assert!(tiles.shared_bytes <= limit, "{vendor:?} {channels:?}");
+                            // Statistics of a row are whole tiles.
+                            assert!(padded_queries(1).is_multiple_of(u64::from(tiles.tile_q)), "{channels:?}");
+                        }
+                    }
                     for work in [QueryWork::Queries, QueryWork::Bias, QueryWork::Both] {
                         let bytes = QueryTiles::choose(channels, work).map(|tiles| tiles.shared_bytes);
                         assert!(bytes.is_none_or(|bytes| bytes <= MAX_SHARED_BYTES), "{channels:?} {work:?} {bytes:?}");
@@ -196,5 +268,13 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn amd_takes_the_warps_that_leave_the_fewest_keys_idle() {
+        let channels = Channels { element: 2, head_dim: 8, head_dim_v: 8 };
+        let work = KeyWork { dk: true, dv: true, sums: false };
+        let warps = |seqlen_k| KeyTiles::choose(Vendor::Amd, channels, work, seqlen_k).warps;
+        assert_eq!([64, 128, 256, 384, 512].map(warps), [1, 2, 4, 3, 4]);
     }
 }

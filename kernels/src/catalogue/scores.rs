@@ -64,10 +64,10 @@ impl Scores {
             _ => DType::BF16,
         };
         let head_dim = number("HEAD_DIM")?;
-        let padded = |channels: usize| channels.next_multiple_of(8);
-        let padded_v = |channels: usize| match vendor {
+        let (head_dim_v, padded) = (number("HEAD_DIM_V")?, |channels: usize| channels.next_multiple_of(8));
+        // Of a product whose sums are channels.
+        let padded_sums = |channels: usize| match vendor {
             Vendor::Nvidia => padded(channels),
-            // Channels of v are rows of a product.
             Vendor::Amd => channels.next_multiple_of(vendor.product_rows()),
         };
         let wants = |name| constants.is(name);
@@ -80,7 +80,7 @@ impl Scores {
             }
             "backward_keys" => {
                 let warps = number("WARPS")?;
-                let tile = [number("TILE_Q")?, 16 * number("ROW_TILES")? * warps];
+                let tile = [number("TILE_Q")?, vendor.product_rows() * number("ROW_TILES")? * warps];
                 let (dk, dv) = (wants("WANT_DK") || wants("WANT_KEY_SUMS"), wants("WANT_DV"));
                 // S; dP where dS is wanted; dK and dV.
                 let products = 1 + usize::from(dk) + usize::from(wants("WANT_DK")) + usize::from(dv);
@@ -104,7 +104,10 @@ impl Scores {
             warps,
             products: if splits { 3 * products } else { products },
             head_dim,
-            depth: usize::midpoint(padded(head_dim), padded_v(number("HEAD_DIM_V")?)),
+            depth: match pass {
+                Pass::Forward => usize::midpoint(padded(head_dim), padded_sums(head_dim_v)),
+                _ => (padded(head_dim) + padded(head_dim_v) + padded_sums(head_dim) + padded_sums(head_dim_v)) / 4,
+            },
             dtype,
             async_copies: copied.into_iter().all(wants),
         })

@@ -1,14 +1,16 @@
 //! A kernel for AMD compiled for the host, each lane a fiber: `wave.h` and `launch.h` beside this file.
 
+use std::collections::BTreeMap;
 use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::sync::{Arc, Mutex};
 
 use libloading::Library;
-use tilefold_kernels::Launch;
 use tilefold_kernels::params::Params;
+use tilefold_kernels::{Kernel, Launch};
 
 /// Releases of clang, those that `cargo xtask setup` looks for.
 const COMPILERS: [&str; 6] = ["clang-19", "clang-20", "clang-21", "clang-22", "clang-18", "clang-17"];
@@ -34,10 +36,18 @@ type Run = unsafe extern "C" fn(*const c_void, c_uint, c_int, usize) -> *const c
 pub(crate) fn run<P: Params>(launch: &Launch<P>, params: &str) -> Result<(), String> {
     let kernel = &launch.kernel;
     let threads = c_int::try_from(kernel.block_threads).map_err(|error| error.to_string())?;
-    let file = compiled(kernel.source.as_str(), &kernel.hash, kernel.entry, params)?;
+    let library = compiled(kernel, params)?;
+    // A file for each launch: a library has the state of one.
+    static COUNT: AtomicUsize = AtomicUsize::new(0);
+    let file = folder().join(format!("amd-{}-{}.so", kernel.hash, COUNT.fetch_add(1, Relaxed)));
+    fs::write(&file, &*library).map_err(|error| error.to_string())?;
     let result = run_library(&file, launch, threads);
     fs::remove_file(&file).map_err(|error| error.to_string())?;
     result
+}
+
+fn folder() -> &'static Path {
+    Path::new(env!("CARGO_TARGET_TMPDIR"))
 }
 
 fn run_library<P: Params>(file: &Path, launch: &Launch<P>, threads: c_int) -> Result<(), String> {
@@ -58,12 +68,23 @@ fn run_library<P: Params>(file: &Path, launch: &Launch<P>, threads: c_int) -> Re
     Ok(())
 }
 
-fn compiled(source: &str, hash: &str, entry: &str, params: &str) -> Result<PathBuf, String> {
-    // A library for each launch: it has the state of one.
+/// The library of a kernel: compiled now, or for an earlier launch.
+fn compiled(kernel: &Kernel, params: &str) -> Result<Arc<[u8]>, String> {
+    static LIBRARIES: Mutex<BTreeMap<String, Arc<[u8]>>> = Mutex::new(BTreeMap::new());
+    if let Some(library) = LIBRARIES.lock().unwrap().get(&kernel.hash) {
+        return Ok(Arc::clone(library));
+    }
+    let library: Arc<[u8]> = compile(kernel, params)?.into();
+    LIBRARIES.lock().unwrap().insert(kernel.hash.clone(), Arc::clone(&library));
+    Ok(library)
+}
+
+fn compile(kernel: &Kernel, params: &str) -> Result<Vec<u8>, String> {
+    // Two threads may compile the same.
     static COUNT: AtomicUsize = AtomicUsize::new(0);
-    let name = format!("amd-{hash}-{}", COUNT.fetch_add(1, Relaxed));
-    let folder = Path::new(env!("CARGO_TARGET_TMPDIR"));
-    let (text_file, library) = (folder.join(format!("{name}.cpp")), folder.join(format!("{name}.so")));
+    let name = format!("amd-{}-source-{}", kernel.hash, COUNT.fetch_add(1, Relaxed));
+    let (text_file, library) = (folder().join(format!("{name}.cpp")), folder().join(format!("{name}.so")));
+    let (source, entry) = (&kernel.source, kernel.entry);
     let headers = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/amd");
     let text = format!(
         "#include \"wave.h\"\n#line 1 \"kernel\"\n{source}\n#define ENTRY {entry}\n#define PARAMS {params}\n\
@@ -82,8 +103,10 @@ fn compiled(source: &str, hash: &str, entry: &str, params: &str) -> Result<PathB
         .output()
         .map_err(|error| format!("{compiler}: {error}"))?;
     // What does not compile stays, to be looked at.
-    if done.status.success() {
-        fs::remove_file(&text_file).map_err(|error| error.to_string())?;
+    if !done.status.success() {
+        return Err(String::from_utf8_lossy(&done.stderr).into_owned());
     }
-    if done.status.success() { Ok(library) } else { Err(String::from_utf8_lossy(&done.stderr).into_owned()) }
+    let bytes = fs::read(&library).map_err(|error| error.to_string())?;
+    [library, text_file].iter().try_for_each(fs::remove_file).map_err(|error| error.to_string())?;
+    Ok(bytes)
 }

@@ -6,6 +6,7 @@
 #![allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "small numbers of a test")]
 
 mod cases;
+mod device;
 mod host;
 mod tensor;
 
@@ -14,8 +15,9 @@ use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
 use cases::{Case, cases};
 use tensor::Tensor;
+use tilefold_conformance::case::DTYPES;
 use tilefold_conformance::tolerance::{self, Stored};
-use tilefold_conformance::{plain, values::round_to};
+use tilefold_conformance::{self as conformance, plain, values::round_to};
 use tilefold_core::attention::reference::{self, ReferenceInputs};
 use tilefold_core::{AttentionProblem, DType};
 use tilefold_kernels::params::{MergeParams, Operand};
@@ -41,15 +43,15 @@ impl Random {
     }
 }
 
-#[test]
-fn forward_is_the_oracles() {
-    let (cases, next, wrong) = (cases(), AtomicUsize::new(0), Mutex::new(Vec::new()));
+/// Checks all, as many at a time as there are processors.
+fn check_all<T: Sync>(cases: &[T], check: impl Fn(usize, &T) -> Result<(), String> + Sync) {
+    let (next, wrong) = (AtomicUsize::new(0), Mutex::new(Vec::new()));
     let work = || {
         loop {
-            let seed = next.fetch_add(1, Relaxed);
-            let Some(case) = cases.get(seed) else { return };
-            if let Err(what) = check_forward(case, seed as u64) {
-                wrong.lock().unwrap().push(format!("{}, seed {seed}: {what}", case.name()));
+            let number = next.fetch_add(1, Relaxed);
+            let Some(case) = cases.get(number) else { return };
+            if let Err(what) = check(number, case) {
+                wrong.lock().unwrap().push(what);
             }
         }
     };
@@ -58,6 +60,60 @@ fn forward_is_the_oracles() {
     let wrong = wrong.into_inner().unwrap();
     assert!(wrong.is_empty(), "{} of {} cases:\n{}", wrong.len(), cases.len(), wrong.join("\n"));
 }
+
+#[test]
+fn forward_is_the_oracles() {
+    check_all(&cases(), |number, case| {
+        let seed = number as u64;
+        check_forward(case, seed).map_err(|what| format!("{}, seed {seed}: {what}", case.name()))
+    });
+}
+
+/// Tiles of 64 queries by 64 keys of a case of the conformance suite; more take the lanes too long.
+const MOST_TILES: usize = 48;
+
+/// The conformance suite's cases, with the gradients that the pass by keys gives: dK, dV, those of biases without a query
+/// axis; and that of the gate, from the preparation.
+#[test]
+fn gradients_by_keys_are_the_oracles() {
+    let mut cases = Vec::new();
+    for (turn, dtype) in DTYPES.into_iter().enumerate() {
+        for (number, mut case) in conformance::cases::all(dtype, &[32, 256]).into_iter().enumerate() {
+            let spec = &mut case.spec;
+            let wanted = &mut spec.gradients;
+            wanted.q = false;
+            for (wanted, bias) in wanted.biases.iter_mut().zip(&spec.biases) {
+                *wanted = *wanted && bias.shape[3] == 1 && bias.shape[4] > 1;
+            }
+            let any = wanted.k || wanted.v || wanted.biases.contains(&true);
+            // The types differ in loads, products and rounding: most cases have one of them in turn.
+            let all_types = ALL_TYPES.contains(&case.group);
+            if any && case.tiles() <= MOST_TILES && (all_types || number % DTYPES.len() == turn) {
+                cases.push(case);
+            }
+        }
+    }
+    let device = device::Lanes::new();
+    if let Ok(f) = std::env::var("F") {
+        cases.retain(|c| c.title().contains(&f));
+    }
+    eprintln!("{} cases", cases.len());
+    check_all(&cases, |_, case| {
+        let t = std::time::Instant::now();
+        let r = conformance::oracle::check_case(&device, case).map(drop);
+        eprintln!(
+            "{:.1}s {} tiles {} {}",
+            t.elapsed().as_secs_f64(),
+            case.title(),
+            case.tiles(),
+            if r.is_ok() { "ok" } else { "FAIL" }
+        );
+        r
+    });
+}
+
+/// Groups of the conformance suite whose cases run in every dtype.
+const ALL_TYPES: [&str; 2] = ["head_dim", "everything"];
 
 fn check_forward(case: &Case, seed: u64) -> Result<(), String> {
     let problem = AttentionProblem::new(case.spec.clone()).map_err(|error| error.to_string())?;

@@ -1,0 +1,229 @@
+// Products and tiles of the backward pass by keys on NVIDIA's tensor cores: rows of the products of fragment.cuh are keys.
+#pragma once
+
+#include "logits.cuh"
+
+constexpr int M = ROW_TILES;
+constexpr int N = TILE_Q / 8;
+constexpr int WARP_KEYS = 16 * M;
+constexpr int TILE_K = WARPS * WARP_KEYS;
+constexpr int LANE_KEYS = 2 * M;
+constexpr int LANE_QUERIES = 2 * N;
+
+using QTile = Tile<ELEMENT, HEAD_DIM>;
+using VTile = Tile<ELEMENT, HEAD_DIM_V>;
+
+// Neighbouring keys belong to one lane: a lane's rows of the accumulators are 2 M keys in a run, so that it reads a bias
+// in words. In the tile they stand in the order of the fragments' rows.
+struct KeyOrder {
+    DEVICE int operator()(int row) const {
+        const int warp = row / (16 * M), i = row / 16 % M, half = row / 8 % 2, lane = row % 8;
+        return warp * 16 * M + (lane * M + i) * 2 + half;
+    }
+};
+DEVICE int first_key_of_lane() { return warp_index() * 16 * M + lane_index() / 4 * M * 2; }
+
+// Neighbouring queries belong to one lane too.
+struct QueryOrder {
+    DEVICE int operator()(int row) const { return row % 8 / 2 * 2 * N + row / 8 * 2 + row % 2; }
+};
+DEVICE int first_query_of_lane() { return first_of_lane<N>(); }
+
+using StageK = Stage<ELEMENT, HEAD_DIM, TILE_K, THREADS, K_PIECES>;
+using StageV = Stage<ELEMENT, HEAD_DIM_V, TILE_K, THREADS, V_PIECES>;
+using StageQ = Stage<ELEMENT, HEAD_DIM, TILE_Q, THREADS, Q_PIECES>;
+using StageDO = Stage<ELEMENT, HEAD_DIM_V, TILE_Q, THREADS, DO_PIECES>;
+
+// Where things lie in shared memory.
+constexpr int V_AT = QTile::bytes(TILE_K);
+constexpr int STAGES_AT = V_AT + (NEEDS_DS ? VTile::bytes(TILE_K) : 0);
+constexpr int DO_AT = QTile::bytes(TILE_Q);
+constexpr int STATISTICS_AT = DO_AT + VTile::bytes(TILE_Q);
+constexpr int STAGE_BYTES = STATISTICS_AT + 3 * TILE_Q * 4;
+
+// Rows are keys; all at once.
+constexpr int KEY_PARTS = 1;
+constexpr int PART_KEYS = LANE_KEYS;
+using Scores = Accumulator[M][N];
+DEVICE float& score(Scores& s, int key, int query) { return s[key / 2][query / 2][2 * (key % 2) + query % 2]; }
+
+// A row of products is a group.
+constexpr int PART_GROUPS = M;
+template <class Action> DEVICE void for_pairs(int group, Action action) {
+#pragma unroll
+    for (int j = 0; j < N; j++) {
+#pragma unroll
+        for (int half = 0; half < 2; half++) action(2 * group + half, 2 * j);
+    }
+}
+
+DEVICE float sum_of_key(float x) { return quad_sum(x); }
+DEVICE bool leads_key() { return lane_index() % 4 == 0; }
+
+constexpr bool TWO_PIECES = true;
+constexpr bool LOADS_AHEAD = STAGES == 2;
+
+// The warp's keys and values, in registers or loaded once more for every tile of queries.
+struct Keys {
+    FragmentA k[K_IN_REGISTERS ? QTile::steps : 1][M], v[K_IN_REGISTERS ? VTile::steps : 1][M];
+    u32 shared;
+
+    // Those of the block, from `first` on, of which those from `end` on do not exist.
+    DEVICE void start(u32 memory, const Rows<ELEMENT>& of_k, const Rows<ELEMENT>& of_v, i64 first, i64 end) {
+        shared = memory;
+        StageWalk<StageK, ELEMENT, HEAD_DIM, TILE_K, THREADS, K_PIECES, KeyOrder> k_walk;
+        StageWalk<StageV, ELEMENT, HEAD_DIM_V, TILE_K, THREADS, V_PIECES, KeyOrder> v_walk;
+        k_walk.start(of_k, first);
+        k_walk.fetch(shared, end - first);
+        if (NEEDS_DS) {
+            v_walk.start(of_v, first);
+            v_walk.fetch(shared + V_AT, end - first);
+        }
+        copy_async_commit();
+        copy_async_wait<0>();
+        block_barrier();
+        if (K_IN_REGISTERS) {
+#pragma unroll
+            for (int i = 0; i < M; i++) {
+                const int first_row = (warp_index() * M + i) * 16;
+#pragma unroll
+                for (int s = 0; s < QTile::steps; s++) k[s][i] = load_a<ELEMENT, HEAD_DIM>(shared, first_row, s);
+#pragma unroll
+                for (int s = 0; s < VTile::steps; s++) {
+                    if (NEEDS_DS) v[s][i] = load_a<ELEMENT, HEAD_DIM_V>(shared + V_AT, first_row, s);
+                }
+            }
+        }
+    }
+
+    // s = K q^T
+    DEVICE void logits(Scores& s, int, u32 tile) {
+        const auto zero = [](int, int, int) { return 0.0f; };
+#pragma unroll
+        for (int pass = 0; pass < PASSES<ELEMENT>; pass++) {
+#pragma unroll
+            for (int x = 0; x < QTile::steps; x++) {
+                if (!K_IN_REGISTERS) {
+#pragma unroll
+                    for (int i = 0; i < M; i++) k[0][i] = load_a<ELEMENT, HEAD_DIM>(shared, (warp_index() * M + i) * 16, x);
+                }
+                multiply_rows<ELEMENT, HEAD_DIM>(s, k[K_IN_REGISTERS ? x : 0], tile, 0, pass, x, zero);
+            }
+        }
+    }
+    // dp = V dO^T - delta
+    DEVICE void gradients(Scores& dp, int, u32 tile, const float (&minus)[LANE_QUERIES]) {
+        const auto minus_delta = [&](int, int j, int y) { return minus[2 * j + y % 2]; };
+        const auto start = [&](int i, int j, int y) { return STARTS_FROM_DELTA ? minus_delta(i, j, y) : 0.0f; };
+#pragma unroll
+        for (int pass = 0; pass < PASSES<ELEMENT>; pass++) {
+#pragma unroll
+            for (int x = 0; x < VTile::steps; x++) {
+                if (!K_IN_REGISTERS) {
+#pragma unroll
+                    for (int i = 0; i < M; i++) v[0][i] = load_a<ELEMENT, HEAD_DIM_V>(shared + V_AT, (warp_index() * M + i) * 16, x);
+                }
+                multiply_rows<ELEMENT, HEAD_DIM_V>(dp, v[K_IN_REGISTERS ? x : 0], tile + DO_AT, 0, pass, x, start);
+            }
+        }
+        if (!STARTS_FROM_DELTA) add_to_all(dp, minus_delta);
+    }
+};
+
+// The tile of queries that is fetched next.
+struct Queries {
+    StageWalk<StageQ, ELEMENT, HEAD_DIM, TILE_Q, THREADS, Q_PIECES, QueryOrder> q;
+    StageWalk<StageDO, ELEMENT, HEAD_DIM_V, TILE_Q, THREADS, DO_PIECES, QueryOrder> d_o;
+    StatisticsWalk<TILE_Q, THREADS> of_queries;
+
+    DEVICE void start_head(const BackwardParams& params, const Position& at, i64 first) {
+        const AttentionInputs& in = params.inputs;
+        const Operand& d_out = params.d_o;
+        q.start({(const ELEMENT*)in.q.data + offset_of(in.q, at, 0, at.head), in.q.strides[2], in.q.strides[4]}, first);
+        d_o.start({(const ELEMENT*)d_out.data + offset_of(d_out, at, 0, at.head), d_out.strides[2], d_out.strides[4]}, first);
+        of_queries.start(params, at, first);
+    }
+    // Of the tile `there` queries exist; with none, nothing is read.
+    DEVICE void fetch(u32 to, int there) {
+        q.next(to, there);
+        d_o.next(to + DO_AT, there);
+        of_queries.next(to + STATISTICS_AT, there > 0 ? TILE_Q : 0);
+        copy_async_commit();
+    }
+    // Before a head starts: no copy to its buffers is under way.
+    DEVICE void settle() const { copy_async_wait<0>(); }
+    // What was fetched is in its tile.
+    DEVICE void arrive(u32) const { copy_async_wait<0>(); }
+
+    DEVICE void statistics(u32 tile, int kind, float (&to)[LANE_QUERIES]) const {
+        load_shared_run(to, tile + STATISTICS_AT + kind * TILE_Q * 4 + first_query_of_lane() * 4);
+    }
+    // Whether the plain way may be taken for the tile.
+    DEVICE bool plain(u32 tile) const {
+        bool plain = MAY_BE_PLAIN;
+        if (MAY_BE_PLAIN) {
+#pragma unroll
+            for (int i = 0; i < TILE_Q; i += WARP_THREADS) plain = plain && allows_plain(float_of(load_shared(tile + STATISTICS_AT + (i + lane_index() % TILE_Q) * 4)));
+            plain = warp_all(plain);
+        }
+        return plain;
+    }
+};
+
+// A bias of a lane's keys and queries, read in runs of keys, one tile of queries at a time.
+template <class T> struct BiasRuns {
+    const char* data;
+    int stride;  // from query to query, in bytes
+    int first;   // the lane's first query
+    Run<T, LANE_KEYS> runs[LANE_QUERIES];
+
+    // From query `first_query` on, of keys from `key` on.
+    DEVICE void start(const T* start, i64 query_stride, i64 key, i64 first_query) {
+        first = opaque(first_query_of_lane());
+        stride = opaque((int)(query_stride * (i64)sizeof(T)));
+        data = (const char*)opaque((i64)(start + key + first_query * query_stride));
+    }
+    // Reads what the tile of queries needs, of which those to `last` exist; a lane reads others' instead of those that do not.
+    DEVICE void fetch(int last) {
+        if constexpr (QUERY_EIGHTS) {
+            // A lane's queries exist all or none.
+            const char* const from = data + (i64)least_int(first, last + 1 - LANE_QUERIES) * stride;
+#pragma unroll
+            for (int x = 0; x < LANE_QUERIES; x++) load_words(runs[x].words, from + (i64)x * stride);
+        } else {
+#pragma unroll
+            for (int x = 0; x < LANE_QUERIES; x++) load_words(runs[x].words, data + (i64)least_int(first + x, last) * stride);
+        }
+    }
+    // To the next tile.
+    DEVICE void advance() { data = (const char*)opaque((i64)(data + (i64)TILE_Q * stride)); }
+    DEVICE float operator()(int key, int query) const { return runs[query][key]; }
+};
+
+// P or dS as the left factor of a product over queries.
+struct Weights {
+    FragmentA factors[M][TILE_Q / row_step<ELEMENT>];
+    DEVICE void take(const Scores& s, int, int group) {
+#pragma unroll
+        for (int x = 0; x < TILE_Q / row_step<ELEMENT>; x++) {
+            const int j = x * row_step<ELEMENT> / 8, other = j + (row_step<ELEMENT> == 16 ? 1 : 0);
+            factors[group][x] = as_factor<ELEMENT>(s[group][j], s[group][other]);
+        }
+    }
+};
+
+template <int channels> using Gradient = Accumulator[M][Tile<ELEMENT, channels>::columns];
+template <int channels> constexpr int LANE_CHANNELS = 2 * Tile<ELEMENT, channels>::columns;
+DEVICE int channel_of_lane(int i) { return 8 * (i / 2) + 2 * (lane_index() % 4) + i % 2; }
+template <int columns> DEVICE float gradient_of(const Accumulator (&gradient)[M][columns], int key, int i) {
+    return gradient[key / 2][i / 2][2 * (key % 2) + i % 2];
+}
+
+// dV += P^T dO
+DEVICE void add_to_dv(Gradient<HEAD_DIM_V>& dv, const Weights& p, u32 tile) {
+    ProductOverRows<ELEMENT, HEAD_DIM_V, M, TILE_Q / row_step<ELEMENT>>::run(dv, p.factors, tile + DO_AT, 0);
+}
+// dK += dS^T q
+DEVICE void add_to_dk(Gradient<HEAD_DIM>& dk, const Weights& ds, u32 tile) {
+    ProductOverRows<ELEMENT, HEAD_DIM, M, TILE_Q / row_step<ELEMENT>>::run(dk, ds.factors, tile, 0);
+}
