@@ -48,8 +48,13 @@ KERNEL_WITH_BLOCKS(THREADS, MIN_BLOCKS) backward_keys(const BackwardParams param
     // Blocks that read the same part of the biases, rows of the batch, are neighbours.
     i64 block = params.first_block + block_index();
     const i64 key_heads = in.heads / in.group, key_tiles = (in.seqlen_k + TILE_K - 1) / TILE_K;
-    const i64 row = split_index(block, in.rows), first_key = split_index(block, key_tiles) * TILE_K;
-    const i64 key_head = split_index(block, key_heads), batch = split_index(block, in.batch), chunk = block;
+    const i64 row = same_in_warp(block % in.rows);
+    block /= in.rows;
+    const i64 first_key = same_in_warp(block % key_tiles) * TILE_K;
+    block /= key_tiles;
+    const i64 key_head = same_in_warp(block % key_heads);
+    block /= key_heads;
+    const i64 batch = same_in_warp(block % in.batch), chunk = same_in_warp(block / in.batch);
     const Position owner_at = {batch, row, key_head * in.group};
 
     const i64 length = kv_length(in, owner_at);
@@ -127,10 +132,11 @@ KERNEL_WITH_BLOCKS(THREADS, MIN_BLOCKS) backward_keys(const BackwardParams param
         if (tiles > 0) {
             queries.settle();
             block_barrier();
-            queries.start_head(params, {batch, row, head}, first_query);
+            const BackwardParams& again = read_again(params);
+            queries.start_head(again, {batch, row, head}, first_query);
             const int there = tiles > 1 ? TILE_Q : in_last;
             queries.fetch(staged, there);
-            biases.start_head(in, {batch, row, head}, key, first_query);
+            biases.start_head(again.inputs, {batch, row, head}, first_key + first_key_of_lane(), first_query);
             biases.fetch(there - 1);
         }
         for (int tile = 0; tile < tiles; tile++) {
@@ -166,23 +172,26 @@ KERNEL_WITH_BLOCKS(THREADS, MIN_BLOCKS) backward_keys(const BackwardParams param
     const float* uniform = UNIFORM_ROWS && WANT_DV && chunk == 0
                                ? (const float*)params.uniform_sums + ((batch * in.rows + row) * key_heads + key_head) * HEAD_DIM_V
                                : nullptr;
+    // Once more: neither takes registers through the loops.
+    const i64 own_key = first_key + opaque(first_key_of_lane());
+    const BackwardParams& results = read_again(params);
 #pragma unroll
     for (int i = 0; i < LANE_KEYS; i++) {
-        if (key + i >= in.seqlen_k) continue;
+        if (own_key + i >= results.inputs.seqlen_k) continue;
         if (WANT_DK) {
             if (PARTIALS) {
-                const Operand to = {params.dk_partials, {0, 0, 0, 0, 1}};
-                store_row<float, HEAD_DIM>(to, (owner * in.seqlen_k + key + i) * HEAD_DIM, dk, i, in.scale, kept[i], nullptr);
+                const Operand to = {results.dk_partials, {0, 0, 0, 0, 1}};
+                store_row<float, HEAD_DIM>(to, (owner * results.inputs.seqlen_k + own_key + i) * HEAD_DIM, dk, i, results.inputs.scale, kept[i], nullptr);
             } else {
-                store_row<ELEMENT, HEAD_DIM>(params.dk, offset_of(params.dk, owner_at, key + i, key_head), dk, i, in.scale, kept[i], nullptr);
+                store_row<ELEMENT, HEAD_DIM>(results.dk, offset_of(results.dk, owner_at, own_key + i, key_head), dk, i, results.inputs.scale, kept[i], nullptr);
             }
         }
         if (WANT_DV) {
             if (PARTIALS) {
-                const Operand to = {params.dv_partials, {0, 0, 0, 0, 1}};
-                store_row<float, HEAD_DIM_V>(to, (owner * in.seqlen_k + key + i) * HEAD_DIM_V, dv, i, 1.0f, kept[i], uniform);
+                const Operand to = {results.dv_partials, {0, 0, 0, 0, 1}};
+                store_row<float, HEAD_DIM_V>(to, (owner * results.inputs.seqlen_k + own_key + i) * HEAD_DIM_V, dv, i, 1.0f, kept[i], uniform);
             } else {
-                store_row<ELEMENT, HEAD_DIM_V>(params.dv, offset_of(params.dv, owner_at, key + i, key_head), dv, i, 1.0f, kept[i], uniform);
+                store_row<ELEMENT, HEAD_DIM_V>(results.dv, offset_of(results.dv, owner_at, own_key + i, key_head), dv, i, 1.0f, kept[i], uniform);
             }
         }
     }

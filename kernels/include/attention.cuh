@@ -44,9 +44,8 @@ struct Position {
 DEVICE i64 split_index(i64& index, i64 size) {
     if (((u64)index | (u64)size) >> 32 == 0) {
         const u32 dividend = (u32)index, divisor = (u32)size;
-        // Where the vector unit divides, no compiler can see that all lanes have the same.
-        index = same_in_warp((i64)(dividend / divisor));
-        return same_in_warp((i64)(dividend - (u32)index * divisor));
+        index = dividend / divisor;
+        return dividend - (u32)index * divisor;
     }
     u64 quotient = 0, remainder = 0;
 #pragma unroll 1
@@ -56,8 +55,8 @@ DEVICE i64 split_index(i64& index, i64 size) {
         remainder -= fits ? (u64)size : 0;
         quotient |= (u64)fits << bit;
     }
-    index = same_in_warp((i64)quotient);
-    return same_in_warp((i64)remainder);
+    index = (i64)quotient;
+    return (i64)remainder;
 }
 
 // Element of a bias at query 0 and key 0.

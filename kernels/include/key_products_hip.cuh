@@ -21,7 +21,8 @@ static_assert(TILE_Q == 32, "rows of a product");
 DEVICE int lane_column() { return lane_index() % 32; }
 DEVICE int lane_half() { return lane_index() / 32; }
 
-DEVICE int first_key_of_lane() { return warp_index() * WARP_KEYS + lane_column() * M; }
+// Opaque: computed once more where it is used, rather than kept in registers.
+DEVICE int first_key_of_lane() { return opaque(warp_index() * WARP_KEYS + lane_column() * M); }
 DEVICE int first_query_of_lane() { return lane_half() * LANE_QUERIES; }
 // The row of the products that is to be a query.
 DEVICE int row_of_query(int query) { return query % 16 / 4 * 8 + query / 16 * 4 + query % 4; }
@@ -127,6 +128,8 @@ template <int channels, bool in_pieces, bool to_rows, bool to_columns> struct Qu
     static constexpr int row_threads = threads_of_row(parts);
     static constexpr int round_pairs = THREADS / row_threads;
     static constexpr int rounds = (TILE_Q / 2 + round_pairs - 1) / round_pairs;
+    // Whether every thread's rows lie alike from round to round.
+    static constexpr bool even = rounds == 1 || round_pairs * rounds == TILE_Q / 2;
 
     const ELEMENT* mine;  // the thread's first part in the tile that is fetched next
     i64 row_stride, channel_stride;
@@ -138,7 +141,7 @@ template <int channels, bool in_pieces, bool to_rows, bool to_columns> struct Qu
     // The query of the tile that row `i` of a round is.
     static DEVICE int query(int round, int i) {
         const int query = 2 * (pair() + round * round_pairs) + i;
-        return round_pairs * rounds == TILE_Q / 2 ? query : least_int(query, TILE_Q - 2 + i);
+        return rounds > 1 && even ? query : least_int(query, TILE_Q - 2 + i);
     }
     static DEVICE bool takes_part(int round) {
         return (row_threads == parts || thread_index() % row_threads < parts) &&
@@ -148,7 +151,9 @@ template <int channels, bool in_pieces, bool to_rows, bool to_columns> struct Qu
     DEVICE void start(const Operand& from, const Position& at, i64 first) {
         row_stride = from.strides[2];
         channel_stride = from.strides[4];
-        mine = (const ELEMENT*)from.data + offset_of(from, at, first + query(0, 0), at.head) + 4 * part() * channel_stride;
+        // Opaque: what is computed of them would take registers from head to head.
+        const int row = opaque(query(0, 0)), channel = opaque(4 * part());
+        mine = (const ELEMENT*)from.data + offset_of(from, at, first, at.head) + row * row_stride + channel * channel_stride;
     }
     // Loads the tile, of which `there` rows exist; the others become 0. To the next tile.
     DEVICE void next(int there) {
@@ -158,14 +163,14 @@ template <int channels, bool in_pieces, bool to_rows, bool to_columns> struct Qu
             for (int round = 0; round < rounds; round++)
 #pragma unroll
                 for (int i = 0; i < 2; i++)
-                    arriving[round][i] = load(round_pairs * rounds == TILE_Q / 2 ? 2 * round * round_pairs + i : query(round, i) - query(0, 0));
+                    arriving[round][i] = load(even ? 2 * round * round_pairs + i : query(round, i) - query(0, 0));
             keep_apart();
         } else {
 #pragma unroll
             for (int round = 0; round < rounds; round++)
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
-                    const int row = query(round, i);
+                    const int row = opaque(query(round, i));
                     arriving[round][i] = load(least_int(row, there - 1) - query(0, 0));
                     if (row >= there) arriving[round][i] = 0;
                 }
@@ -200,25 +205,36 @@ template <int channels, bool in_pieces, bool to_rows, bool to_columns> struct Qu
 struct Queries {
     QueryLoader<HEAD_DIM, Q_PIECES, true, Q_COLUMNS> q;
     QueryLoader<HEAD_DIM_V, DO_PIECES, DO_ROWS, DO_COLUMNS> d_o;
-    const float* of_queries;   // lse
-    i64 plane;                 // from one kind of statistics to the next
-    FourWords arriving;
+    static constexpr int rounds = STATISTICS_IN_LDS ? (3 * TILE_Q + THREADS - 1) / THREADS : 0;
+    const float* of_queries;                // lse of the tile that is fetched next
+    i64 plane;                              // from one kind of statistics to the next
+    const float* mine[rounds > 0 ? rounds : 1];  // the thread's numbers of the tile that is fetched next
+    float arriving[rounds > 0 ? rounds : 1];
 
-    static DEVICE bool takes_part() { return STATISTICS_IN_LDS && thread_index() < 3 * TILE_Q / 4; }
+    // The thread's number of a round; of those that have none, the last one.
+    static DEVICE int number(int round) { return least_int(thread_index() + round * THREADS, 3 * TILE_Q - 1); }
 
     DEVICE void start_head(const BackwardParams& params, const Position& at, i64 first) {
         q.start(params.inputs.q, at, first);
         d_o.start(params.d_o, at, first);
         plane = params.inputs.batch * params.inputs.rows * params.inputs.heads * params.padded_queries;
         of_queries = (const float*)params.statistics + statistics_row(params, at) + first;
+#pragma unroll
+        for (int round = 0; round < rounds; round++) {
+            const int own = opaque(number(round));
+            mine[round] = of_queries + own / TILE_Q * plane + own % TILE_Q;
+        }
     }
     // Of the tile `there` queries exist; with none, nothing is read.
     DEVICE void fetch(u32, int there) {
         if (there > 0) {
             q.next(there);
             d_o.next(there);
-            const int thread = least_int(thread_index(), 3 * TILE_Q / 4 - 1), kind = thread / (TILE_Q / 4);
-            if constexpr (STATISTICS_IN_LDS) arriving = load_global<FourWords>(of_queries + kind * plane + thread % (TILE_Q / 4) * 4);
+#pragma unroll
+            for (int round = 0; round < rounds; round++) {
+                arriving[round] = load_global<float>(mine[round]);
+                mine[round] += TILE_Q;
+            }
         }
         of_queries += TILE_Q;
     }
@@ -228,7 +244,9 @@ struct Queries {
     DEVICE void arrive(u32 tile) const {
         q.arrive(tile, tile + Q_COLUMNS_AT);
         d_o.arrive(tile + DO_AT, tile + DO_COLUMNS_AT);
-        if (takes_part()) store_shared(tile + STATISTICS_AT + 16 * thread_index(), arriving);
+        // Threads that have none store what another does.
+#pragma unroll
+        for (int round = 0; round < rounds; round++) store_shared(tile + STATISTICS_AT + 4 * number(round), arriving[round]);
     }
 
     // Of the tile before the one that was fetched last.
@@ -263,7 +281,7 @@ template <class T> struct BiasRuns {
     DEVICE void start(const T* start, i64 query_stride, i64 key, i64 first_query) {
         data = (const char*)(start + first_query * query_stride);
         stride = query_stride * (i64)sizeof(T);
-        offset = (u32)(key * (i64)sizeof(T) + first_query_of_lane() * stride);
+        offset = (u32)(key * (i64)sizeof(T) + opaque(first_query_of_lane()) * stride);
     }
     static DEVICE Words load(const char* from) {
         if constexpr (bytes == 2) return (u32)load_global<u16>(from);

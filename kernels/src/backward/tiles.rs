@@ -125,10 +125,11 @@ impl KeyTiles {
         // Waves of a SIMD that registers are to leave room for come last.
         let (row_tiles, stages, in_registers, waves): (u32, u32, bool, u32) =
             match (channels.is_single(), channels.largest()) {
-                (false, ..=32) => (2, 2, true, 2),
-                (false, 33..=48) | (true, ..=32) => (1, 2, true, 2),
-                (_, ..=64) => (1, 1, true, 2),
-                (_, 65..=128) => (1, 1, true, 1),
+                // More keys of a wave would save reads of queries, and spill from 16 channels on.
+                (false, ..=8) => (2, 2, true, 2),
+                (false, 9..=48) | (true, ..=32) => (1, 2, true, 2),
+                (false, 49..=64) => (1, 1, true, 2),
+                (_, ..=128) => (1, 1, true, 1),
                 (..) => (1, 1, false, 1),
             };
         let vendor = Vendor::Amd;
