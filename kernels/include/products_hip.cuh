@@ -1,7 +1,8 @@
 // Matrix products of the forward pass on AMD's matrix cores: which of a tile's numbers a lane holds, S = q k, O += P v.
 //
-// Products are those of mma_hip.cuh. S is kept transposed, S^T = k q^T: a column is a query, which two lanes share, 32 queries a wave. Keys are dealt to rows
-// (tile_hip.cuh) so that a lane's keys are neighbours. P^T is the right factor of O^T = v^T P^T as it lies.
+// Products are those of mma_hip.cuh. S is kept transposed, S^T = k q^T: a column is a query, which two lanes share, 32
+// queries a wave. Keys are dealt to rows (tile_hip.cuh) so that a lane's keys are neighbours. P^T is the right factor of
+// O^T = v^T P^T as it lies.
 #pragma once
 
 #include "mma_hip.cuh"
