@@ -48,13 +48,9 @@ KERNEL_WITH_BLOCKS(THREADS, MIN_BLOCKS) backward_keys(const BackwardParams param
     // Blocks that read the same part of the biases, rows of the batch, are neighbours.
     i64 block = params.first_block + block_index();
     const i64 key_heads = in.heads / in.group, key_tiles = (in.seqlen_k + TILE_K - 1) / TILE_K;
-    const i64 row = same_in_warp(block % in.rows);
-    block /= in.rows;
-    const i64 first_key = same_in_warp(block % key_tiles) * TILE_K;
-    block /= key_tiles;
-    const i64 key_head = same_in_warp(block % key_heads);
-    block /= key_heads;
-    const i64 batch = same_in_warp(block % in.batch), chunk = same_in_warp(block / in.batch);
+    const i64 row = same_in_warp(split_index(block, in.rows)), first_key = same_in_warp(split_index(block, key_tiles)) * TILE_K;
+    const i64 key_head = same_in_warp(split_index(block, key_heads)), batch = same_in_warp(split_index(block, in.batch));
+    const i64 chunk = same_in_warp(block);
     const Position owner_at = {batch, row, key_head * in.group};
 
     const i64 length = kv_length(in, owner_at);

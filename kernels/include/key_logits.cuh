@@ -100,7 +100,7 @@ struct KeyBiases {
                 const Pair logits = logits_of<plain>(products, in.scale_base2, sums, alibis, of_queries, lows);
                 score(s, i, j) = logits.x;
                 score(s, i, j + 1) = logits.y;
-                if (!plain) one_by_one();
+                if (!plain && !TWO_PIECES) one_by_one();
             });
         }
     }
