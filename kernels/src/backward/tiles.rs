@@ -154,7 +154,7 @@ fn lds_stage_bytes(channels: Channels, work: KeyWork) -> u32 {
         LDS_QUERIES * 16 * if pieces >= 64 { pieces } else { pieces | 1 }
     };
     let columns =
-        |channels, wanted: bool| u32::from(wanted && element == 2) * padded(channels) * 16 * (LDS_QUERIES / 8 | 1);
+        |channels, wanted: bool| u32::from(wanted && element == 2) * padded(channels) * 16 * ((LDS_QUERIES / 8) | 1);
     let d_o = if work.dk || work.sums || element == 4 { rows(head_dim_v) } else { 0 };
     let tiles = rows(head_dim) + d_o + columns(head_dim, work.dk) + columns(head_dim_v, work.dv);
     // Where tiles fill the LDS, statistics are read from memory.
