@@ -5,6 +5,7 @@ use tilefold_core::{AttentionProblem, DType, EmptyRows, MAX_BIASES, Precision, P
 use crate::operands::AttentionOperands;
 use crate::params::Operand;
 use crate::source::Constant;
+use crate::vendor::Vendor;
 
 /// How a bias is read.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -71,10 +72,9 @@ pub struct AttentionConstants {
 }
 
 impl AttentionConstants {
-    /// What a problem and the layout of its operands ask for, with all the freedom the problem gives: see
-    /// [`Vendor::products`](crate::Vendor::products).
+    /// What a problem and the layout of its operands ask for.
     #[must_use]
-    pub fn new(problem: &AttentionProblem, operands: &AttentionOperands) -> Self {
+    pub fn new(vendor: Vendor, problem: &AttentionProblem, operands: &AttentionOperands) -> Self {
         let spec = problem.spec();
         let mut biases = [(BiasKind::Absent, DType::F32); MAX_BIASES];
         for ((to, bias), operand) in biases.iter_mut().zip(&spec.biases).zip(&operands.biases) {
@@ -82,7 +82,7 @@ impl AttentionConstants {
         }
         Self {
             dtype: spec.dtype,
-            products: spec.products,
+            products: vendor.products(spec.products),
             head_dim: spec.head_dim,
             head_dim_v: spec.head_dim_v,
             biases,

@@ -122,8 +122,8 @@ impl ForwardKernel {
         outputs: &ForwardOutputs,
     ) -> Self {
         let spec = problem.spec();
-        let (dtype, products) = (spec.dtype, vendor.products(spec.products));
-        let attention = AttentionConstants { products, ..AttentionConstants::new(problem, operands) };
+        let attention = AttentionConstants::new(vendor, problem, operands);
+        let (dtype, products) = (spec.dtype, attention.products);
         let in_pieces = |operand: &Operand, channels: usize| channels.is_multiple_of(8) && operand.in_pieces(5, dtype);
         // Scores times a positive scale, over which biases are divided.
         let scale = problem.softmax_scale();

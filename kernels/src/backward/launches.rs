@@ -161,7 +161,7 @@ impl<'a> Launches<'a> {
         };
         // Rows of the workspace are padded with zeros.
         let d_o_pieces = spec.gate || pieces(&self.params.d_o, spec.head_dim_v);
-        Constants(AttentionConstants::new(self.problem, operands).constants())
+        Constants(AttentionConstants::new(self.vendor, self.problem, operands).constants())
             .value("RUNS", spec.seqlen_k.is_multiple_of(8) && operands.biases.iter().all(narrow))
             .value("QUERY_EIGHTS", spec.seqlen_q.is_multiple_of(8))
             .value("Q_PIECES", pieces(&operands.q, spec.head_dim))
@@ -181,7 +181,7 @@ impl<'a> Launches<'a> {
     }
 
     fn title(&self, what: &str) -> String {
-        format!("{what} {}", AttentionConstants::new(self.problem, &self.operands.inputs).name())
+        format!("{what} {}", AttentionConstants::new(self.vendor, self.problem, &self.operands.inputs).name())
     }
 
     fn prepare(&self) -> Result<BackwardLaunch, KernelError> {
