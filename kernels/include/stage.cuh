@@ -20,11 +20,15 @@ template <class T, int channels, int rows, int threads, bool pieces> struct Stag
     static constexpr int count = rows * Layout::pieces;
     static constexpr int turns = (count + threads - 1) / threads;
 
+    // Where registers are dear a thread computes the addresses of its turns when it needs them, not once for all.
+    static constexpr bool many = STEP_BY_STEP<T, channels> && turns > 1;
+
     // Calls f(turn, row, piece) for each piece of this thread.
     template <class F> static DEVICE void each(F f) {
+        const int thread = many ? opaque(thread_index()) : thread_index();
 #pragma unroll
         for (int turn = 0; turn < turns; turn++) {
-            const int index = thread_index() + turn * threads;
+            const int index = thread + turn * threads;
             if (count % threads == 0 || index < count) f(turn, index / Layout::pieces, index % Layout::pieces);
         }
     }

@@ -4,8 +4,9 @@ use tilefold_core::{AttentionSpec, DType};
 
 use crate::vendor::Vendor;
 
-/// Accumulated channels, dK and dV together, beyond which they are computed in two passes.
-const MOST_ACCUMULATED: u32 = 256;
+/// Accumulated channels, dK and dV together, beyond which they are computed in two passes: of half types, of f32, whose
+/// products take twice the registers.
+const MOST_ACCUMULATED: [u32; 2] = [256, 128];
 
 /// A tile in shared memory, as `Tile` of `include/fragment.cuh`.
 fn tile_bytes(rows: u32, channels: u32, element: u32) -> u32 {
@@ -53,7 +54,7 @@ impl Channels {
 
     /// Whether dK and dV have room in one pass.
     pub(crate) fn keys_in_one_pass(self) -> bool {
-        padded(self.head_dim) + padded(self.head_dim_v) <= MOST_ACCUMULATED
+        padded(self.head_dim) + padded(self.head_dim_v) <= MOST_ACCUMULATED[usize::from(self.is_single())]
     }
 }
 
@@ -106,10 +107,11 @@ impl KeyTiles {
         let (warps, row_tiles, tile_q, stages, in_registers) = match (channels.is_single(), channels.largest()) {
             (false, ..=32) => (4, 2, 32, 2, true),
             (false, 33..=64) => (4, 1, 32, 2, true),
-            (false, 65..=128) => (4, 1, 32, 2, false),
+            (false, 65..=128) => (4, 1, 16, 2, false),
             (false, _) => (2, 1, 16, 2, false),
-            (true, ..=64) => (4, 1, 32, 2, false),
-            (true, 65..=128) => (2, 1, 16, 2, false),
+            (true, ..=32) => (4, 1, 32, 2, false),
+            (true, 33..=64) => (2, 1, 16, 2, false),
+            (true, 65..=128) => (4, 1, 16, 1, false),
             (true, _) => (2, 1, 16, 1, false),
         };
         let vendor = Vendor::Nvidia;
@@ -216,10 +218,10 @@ impl QueryTiles {
             (false, 65..=128) if bias => ((2, 1), (2, 2), 2),
             (false, 65..=128) => ((4, 1), (4, 1), 2),
             (true, ..=32) => ((4, 1), (4, 2), 2),
-            (true, 33..=64) if bias => ((2, 1), (4, 1), 2),
+            (true, 33..=64) if bias => ((2, 1), (2, 2), 1),
             (true, 33..=64) => ((4, 1), (4, 1), 2),
-            (true, 65..=128) if bias => ((2, 1), (4, 1), 1),
-            (true, 65..=128) => ((2, 1), (2, 1), 2),
+            (true, 65..=128) if bias => ((2, 1), (2, 2), 1),
+            (true, 65..=128) => ((4, 1), (2, 1), 1),
             (false, _) if !bias => ((2, 1), (2, 1), 2),
             (false | true, _) => ((2, 1), (2, 1), 1),
         };
