@@ -159,14 +159,9 @@ KERNEL_WITH_BLOCKS(THREADS, MIN_BLOCKS) backward_bias(const BackwardParams param
         // Opaque: what follows from them is computed here, and takes no registers from one head to the next.
         const i64 from_query = opaque(first_query), from_key = opaque(first_key);
         const Position first = {opaque(next.batch), opaque(next.row), opaque(next.head)};
-        QWalk q_walk;
-        DOWalk d_o_walk;
-        StatisticsWalk<TILE_Q, THREADS> statistics_walk;
+        QueriesWalk queries_walk;
         KeysWalk keys_walk;
-        const Operand& d_o = params.d_o;
-        q_walk.start({(const ELEMENT*)in.q.data + offset_of(in.q, first, 0, first.head), in.q.strides[2], in.q.strides[4]}, from_query);
-        d_o_walk.start({(const ELEMENT*)d_o.data + offset_of(d_o, first, 0, first.head), d_o.strides[2], d_o.strides[4]}, from_query);
-        statistics_walk.start(params, first, from_query);
+        queries_walk.start(params, first, from_query);
         keys_walk.start(in, first, opaque(key_head), from_key);
         // Rows are fetched one ahead, looked at two ahead, and their lengths read three ahead.
         auto left_of = [&](int row) {
@@ -175,13 +170,9 @@ KERNEL_WITH_BLOCKS(THREADS, MIN_BLOCKS) backward_bias(const BackwardParams param
         };
         auto fetch = [&]() {
             const u32 to = shared + turn * STAGE_BYTES;
-            q_walk.fetch(to, queries_there);
-            d_o_walk.fetch(to + DO_AT, queries_there);
-            statistics_walk.fetch(to + STATISTICS_AT, statistics_there);
+            queries_walk.fetch(to, queries_there, statistics_there);
             keys_walk.fetch(to + QUERY_BYTES);
-            q_walk.shift(in.q.strides[1]);
-            d_o_walk.shift(d_o.strides[1]);
-            statistics_walk.shift(params.row_statistics);
+            queries_walk.next_row(params);
             keys_walk.shift(in.k.strides[1], in.v.strides[1]);
         };
         auto look = [&](int left) {

@@ -81,18 +81,11 @@ KERNEL_WITH_BLOCKS(THREADS, MIN_BLOCKS) backward_queries(const BackwardParams pa
     };
 
     if (tiles > 0) {
-        QWalk q_walk;
-        DOWalk d_o_walk;
-        StatisticsWalk<TILE_Q, THREADS> statistics_walk;
+        QueriesWalk queries_walk;
         KeysWalk keys_walk;
-        const Operand& d_o = params.d_o;
-        q_walk.start({(const ELEMENT*)in.q.data + offset_of(in.q, at, 0, at.head), in.q.strides[2], in.q.strides[4]}, first_query);
-        d_o_walk.start({(const ELEMENT*)d_o.data + offset_of(d_o, at, 0, at.head), d_o.strides[2], d_o.strides[4]}, first_query);
-        statistics_walk.start(params, at, first_query);
+        queries_walk.start(params, at, first_query);
         keys_walk.start(in, at, key_head, first_key);
-        q_walk.fetch(shared, queries_there);
-        d_o_walk.fetch(shared + DO_AT, queries_there);
-        statistics_walk.fetch(shared + STATISTICS_AT, params.padded_queries - first_query);
+        queries_walk.fetch(shared, queries_there, (int)least(params.padded_queries - first_query, TILE_Q));
         // Tiles are fetched one ahead, and looked at two ahead.
         i64 left = end - first_key;
         auto look = [&]() {

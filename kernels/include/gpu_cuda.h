@@ -270,9 +270,6 @@ DEVICE float load_shared_again(u32 address) {
     asm volatile("ld.volatile.shared.f32 %0, [%1];" : "=f"(y) : "r"(address) : "memory");
     return y;
 }
-DEVICE void load_shared_pair(float (&to)[2], u32 address) {
-    asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(to[0]), "=f"(to[1]) : "r"(address) : "memory");
-}
 DEVICE Piece load_shared_piece(u32 address) {
     Piece y;
     asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -282,9 +279,6 @@ DEVICE Piece load_shared_piece(u32 address) {
     return y;
 }
 DEVICE void store_shared(u32 address, u32 x) { asm volatile("st.shared.u32 [%0], %1;" ::"r"(address), "r"(x) : "memory"); }
-DEVICE void store_shared_pair(u32 address, float x, float y) {
-    asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(address), "f"(x), "f"(y) : "memory");
-}
 DEVICE void store_shared_piece(u32 address, const Piece& x) {
     asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(x.words[0]), "r"(x.words[1]),
                  "r"(x.words[2]), "r"(x.words[3])

@@ -24,9 +24,6 @@ struct KeyOrder {
     }
 };
 
-using QWalk = StageWalk<Stage<ELEMENT, HEAD_DIM, TILE_Q, THREADS, Q_PIECES>, ELEMENT, HEAD_DIM, TILE_Q, THREADS, Q_PIECES>;
-using DOWalk = StageWalk<Stage<ELEMENT, HEAD_DIM_V, TILE_Q, THREADS, DO_PIECES>, ELEMENT, HEAD_DIM_V, TILE_Q, THREADS, DO_PIECES>;
-
 // Queries in shared memory: q, dO, statistics.
 constexpr int DO_AT = QTile::bytes(TILE_Q);
 constexpr int STATISTICS_AT = DO_AT + VTile::bytes(TILE_Q);
@@ -36,6 +33,33 @@ constexpr int V_AT = QTile::bytes(TILE_K);
 constexpr int EXCLUDED_AT = V_AT + VTile::bytes(TILE_K);
 constexpr int KEY_BYTES = EXCLUDED_AT + 16;
 static_assert(THREADS <= 4 * WARP_THREADS, "a word for each warp");
+// A walk over a tile of queries at one place of neighbouring rows of the batch.
+struct QueriesWalk {
+    template <int channels, bool pieces> using Walk =
+        StageWalk<Stage<ELEMENT, channels, TILE_Q, THREADS, pieces>, ELEMENT, channels, TILE_Q, THREADS, pieces>;
+    Walk<HEAD_DIM, Q_PIECES> q;
+    Walk<HEAD_DIM_V, DO_PIECES> d_o;
+    StatisticsWalk<TILE_Q, THREADS> statistics;
+
+    DEVICE void start(const BackwardParams& params, const Position& at, i64 first) {
+        const Operand &of_q = params.inputs.q, &of_d_o = params.d_o;
+        q.start({(const ELEMENT*)of_q.data + offset_of(of_q, at, 0, at.head), of_q.strides[2], of_q.strides[4]}, first);
+        d_o.start({(const ELEMENT*)of_d_o.data + offset_of(of_d_o, at, 0, at.head), of_d_o.strides[2], of_d_o.strides[4]}, first);
+        statistics.start(params, at, first);
+    }
+    // Starts the copy of the tile, of which `there` queries exist, and statistics of `padded`.
+    DEVICE void fetch(u32 to, int there, int padded) {
+        q.fetch(to, there);
+        d_o.fetch(to + DO_AT, there);
+        statistics.fetch(to + STATISTICS_AT, padded);
+    }
+    DEVICE void next_row(const BackwardParams& params) {
+        q.shift(params.inputs.q.strides[1]);
+        d_o.shift(params.d_o.strides[1]);
+        statistics.shift(params.row_statistics);
+    }
+};
+
 // Whether the statistics of queries that do not exist are there, with an infinite lse.
 constexpr bool ROWS_ARE_PADDED = TILE_Q <= 64;
 constexpr bool CAN_EXCLUDE = KEY_MASK || KV_LENGTHS;
@@ -211,8 +235,8 @@ struct KeysWalk {
     }
     // Starts the copy of the tile that was looked at; excluded keys become zeros, since NaN times P = 0 is NaN.
     DEVICE void fetch(u32 to) const {
-        k.fetch_kept(to, [&](int turn) { return of_k.kept[turn] != 0; });
-        v.fetch_kept(to + V_AT, [&](int turn) { return alike ? of_k.kept[turn] != 0 : of_v.kept[turn] != 0; });
+        k.fetch_kept(to, [&](int turn, int) { return of_k.kept[turn] != 0; });
+        v.fetch_kept(to + V_AT, [&](int turn, int) { return alike ? of_k.kept[turn] != 0 : of_v.kept[turn] != 0; });
         if (CAN_EXCLUDE) {
             const bool some = warp_any(of_k.excludes());
             if (lane_index() == 0) store_shared(to + EXCLUDED_AT + warp_index() * 4, some ? 1u : 0u);

@@ -13,7 +13,6 @@ struct InOrder {
     DEVICE int operator()(int row) const { return row; }
 };
 
-// `order(i)` is the row of the operand, counted from the tile's first, that becomes row i of the tile.
 template <class T, int channels, int rows, int threads, bool pieces> struct Stage {
     using Layout = Tile<T, channels>;
     static constexpr int per_piece = 16 / (int)sizeof(T);
@@ -33,28 +32,6 @@ template <class T, int channels, int rows, int threads, bool pieces> struct Stag
         }
     }
 
-    // Starts the copy of rows `first` .. of which those from `end` on are zeros.
-    template <class Order> static DEVICE void start(u32 tile, const Rows<T>& from, i64 first, i64 end, Order order) {
-        each([&](int, int row, int piece) {
-            const i64 source = first + order(row);
-            const bool inside = source < end;
-            const u32 to = tile + row * Layout::pitch + piece * 16;
-            const T* data = from.data + (inside ? source : 0) * from.row_stride;
-            if constexpr (pieces) {
-                const bool read = inside && piece * per_piece < channels;
-                copy_async(to, read ? data + piece * per_piece : data, read ? 16 : 0);
-            } else {
-                T elements[per_piece];
-#pragma unroll
-                for (int i = 0; i < per_piece; i++) {
-                    const int channel = piece * per_piece + i;
-                    elements[i] = inside && channel < channels ? data[channel * from.channel_stride] : from_f32<T>(0.0f);
-                }
-                store_shared_piece(to, join(elements));
-            }
-        });
-    }
-
     static DEVICE Piece join(const float (&x)[4]) { return {{bits_of(x[0]), bits_of(x[1]), bits_of(x[2]), bits_of(x[3])}}; }
     template <class U> static DEVICE Piece join(const U (&x)[8]) {
         Piece y;
@@ -71,7 +48,8 @@ template <class T, int channels, int rows, int threads, bool pieces> struct Stag
     }
 };
 
-// A walk over tiles of neighbouring rows. Orders are sums of what bits of a row give: where a turn takes whole rows, as many
+// A walk over tiles of neighbouring rows. `Order()(i)` is the row of the operand, counted from the tile's first, that becomes
+// row i of the tile. Orders are sums of what bits of a row give: where a turn takes whole rows, as many
 // as a power of two, a thread keeps the address of its first piece alone, and otherwise computes each address anew.
 template <class StageT, class T, int channels, int rows, int threads, bool pieces, class Order = InOrder> struct StageWalk {
     using Stage = StageT;
@@ -103,19 +81,9 @@ template <class StageT, class T, int channels, int rows, int threads, bool piece
     // Starts the copy of the tile, of which `left` rows exist.
     DEVICE void fetch(u32 tile, i64 left) const {
         const int there = left < rows ? (int)left : rows;
-        if constexpr (even) {
-            fetch_kept(tile, [&](int turn) { return row + Order()(turn * turn_rows) < there; });
-        } else if constexpr (pieces) {
-            Stage::each([&](int, int row, int piece) {
-                const bool read = Order()(row) < there && piece * Stage::per_piece < channels;
-                const T* at = source + Order()(row) * from.row_stride + piece * Stage::per_piece;
-                copy_async(tile + row * Stage::Layout::pitch + piece * 16, at, read ? 16 : 0);
-            });
-        } else {
-            Stage::start(tile, {source, from.row_stride, from.channel_stride}, 0, there, Order());
-        }
+        fetch_kept(tile, [&](int, int row) { return row < there; });
     }
-    // Starts the copy of the tile; rows of which `kept(turn)` says no become zeros.
+    // Starts the copy of the tile; rows of the operand of which `kept(turn, row)` says no become zeros.
     template <class Kept> DEVICE void fetch_kept(u32 tile, Kept kept) const {
         if constexpr (even) {
             // From turn to turn, so that only one distance takes registers.
@@ -124,7 +92,7 @@ template <class StageT, class T, int channels, int rows, int threads, bool piece
             for (int turn = 0; turn < Stage::turns; turn++) {
                 if (turn > 0) at = (const T*)opaque((i64)(at + (Order()(turn * turn_rows) - Order()((turn - 1) * turn_rows)) * from.row_stride));
                 if (Stage::count % threads != 0 && thread_index() + turn * threads >= Stage::count) continue;
-                const bool read = kept(turn) && (exact || thread_index() % Stage::Layout::pieces * Stage::per_piece < channels);
+                const bool read = kept(turn, row + Order()(turn * turn_rows)) && (exact || thread_index() % Stage::Layout::pieces * Stage::per_piece < channels);
                 copy_async(tile + to + turn * turn_rows * Stage::Layout::pitch, at, read ? 16 : 0);
             }
         } else {
@@ -132,14 +100,14 @@ template <class StageT, class T, int channels, int rows, int threads, bool piece
                 const T* at = source + Order()(row) * from.row_stride;
                 const u32 to_piece = tile + row * Stage::Layout::pitch + piece * 16;
                 if constexpr (pieces) {
-                    const bool read = kept(turn) && piece * Stage::per_piece < channels;
+                    const bool read = kept(turn, Order()(row)) && piece * Stage::per_piece < channels;
                     copy_async(to_piece, read ? at + piece * Stage::per_piece : at, read ? 16 : 0);
                 } else {
                     T elements[Stage::per_piece];
 #pragma unroll
                     for (int i = 0; i < Stage::per_piece; i++) {
                         const int channel = piece * Stage::per_piece + i;
-                        elements[i] = kept(turn) && channel < channels ? at[channel * from.channel_stride] : from_f32<T>(0.0f);
+                        elements[i] = kept(turn, Order()(row)) && channel < channels ? at[channel * from.channel_stride] : from_f32<T>(0.0f);
                     }
                     store_shared_piece(to_piece, Stage::join(elements));
                 }
