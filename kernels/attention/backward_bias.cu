@@ -16,12 +16,13 @@
 // A term whose keys of the tile are all kept, and whose lse is small, is one piece of code; any other is another.
 //
 // Constants: README.md, "Constants of the backward pass".
-#include "../include/query_rows.cuh"
+#include "../include/query_logits.cuh"
 
 // Shared memory: two terms in turn.
 constexpr int STAGE_BYTES = QUERY_BYTES + KEY_BYTES;
 constexpr int NOTES_AT = STAGES * STAGE_BYTES;
-static_assert(NOTES_AT + 48 == SHARED_BYTES, "shared memory as planned");
+constexpr int NOTES_BYTES = Notes<6>::bytes;
+static_assert(NOTES_AT + NOTES_BYTES == SHARED_BYTES, "shared memory as planned");
 
 // dQ of a term, or its partial sums in f32.
 template <bool partial> struct GradientOfTerm : QueryGradient<ELEMENT, DQ_PIECES> {
@@ -58,30 +59,21 @@ struct Owner {
     }
 };
 
-// What the loop does not need is kept in shared memory: its registers are taken.
-struct Notes {
-    u32 address;
-    DEVICE void write(const Owner& owner, i64 block, const Position& first) const {
-        if (thread_index() != 0) return;
-        store_shared_i64(address, block);
-        store_shared_i64(address + 8, owner.first_query);
-        store_shared_i64(address + 16, owner.first_key);
-        store_shared_i64(address + 24, first.batch);
-        store_shared_i64(address + 32, first.row);
-        store_shared_i64(address + 40, first.head);
-    }
-    DEVICE i64 block() const { return load_shared_i64(address); }
-    DEVICE i64 first_query() const { return load_shared_i64(address + 8); }
-    DEVICE i64 first_key() const { return load_shared_i64(address + 16); }
-    DEVICE Position term(int row) const { return {load_shared_i64(address + 24), load_shared_i64(address + 32) + row, load_shared_i64(address + 40)}; }
+// What the loop seldom needs.
+struct BlockNotes : Notes<6> {
+    DEVICE void keep(const Owner& owner, i64 block, const Position& first) { write({block, owner.first_query, owner.first_key, first.batch, first.row, first.head}); }
+    DEVICE i64 block() const { return (*this)[0]; }
+    DEVICE i64 first_query() const { return (*this)[1]; }
+    DEVICE i64 first_key() const { return (*this)[2]; }
+    DEVICE Position term(int row) const { return {(*this)[3], (*this)[4] + row, (*this)[5]}; }
 };
 
 KERNEL_WITH_BLOCKS(THREADS, MIN_BLOCKS) backward_bias(const BackwardParams params) {
-    extern __shared__ __align__(16) char memory[];
-    const u32 shared = shared_address(memory);
+    DYNAMIC_SHARED(shared);
+    const u32 memory = shared_address(shared);
     const AttentionInputs& in = params.inputs;
     const Lane lane;
-    const Notes notes = {shared + NOTES_AT};
+    BlockNotes notes = {memory + NOTES_AT};
 
     const i64 block = params.first_block + block_index();
     const Owner owner(params, block);
@@ -106,13 +98,13 @@ KERNEL_WITH_BLOCKS(THREADS, MIN_BLOCKS) backward_bias(const BackwardParams param
     const int statistics_there = (int)least(params.padded_queries - first_query, TILE_Q);
     const int keys_there = (int)least(in.seqlen_k - first_key, TILE_K);
     const bool uncut = keys_there == TILE_K && !(POSITIONS && cuts(bounds, TILE_Q, TILE_K));
-    // The run that a lane whose keys do not exist reads instead.
-    auto run_of = [&](int part, int key) { return least_int(key + part * 8 * N, opaque(keys_there) - 2 * N) - key; };
-    const int first_run = RUNS ? run_of(0, Lane::key_of(thread_index())) : 0;
+    // The last run of a lane whose first key is `key`: it is read instead of those that do not exist.
+    auto last_run = [&](int key) { return RUNS ? opaque(keys_there) - RUN_KEYS - key : 0; };
+    const int last_of_lane = last_run(Lane::key_of(thread_index()));
 
-    Accumulator dbias[PARTS][M][N] = {};
+    Scores dbias[PARTS] = {};
     QueryRows queries;
-    QueryBiases<M, N, PARTS, BIASES_STAY> biases;
+    QueryBiases<BIASES_STAY> biases;
     GradientOfTerm<DQ_PARTIALS> gradient;
     int turn = 0;  // of two, of shared memory
 
@@ -123,30 +115,25 @@ KERNEL_WITH_BLOCKS(THREADS, MIN_BLOCKS) backward_bias(const BackwardParams param
         const int key = fast && !ALIBI && RUNS ? 0 : Lane::key_of(thread_index_again());
 #pragma unroll
         for (int part = 0; part < PARTS; part++) {
-            Accumulator s[M][N], dp[M][N];
+            Scores s, dp;
             if (!fast) one_by_one();
-            queries.multiply<Q_IN_REGISTERS>(s, dp, keys, part, lane);
+            queries.multiply(s, dp, keys, part, lane);
             if (fast) {
-                const i64 first = ALIBI || !RUNS ? notes.first_key() + key + part * 8 * N : 0;
+                const i64 first = ALIBI || !RUNS ? notes.first_key() + key + part * PART_KEYS : 0;
                 biases.take<true>(s, in, first, part, queries.lse, queries.lse);
             } else {
                 const Position at = notes.term(row);
-                general_logits(s, dp, queries, biases, in, at, lane, notes.first_query(), notes.first_key(), key + part * 8 * N, part, plain, all);
+                general_logits(s, dp, queries, biases, in, at, lane, notes.first_query(), notes.first_key(), key + part * PART_KEYS, part, plain, all);
             }
             // Biases of the next part, while this one is computed; after the last, those of the next term.
             if (part + 1 < PARTS) {
-                biases.fetch(fast ? (part + 1) * 8 * N : run_of(part + 1, key));
+                biases.fetch((part + 1) * PART_KEYS, fast ? TILE_K : last_run(key));
             } else {
                 biases.next_row(in, more);
-                biases.fetch(fast ? 0 : first_run);
+                biases.fetch(0, fast ? TILE_K : last_of_lane);
             }
             weigh(dp, s);
-#pragma unroll
-            for (int i = 0; i < M; i++)
-#pragma unroll
-                for (int j = 0; j < N; j++)
-#pragma unroll
-                    for (int x = 0; x < 4; x++) dbias[part][i][j][x] += dp[i][j][x];
+            for_scores([&](int i, int j) { score(dbias[part], i, j) += score(dp, i, j); });
             if (WANT_DQ) add_keys(dq, dp, keys, part, lane, part == 0);
         }
     };
@@ -161,7 +148,7 @@ KERNEL_WITH_BLOCKS(THREADS, MIN_BLOCKS) backward_bias(const BackwardParams param
         const Position first = {opaque(next.batch), opaque(next.row), opaque(next.head)};
         QueriesWalk queries_walk;
         KeysWalk keys_walk;
-        queries_walk.start(params, first, from_query);
+        queries_walk.start(params, first, from_query, queries_there);
         keys_walk.start(in, first, opaque(key_head), from_key);
         // Rows are fetched one ahead, looked at two ahead, and their lengths read three ahead.
         auto left_of = [&](int row) {
@@ -169,7 +156,7 @@ KERNEL_WITH_BLOCKS(THREADS, MIN_BLOCKS) backward_bias(const BackwardParams param
             return KV_LENGTHS ? (int)least(keys_left(in, {first.batch, first.row + row, first.head}, first_key), TILE_K) : keys_there;
         };
         auto fetch = [&]() {
-            const u32 to = shared + turn * STAGE_BYTES;
+            const u32 to = memory + turn * STAGE_BYTES;
             queries_walk.fetch(to, queries_there, statistics_there);
             keys_walk.fetch(to + QUERY_BYTES);
             queries_walk.next_row(params);
@@ -182,16 +169,16 @@ KERNEL_WITH_BLOCKS(THREADS, MIN_BLOCKS) backward_bias(const BackwardParams param
         look(left_of(0));
         int left = left_of(1);
         block_barrier();
-        notes.write(owner, block, first);
+        notes.keep(owner, block, first);
         fetch();
-        copy_async_commit();
+        copies_started();
         look(left);
         left = left_of(2);
         const int key = Lane::key_of(thread_index());
         biases.start(in, first, from_query + lane.query, from_key + key);
 #pragma unroll
-        for (int part = 0; part < PARTS; part++) biases.fetch_once(part, RUNS ? run_of(part, key) : 0);
-        biases.fetch(first_run);
+        for (int part = 0; part < PARTS; part++) biases.fetch_once(part, part * PART_KEYS, last_of_lane);
+        biases.fetch(0, last_of_lane);
         if (WANT_DQ) gradient.start_term(params, first, from_query, opaque(owner.key_tile), lane);
 
         // Waits for a term and fetches the next one; what is known of it.
@@ -203,21 +190,18 @@ KERNEL_WITH_BLOCKS(THREADS, MIN_BLOCKS) backward_bias(const BackwardParams param
                 look(left);
                 left = left_of(row + 3);
             }
-            copy_async_commit();
+            copies_started();
         };
         auto arrive = [&](int row) {
-            const u32 tile = shared + turn * STAGE_BYTES;
+            const u32 tile = memory + turn * STAGE_BYTES;
             keys = tile + QUERY_BYTES;
             more = row + 1 < rows;
-            copy_async_wait<0>();
+            keys_walk.arrive(keys);
+            queries_walk.arrive(queries, tile);
             block_barrier();
-            if (STAGES == 2) {
-                turn ^= 1;
-                fetch_next(row);
-            }
-            queries.tile = tile;
-            queries.load_statistics(lane, queries_there);
-            if (Q_IN_REGISTERS) queries.load_factors(lane);
+            if (STAGES == 2) turn ^= 1;
+            if (LOADS_AHEAD) fetch_next(row);
+            queries.load(lane, queries_there);
             plain = queries.allows_plain_of_lane(queries_there);
             all = keeps_all_of_lane(keys);
             return MAY_BE_PLAIN && !SEGMENTS && uncut && warp_all(plain && all);
@@ -227,10 +211,8 @@ KERNEL_WITH_BLOCKS(THREADS, MIN_BLOCKS) backward_bias(const BackwardParams param
                 gradient.store(dq, lane.query, queries_there, in.scale);
                 gradient.next_row(params);
             }
-            if (STAGES == 1) {
-                block_barrier();
-                fetch_next(row);
-            }
+            if (STAGES == 1) block_barrier();
+            if (!LOADS_AHEAD) fetch_next(row);
         };
 
         // Fast terms are a loop of their own, which shares no registers with the code of others.
@@ -278,28 +260,22 @@ KERNEL_WITH_BLOCKS(THREADS, MIN_BLOCKS) backward_bias(const BackwardParams param
 #pragma unroll
     for (int part = 0; part < PARTS; part++) {
 #pragma unroll
-        for (int i = 0; i < M; i++) {
+        for (int i = 0; i < LANE_QUERIES; i++) {
+            const i64 query = to.first_query + lane.query + Lane::further_query(i);
+            if (query >= in.seqlen_q) continue;
 #pragma unroll
-            for (int half = 0; half < 2; half++) {
-                const i64 query = to.first_query + lane.query + 16 * i + 8 * half;
-                if (query >= in.seqlen_q) continue;
-#pragma unroll
-                for (int j = 0; j < N; j++) {
-#pragma unroll
-                    for (int e = 0; e < 2; e++) {
-                        const i64 key = to.first_key + first_of_run + part * 8 * N + 2 * j + e;
-                        if (key >= in.seqlen_k) continue;
-                        const float value = dbias[part][i][j][2 * half + e];
-                        if (DBIAS_PARTIALS) {
-                            ((float*)params.dbias_partials)[(partial * in.seqlen_q + query) * in.seqlen_k + key] = value;
-                        } else {
+            for (int j = 0; j < LANE_KEYS; j++) {
+                const i64 key = to.first_key + first_of_run + part * PART_KEYS + j;
+                if (key >= in.seqlen_k) continue;
+                const float value = score(dbias[part], i, j);
+                if (DBIAS_PARTIALS) {
+                    ((float*)params.dbias_partials)[(partial * in.seqlen_q + query) * in.seqlen_k + key] = value;
+                } else {
 #define STORE(index, T)                                                                                                            \
     ((T*)params.dbiases[index].data)[offset_of(params.dbiases[index], {to.batch, to.row, 0}, to.head, query) +          \
                                      key * params.dbiases[index].strides[4]] = from_f32<T>(value);
-                            DBIAS_LIST(STORE)
+                    DBIAS_LIST(STORE)
 #undef STORE
-                        }
-                    }
                 }
             }
         }

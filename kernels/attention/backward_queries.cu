@@ -11,14 +11,14 @@
 // A tile whose keys are all seen, and whose lse is small, is one piece of code; any other is another.
 //
 // Constants: README.md, "Constants of the backward pass".
-#include "../include/query_rows.cuh"
+#include "../include/query_logits.cuh"
 
 constexpr int KEYS_AT = QUERY_BYTES;
 static_assert(KEYS_AT + STAGES * KEY_BYTES == SHARED_BYTES, "shared memory as planned");
 
 KERNEL_WITH_BLOCKS(THREADS, MIN_BLOCKS) backward_queries(const BackwardParams params) {
-    extern __shared__ __align__(16) char memory[];
-    const u32 shared = shared_address(memory);
+    DYNAMIC_SHARED(shared);
+    const u32 memory = shared_address(shared);
     const AttentionInputs& in = params.inputs;
     const Lane lane;
 
@@ -41,41 +41,34 @@ KERNEL_WITH_BLOCKS(THREADS, MIN_BLOCKS) backward_queries(const BackwardParams pa
     const int tiles = end > first_key ? (int)divided_up(end - first_key, TILE_K) : 0;
 
     QuerySums dq = {};
-    float query_sums[M][2] = {};
+    float query_sums[LANE_QUERIES] = {};
     QueryRows queries;
-    QueryBiases<M, N, PARTS, false> biases;
+    QueryBiases<false> biases;
     const int key = Lane::key_of(thread_index());
-    // The run that a lane whose keys do not exist reads instead.
-    auto run_of = [&](i64 first, int part) { return (int)least(key + part * 8 * N, in.seqlen_k - first - 2 * N) - key; };
+    // The last run of a tile from `first` on, from the lane's first key: it is read instead of those that do not exist.
+    auto last_run = [&](i64 first) { return RUNS ? (int)least(in.seqlen_k - first, TILE_K) - RUN_KEYS - key : 0; };
 
     // One tile that has arrived, its first part's biases fetched.
     auto compute = [&](bool fast, u32 keys, bool plain, bool all) {
 #pragma unroll
         for (int part = 0; part < PARTS; part++) {
-            Accumulator s[M][N], dp[M][N];
+            Scores s, dp;
             if (!fast) one_by_one();
-            queries.multiply<Q_IN_REGISTERS>(s, dp, keys, part, lane);
+            queries.multiply(s, dp, keys, part, lane);
             if (fast) {
-                biases.take<true>(s, in, first_key + key + part * 8 * N, part, queries.lse, queries.lse);
+                biases.take<true>(s, in, first_key + key + part * PART_KEYS, part, queries.lse, queries.lse);
             } else {
-                general_logits(s, dp, queries, biases, in, at, lane, first_query, first_key, key + part * 8 * N, part, plain, all);
+                general_logits(s, dp, queries, biases, in, at, lane, first_query, first_key, key + part * PART_KEYS, part, plain, all);
             }
             // Biases of the next part, while this one is computed.
             if (part + 1 < PARTS) {
-                biases.fetch(fast ? (part + 1) * 8 * N : run_of(first_key, part + 1));
+                biases.fetch((part + 1) * PART_KEYS, fast ? TILE_K : last_run(first_key));
             } else {
                 biases.next_keys(TILE_K);
-                biases.fetch(RUNS ? run_of(first_key + TILE_K, 0) : 0);
+                biases.fetch(0, last_run(first_key + TILE_K));
             }
             weigh(dp, s);
-            if (WANT_QUERY_SUMS) {
-#pragma unroll
-                for (int i = 0; i < M; i++)
-#pragma unroll
-                    for (int j = 0; j < N; j++)
-#pragma unroll
-                        for (int x = 0; x < 4; x++) query_sums[i][x / 2] += dp[i][j][x];
-            }
+            if (WANT_QUERY_SUMS) for_scores([&](int i, int j) { query_sums[i] += score(dp, i, j); });
             if (WANT_DQ) add_keys(dq, dp, keys, part, lane, false);
         }
     };
@@ -83,9 +76,9 @@ KERNEL_WITH_BLOCKS(THREADS, MIN_BLOCKS) backward_queries(const BackwardParams pa
     if (tiles > 0) {
         QueriesWalk queries_walk;
         KeysWalk keys_walk;
-        queries_walk.start(params, at, first_query);
+        queries_walk.start(params, at, first_query, queries_there);
         keys_walk.start(in, at, key_head, first_key);
-        queries_walk.fetch(shared, queries_there, (int)least(params.padded_queries - first_query, TILE_Q));
+        queries_walk.fetch(memory, queries_there, (int)least(params.padded_queries - first_query, TILE_Q));
         // Tiles are fetched one ahead, and looked at two ahead.
         i64 left = end - first_key;
         auto look = [&]() {
@@ -94,34 +87,31 @@ KERNEL_WITH_BLOCKS(THREADS, MIN_BLOCKS) backward_queries(const BackwardParams pa
             left -= TILE_K;
         };
         auto fetch = [&](int stage) {
-            keys_walk.fetch(shared + KEYS_AT + stage * KEY_BYTES);
+            keys_walk.fetch(memory + KEYS_AT + stage * KEY_BYTES);
             keys_walk.shift(TILE_K * in.k.strides[2], TILE_K * in.v.strides[2]);
         };
         look();
         fetch(0);
-        copy_async_commit();
+        copies_started();
         look();
         biases.start(in, at, first_query + lane.query, first_key + key);
-        biases.fetch(RUNS ? run_of(first_key, 0) : 0);
+        biases.fetch(0, last_run(first_key));
 
         for (int tile = 0; tile < tiles; tile++) {
             const int stage = STAGES == 2 ? tile % 2 : 0;
-            const u32 keys = shared + KEYS_AT + stage * KEY_BYTES;
-            copy_async_wait<0>();
+            const u32 keys = memory + KEYS_AT + stage * KEY_BYTES;
+            keys_walk.arrive(keys);
+            if (tile == 0) queries_walk.arrive(queries, memory);
             block_barrier();
             auto fetch_next = [&]() {
                 if (tile + 1 < tiles) {
                     fetch(STAGES == 2 ? 1 - stage : 0);
                     look();
                 }
-                copy_async_commit();
+                copies_started();
             };
-            if (STAGES == 2) fetch_next();
-            if (tile == 0) {
-                queries.tile = shared;
-                queries.load_statistics(lane, queries_there);
-                if (Q_IN_REGISTERS) queries.load_factors(lane);
-            }
+            if (LOADS_AHEAD) fetch_next();
+            if (tile == 0) queries.load(lane, queries_there);
             const bool uncut = first_key + TILE_K <= end && !(POSITIONS && cuts(band(in, first_query, first_key), TILE_Q, TILE_K));
             const bool plain = queries.allows_plain_of_lane(queries_there), all = keeps_all_of_lane(keys);
             if (MAY_BE_PLAIN && !SEGMENTS && uncut && warp_all(plain && all)) {
@@ -130,10 +120,8 @@ KERNEL_WITH_BLOCKS(THREADS, MIN_BLOCKS) backward_queries(const BackwardParams pa
                 compute(false, keys, warp_all(plain), first_key + TILE_K <= end && warp_all(all));
             }
             first_key += TILE_K;
-            if (STAGES == 1) {
-                block_barrier();
-                fetch_next();
-            }
+            if (STAGES == 1) block_barrier();
+            if (!LOADS_AHEAD) fetch_next();
         }
     }
 
@@ -145,13 +133,10 @@ KERNEL_WITH_BLOCKS(THREADS, MIN_BLOCKS) backward_queries(const BackwardParams pa
     if (WANT_QUERY_SUMS) {
         float* const sums = (float*)params.query_sums + ((at.batch * in.rows + at.row) * in.heads + at.head) * in.seqlen_q + first_query;
 #pragma unroll
-        for (int i = 0; i < M; i++) {
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                const float sum = quad_sum(query_sums[i][half]);
-                const int query = lane.query + 16 * i + 8 * half;
-                if (lane_index() % 4 == 0 && query < queries_there) sums[query] = sum;
-            }
+        for (int i = 0; i < LANE_QUERIES; i++) {
+            const float sum = sum_of_query(query_sums[i]);
+            const int query = lane.query + Lane::further_query(i);
+            if (leads_query() && query < queries_there) sums[query] = sum;
         }
     }
 }

@@ -151,6 +151,16 @@ DEVICE void multiply_rows(Accumulator (&acc)[m][n], const FragmentA (&a)[m], u32
     }
 }
 
+// acc[i][j][x] += term(i, j, x)
+template <int m, int n, class Term> DEVICE void add_to_all(Accumulator (&acc)[m][n], Term term) {
+#pragma unroll
+    for (int i = 0; i < m; i++)
+#pragma unroll
+        for (int j = 0; j < n; j++)
+#pragma unroll
+            for (int x = 0; x < 4; x++) acc[i][j][x] += term(i, j, x);
+}
+
 // Rows of a tile that one step of a product over rows sums.
 template <class T> constexpr int row_step = sizeof(T) == 4 ? 8 : 16;
 

@@ -1,7 +1,7 @@
 // Products and tiles of the backward pass by keys on NVIDIA's tensor cores: rows of the products of fragment.cuh are keys.
 #pragma once
 
-#include "logits.cuh"
+#include "stage.cuh"
 
 constexpr int M = ROW_TILES;
 constexpr int N = TILE_Q / 8;
@@ -27,7 +27,7 @@ DEVICE int first_key_of_lane() { return warp_index() * 16 * M + lane_index() / 4
 struct QueryOrder {
     DEVICE int operator()(int row) const { return row % 8 / 2 * 2 * N + row / 8 * 2 + row % 2; }
 };
-DEVICE int first_query_of_lane() { return first_of_lane<N>(); }
+DEVICE int first_query_of_lane() { return lane_index() % 4 * 2 * N; }
 
 using StageK = Stage<ELEMENT, HEAD_DIM, TILE_K, THREADS, K_PIECES>;
 using StageV = Stage<ELEMENT, HEAD_DIM_V, TILE_K, THREADS, V_PIECES>;

@@ -5,6 +5,7 @@
 // they have arrived, before other threads see them.
 #pragma once
 
+#include "backward.cuh"
 #include "fragment.cuh"
 #include "rows.cuh"
 
@@ -118,5 +119,28 @@ template <class StageT, class T, int channels, int rows, int threads, bool piece
     DEVICE void next(u32 tile, i64 left) {
         fetch(tile, left);
         shift(rows * from.row_stride);
+    }
+};
+
+// A walk over lse, its low part and -delta of the queries of a row, tile by tile; those beyond the padded end are 0.
+template <int queries, int threads> struct StatisticsWalk {
+    static_assert(3 * queries / 4 <= threads, "a piece for each thread at most");
+    const float* source;
+
+    DEVICE void start(const BackwardParams& params, const Position& at, i64 first) {
+        const i64 plane = params.inputs.batch * params.inputs.rows * params.inputs.heads * params.padded_queries;
+        const int kind = thread_index() / (queries / 4), piece = thread_index() % (queries / 4);
+        source = (const float*)params.statistics + kind * plane + statistics_row(params, at) + first + 4 * piece;
+    }
+    DEVICE void shift(i64 elements) { source += elements; }
+    // Starts the copy of the tile, before the padded end of which there are `left` queries.
+    DEVICE void fetch(u32 to, i64 left) {
+        if (thread_index() >= 3 * queries / 4) return;
+        copy_async(to + thread_index() * 16, source, 4 * (thread_index() % (queries / 4)) < left ? 16 : 0);
+    }
+    // The same, and on to the next tile.
+    DEVICE void next(u32 to, i64 left) {
+        fetch(to, left);
+        shift(queries);
     }
 };

@@ -1,16 +1,38 @@
-// What the passes with queries for rows share: a block's tile of queries, parts of 8 N keys of a warp, dQ.
-//
-// A warp owns 16 M queries, and takes a tile of keys in PARTS parts of 8 N neighbours; rows of products are queries. Constants:
-// README.md, "Constants of the backward pass".
+// Products and tiles of the passes with queries for rows on NVIDIA's tensor cores: rows of the products of fragment.cuh are
+// queries. A warp owns 16 M of them, and takes a tile of keys in PARTS parts of 8 N neighbours.
 #pragma once
 
-#include "logits.cuh"
+#include "stage.cuh"
 
-constexpr int THREADS = WARPS * WARP_THREADS;
 constexpr int M = ROW_TILES;
 constexpr int N = COLUMNS;
 constexpr int TILE_Q = WARPS * 16 * M;
-constexpr int TILE_K = PARTS * 8 * N;
+constexpr int PART_KEYS = 8 * N;
+constexpr int TILE_K = PARTS * PART_KEYS;
+constexpr int LANE_QUERIES = 2 * M;
+constexpr int LANE_KEYS = 2 * N;
+constexpr int RUN_KEYS = LANE_KEYS;
+constexpr int LANE_RUNS = 1;
+
+using Scores = Accumulator[M][N];
+DEVICE float& score(Scores& s, int query, int key) { return s[query / 2][key / 2][2 * (query % 2) + key % 2]; }
+// In the order in which products come.
+template <class Action> DEVICE void for_pairs(Action action) {
+#pragma unroll
+    for (int i = 0; i < M; i++)
+#pragma unroll
+        for (int j = 0; j < N; j++)
+#pragma unroll
+            for (int half = 0; half < 2; half++) action(2 * i + half, 2 * j);
+}
+
+DEVICE float sum_of_query(float x) { return quad_sum(x); }
+DEVICE bool leads_query() { return lane_index() % 4 == 0; }
+
+// A tile's copy goes straight to its buffer, once that is free.
+constexpr bool LOADS_AHEAD = STAGES == 2;
+DEVICE void copies_started() { copy_async_commit(); }
+DEVICE void copies_arrived() { copy_async_wait<0>(); }
 
 using QTile = Tile<ELEMENT, HEAD_DIM>;
 using VTile = Tile<ELEMENT, HEAD_DIM_V>;
@@ -33,36 +55,21 @@ constexpr int V_AT = QTile::bytes(TILE_K);
 constexpr int EXCLUDED_AT = V_AT + VTile::bytes(TILE_K);
 constexpr int KEY_BYTES = EXCLUDED_AT + 16;
 static_assert(THREADS <= 4 * WARP_THREADS, "a word for each warp");
-// A walk over a tile of queries at one place of neighbouring rows of the batch.
-struct QueriesWalk {
-    template <int channels, bool pieces> using Walk =
-        StageWalk<Stage<ELEMENT, channels, TILE_Q, THREADS, pieces>, ELEMENT, channels, TILE_Q, THREADS, pieces>;
-    Walk<HEAD_DIM, Q_PIECES> q;
-    Walk<HEAD_DIM_V, DO_PIECES> d_o;
-    StatisticsWalk<TILE_Q, THREADS> statistics;
 
-    DEVICE void start(const BackwardParams& params, const Position& at, i64 first) {
-        const Operand &of_q = params.inputs.q, &of_d_o = params.d_o;
-        q.start({(const ELEMENT*)of_q.data + offset_of(of_q, at, 0, at.head), of_q.strides[2], of_q.strides[4]}, first);
-        d_o.start({(const ELEMENT*)of_d_o.data + offset_of(of_d_o, at, 0, at.head), of_d_o.strides[2], of_d_o.strides[4]}, first);
-        statistics.start(params, at, first);
+// Numbers that a block needs seldom, the same in all threads: in shared memory, where they take no registers.
+template <int count> struct Notes {
+    static constexpr int bytes = 8 * count;
+    u32 address;
+    DEVICE void write(const i64 (&numbers)[count]) {
+        if (thread_index() != 0) return;
+#pragma unroll
+        for (int i = 0; i < count; i++) store_shared_i64(address + 8 * i, numbers[i]);
     }
-    // Starts the copy of the tile, of which `there` queries exist, and statistics of `padded`.
-    DEVICE void fetch(u32 to, int there, int padded) {
-        q.fetch(to, there);
-        d_o.fetch(to + DO_AT, there);
-        statistics.fetch(to + STATISTICS_AT, padded);
-    }
-    DEVICE void next_row(const BackwardParams& params) {
-        q.shift(params.inputs.q.strides[1]);
-        d_o.shift(params.d_o.strides[1]);
-        statistics.shift(params.row_statistics);
-    }
+    DEVICE i64 operator[](int i) const { return load_shared_i64(address + 8 * i); }
 };
 
 // Whether the statistics of queries that do not exist are there, with an infinite lse.
 constexpr bool ROWS_ARE_PADDED = TILE_Q <= 64;
-constexpr bool CAN_EXCLUDE = KEY_MASK || KV_LENGTHS;
 
 // Where a lane stands: which rows and keys of the block's tiles are its own.
 struct Lane {
@@ -74,17 +81,24 @@ struct Lane {
         first_row = warp_index() * 16 * M;
         query = first_row + lane_index() / 4;
     }
+    // From the lane's first query to its query `i`.
+    static DEVICE constexpr int further_query(int i) { return 16 * (i / 2) + 8 * (i % 2); }
     // The first of a lane's run of keys in the first part of a tile.
-    static DEVICE int key_of(int thread) { return thread % 4 * 2 * N; }
+    static DEVICE int key_of(int thread) { return thread % 4 * LANE_KEYS; }
 };
 
 // What a lane needs of its queries.
 struct QueryRows {
     FragmentA q[QTile::steps][M], d_o[VTile::steps][M];
-    float lse[M][2];
+    float lse[LANE_QUERIES];
     float delta[M][4];  // as an accumulator starts
     u32 tile;           // in shared memory
 
+    // What has arrived, of which `there` queries exist.
+    DEVICE void load(const Lane& lane, int there) {
+        load_statistics(lane, there);
+        if (Q_IN_REGISTERS) load_factors(lane);
+    }
     // The factors, where they stay in registers.
     DEVICE void load_factors(const Lane& lane) {
 #pragma unroll
@@ -104,7 +118,7 @@ struct QueryRows {
             for (int half = 0; half < 2; half++) {
                 const int query = lane.query + 16 * i + 8 * half;
                 const u32 from = tile + STATISTICS_AT + query * 4;
-                lse[i][half] = ROWS_ARE_PADDED || query < there ? float_of(load_shared(from)) : INFINITE;
+                lse[2 * i + half] = ROWS_ARE_PADDED || query < there ? float_of(load_shared(from)) : INFINITE;
                 // Each number is loaded by itself: copies of one would be copied again for every product.
 #pragma unroll
                 for (int e = 0; e < 2; e++) delta[i][2 * half + e] = load_shared_again(from + 2 * TILE_Q * 4);
@@ -119,40 +133,66 @@ struct QueryRows {
         return ROWS_ARE_PADDED ? allows : (int)allows | (int)(query >= there);
     }
     // The low parts of lse.
-    DEVICE void load_low(float (&low)[M][2], const Lane& lane) const {
+    DEVICE void load_low(float (&low)[LANE_QUERIES], const Lane& lane) const {
 #pragma unroll
-        for (int i = 0; i < M; i++) {
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                low[i][half] = float_of(load_shared(tile + STATISTICS_AT + (TILE_Q + lane.query + 16 * i + 8 * half) * 4));
-            }
-        }
+        for (int i = 0; i < LANE_QUERIES; i++)
+            low[i] = float_of(load_shared(tile + STATISTICS_AT + (TILE_Q + lane.query + Lane::further_query(i)) * 4));
     }
 
     // s = q k, dp = dO v - delta, of one part of the keys; factors are in registers, or loaded for this part.
-    template <bool in_registers> DEVICE void multiply(Accumulator (&s)[M][N], Accumulator (&dp)[M][N], u32 keys, int part, const Lane& lane) {
+    DEVICE void multiply(Scores& s, Scores& dp, u32 keys, int part, const Lane& lane) {
         const auto zero = [](int, int, int) { return 0.0f; };
         const auto start = [&](int i, int, int x) { return STARTS_FROM_DELTA ? delta[i][x] : 0.0f; };
 #pragma unroll
         for (int pass = 0; pass < PASSES<ELEMENT>; pass++) {
 #pragma unroll
             for (int x = 0; x < QTile::steps; x++) {
-                if (!in_registers) {
+                if (!Q_IN_REGISTERS) {
 #pragma unroll
                     for (int i = 0; i < M; i++) q[x][i] = load_a<ELEMENT, HEAD_DIM>(tile, lane.first_row + 16 * i, x, lane.channels);
                 }
-                multiply_rows<ELEMENT, HEAD_DIM>(s, q[x], keys, part * 8 * N, pass, x, zero, lane.channels);
+                multiply_rows<ELEMENT, HEAD_DIM>(s, q[x], keys, part * PART_KEYS, pass, x, zero, lane.channels);
             }
 #pragma unroll
             for (int x = 0; x < VTile::steps; x++) {
-                if (!in_registers) {
+                if (!Q_IN_REGISTERS) {
 #pragma unroll
                     for (int i = 0; i < M; i++) d_o[x][i] = load_a<ELEMENT, HEAD_DIM_V>(tile + DO_AT, lane.first_row + 16 * i, x, lane.channels_v);
                 }
-                multiply_rows<ELEMENT, HEAD_DIM_V>(dp, d_o[x], keys + V_AT, part * 8 * N, pass, x, start, lane.channels_v);
+                multiply_rows<ELEMENT, HEAD_DIM_V>(dp, d_o[x], keys + V_AT, part * PART_KEYS, pass, x, start, lane.channels_v);
             }
         }
         if (!STARTS_FROM_DELTA) add_to_all(dp, [&](int i, int, int x) { return delta[i][x]; });
+    }
+};
+
+// A walk over a tile of queries at one place of neighbouring rows of the batch.
+struct QueriesWalk {
+    template <int channels, bool pieces> using Walk =
+        StageWalk<Stage<ELEMENT, channels, TILE_Q, THREADS, pieces>, ELEMENT, channels, TILE_Q, THREADS, pieces>;
+    Walk<HEAD_DIM, Q_PIECES> q;
+    Walk<HEAD_DIM_V, DO_PIECES> d_o;
+    StatisticsWalk<TILE_Q, THREADS> statistics;
+
+    // From query `first` on, of which `there` exist in the tile.
+    DEVICE void start(const BackwardParams& params, const Position& at, i64 first, int) {
+        const Operand &of_q = params.inputs.q, &of_d_o = params.d_o;
+        q.start({(const ELEMENT*)of_q.data + offset_of(of_q, at, 0, at.head), of_q.strides[2], of_q.strides[4]}, first);
+        d_o.start({(const ELEMENT*)of_d_o.data + offset_of(of_d_o, at, 0, at.head), of_d_o.strides[2], of_d_o.strides[4]}, first);
+        statistics.start(params, at, first);
+    }
+    // Starts the copy of the tile, of which `there` queries exist, and statistics of `padded`.
+    DEVICE void fetch(u32 to, int there, int padded) {
+        q.fetch(to, there);
+        d_o.fetch(to + DO_AT, there);
+        statistics.fetch(to + STATISTICS_AT, padded);
+    }
+    // What was fetched is in its tile, once that of the keys is.
+    DEVICE void arrive(QueryRows& queries, u32 tile) const { queries.tile = tile; }
+    DEVICE void next_row(const BackwardParams& params) {
+        q.shift(params.inputs.q.strides[1]);
+        d_o.shift(params.d_o.strides[1]);
+        statistics.shift(params.row_statistics);
     }
 };
 
@@ -233,6 +273,8 @@ struct KeysWalk {
         k.shift(of_k);
         v.shift(of_v);
     }
+    // What was fetched is in its tile.
+    DEVICE void arrive(u32) const { copies_arrived(); }
     // Starts the copy of the tile that was looked at; excluded keys become zeros, since NaN times P = 0 is NaN.
     DEVICE void fetch(u32 to) const {
         k.fetch_kept(to, [&](int turn, int) { return of_k.kept[turn] != 0; });
@@ -244,53 +286,9 @@ struct KeysWalk {
     }
 };
 
-// How many of the keys from `first_key` on lie within the length.
-DEVICE i64 keys_left(const AttentionInputs& in, const Position& at, i64 first_key) { return greatest(kv_length(in, at) - first_key, 0); }
 // Whether mask and length keep every key that some warp has copied of a tile that has arrived: one warp for a lane.
 DEVICE bool keeps_all_of_lane(u32 keys) {
     return !CAN_EXCLUDE || load_shared(keys + EXCLUDED_AT + lane_index() % (THREADS / WARP_THREADS) * 4) == 0;
-}
-// Bit i: mask and length keep key `key + i`, for 2 N of them.
-DEVICE u32 kept_keys(const AttentionInputs& in, const Position& at, i64 key) {
-    const int there = (int)least(keys_left(in, at, key), 2 * N);
-    u32 bits = (u32)((1ull << there) - 1);
-    if (KEY_MASK) {
-#pragma unroll
-        for (int i = 0; i < 2 * N; i++) {
-            if (i < there && !key_mask_keeps(in, at, key + i)) bits &= ~(1u << i);
-        }
-    }
-    return bits;
-}
-
-// Logits of a part from products, less lse, whatever its keys are: the first of the tile's is `first_key`, the lane's first of
-// part `part` is `key` of the tile. `all`:
-// mask and length keep every key.
-template <class Biases>
-DEVICE void general_logits(Accumulator (&s)[M][N], Accumulator (&dp)[M][N], const QueryRows& rows, const Biases& biases,
-                           const AttentionInputs& in, const Position& at, const Lane& lane, i64 first_query, i64 first_key, int key, int part, bool plain,
-                           bool all) {
-    float low[M][2];
-    if (plain) {
-        biases.template take<true>(s, in, first_key + key, part, rows.lse, rows.lse);
-    } else {
-        rows.load_low(low, lane);
-        biases.template take<false>(s, in, first_key + key, part, rows.lse, low);
-    }
-    if (SEGMENTS || POSITIONS || !all) {
-        const u32 kept = all ? (u32)((1ull << 2 * N) - 1) : kept_keys(in, at, first_key + key);
-        exclude_by_query<M, N>(s, dp, in, at, first_query, lane.query, TILE_Q, first_key, key, TILE_K, kept);
-    }
-}
-
-// dS = 2^S dP.
-DEVICE void weigh(Accumulator (&dp)[M][N], const Accumulator (&s)[M][N]) {
-#pragma unroll
-    for (int i = 0; i < M; i++)
-#pragma unroll
-        for (int j = 0; j < N; j++)
-#pragma unroll
-            for (int x = 0; x < 4; x++) dp[i][j][x] *= exp2(s[i][j][x]);
 }
 
 // dQ += dS K, or = where it starts.
@@ -303,8 +301,8 @@ DEVICE void clear(QuerySums& dq) {
 #pragma unroll
             for (int x = 0; x < 4; x++) dq[i][c][x] = 0.0f;
 }
-DEVICE void add_keys(QuerySums& dq, const Accumulator (&ds)[M][N], u32 keys, int part, const Lane& lane, bool starts) {
-    constexpr int steps = 8 * N / row_step<ELEMENT>;
+DEVICE void add_keys(QuerySums& dq, const Scores& ds, u32 keys, int part, const Lane& lane, bool starts) {
+    constexpr int steps = PART_KEYS / row_step<ELEMENT>;
     FragmentA factors[M][steps];
 #pragma unroll
     for (int i = 0; i < M; i++)
@@ -313,7 +311,7 @@ DEVICE void add_keys(QuerySums& dq, const Accumulator (&ds)[M][N], u32 keys, int
             const int j = x * row_step<ELEMENT> / 8, other = j + (row_step<ELEMENT> == 16 ? 1 : 0);
             factors[i][x] = as_factor<ELEMENT>(ds[i][j], ds[i][other]);
         }
-    ProductOverRows<ELEMENT, HEAD_DIM, M, steps>::run(dq, factors, keys, part * 8 * N, starts, lane.channels);
+    ProductOverRows<ELEMENT, HEAD_DIM, M, steps>::run(dq, factors, keys, part * PART_KEYS, starts, lane.channels);
 }
 
 // Two neighbouring elements that are aligned as one.
