@@ -73,7 +73,8 @@ KERNEL_WITH_BLOCKS(THREADS, MIN_BLOCKS) backward_bias(const BackwardParams param
     const u32 memory = shared_address(shared);
     const AttentionInputs& in = params.inputs;
     const Lane lane;
-    BlockNotes notes = {memory + NOTES_AT};
+    BlockNotes notes;
+    notes.address = memory + NOTES_AT;
 
     const i64 block = params.first_block + block_index();
     const Owner owner(params, block);

@@ -22,6 +22,7 @@ struct Range {
 
 DEVICE i64 least(i64 a, i64 b) { return a < b ? a : b; }
 DEVICE int least_int(int a, int b) { return a < b ? a : b; }
+DEVICE int greatest_int(int a, int b) { return a > b ? a : b; }
 DEVICE i64 greatest(i64 a, i64 b) { return a > b ? a : b; }
 DEVICE i64 divided_up(i64 a, i64 b) { return (a + b - 1) / b; }
 

@@ -27,6 +27,7 @@ constexpr int WARP_THREADS = 64;
 // ------------------------------------------------------------------------------------------------ threads and blocks
 
 DEVICE int thread_index() { return (int)__builtin_amdgcn_workitem_id_x(); }
+DEVICE int thread_index_again() { return thread_index(); }
 DEVICE int lane_index() { return thread_index() % WARP_THREADS; }
 // The same in all lanes, which the compiler cannot see by itself.
 DEVICE int warp_index() { return (int)__builtin_amdgcn_readfirstlane((u32)thread_index() / WARP_THREADS); }
@@ -166,6 +167,17 @@ typedef u32 FourWords __attribute__((ext_vector_type(4)));
 
 // Something in global memory, a number or a vector. Addresses come as integers: that they are global, no compiler can see.
 template <class T> DEVICE T load_global(const void* from) { return *(const __attribute__((address_space(1))) T*)from; }
+template <class T> DEVICE void store_global(void* to, const T& x) { *(__attribute__((address_space(1))) T*)to = x; }
+// Words of global memory, a multiple of four.
+template <int count> DEVICE void load_words(u32 (&to)[count], const void* from) {
+    static_assert(count % 4 == 0, "pieces");
+#pragma unroll
+    for (int i = 0; i < count; i += 4) {
+        const FourWords words = load_global<FourWords>((const char*)from + 4 * i);
+#pragma unroll
+        for (int x = 0; x < 4; x++) to[i + x] = words[x];
+    }
+}
 // 16 bytes of read-only global memory.
 DEVICE Piece load_piece(const void* from) { return __builtin_bit_cast(Piece, load_global<FourWords>(from)); }
 // A byte of read-only global memory, or 0 without a look at it.

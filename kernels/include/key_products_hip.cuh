@@ -3,29 +3,20 @@
 // S = q K^T and dP = dO V^T have queries for rows. A lane has 16 queries of one key of each product, and shares the key with one
 // other lane; P and dS are the right factors of dV^T = dO^T P and dK^T = q^T dS as they lie. k and v are right factors too, and
 // go from memory to registers.
-//
-// Queries go to LDS through registers: rows of q and dO, and in the half types the same transposed. Rows of both have an odd
-// number of pieces, the last one unused where need be, so that eight lanes read from all banks.
 #pragma once
 
-#include "mma_hip.cuh"
+#include "lds_hip.cuh"
 
 constexpr int M = ROW_TILES;
 constexpr int WARP_KEYS = 32 * M;
 constexpr int TILE_K = WARPS * WARP_KEYS;
 constexpr int LANE_KEYS = M;
-constexpr int LANE_QUERIES = TILE_Q / 2;
-static_assert(TILE_Q == 32, "rows of a product");
-
-// Column of a product, and half of the wave.
-DEVICE int lane_column() { return lane_index() % 32; }
-DEVICE int lane_half() { return lane_index() / 32; }
+constexpr int LANE_QUERIES = HALF_ROWS;
+static_assert(TILE_Q == PRODUCT_ROWS, "rows of a product");
 
 // Opaque: computed once more where it is used, rather than kept in registers.
 DEVICE int first_key_of_lane() { return opaque(warp_index() * WARP_KEYS + lane_column() * M); }
 DEVICE int first_query_of_lane() { return lane_half() * LANE_QUERIES; }
-// The row of the products that is to be a query.
-DEVICE int row_of_query(int query) { return query % 16 / 4 * 8 + query / 16 * 4 + query % 4; }
 
 // Rows are queries; the keys of one product at a time.
 constexpr int KEY_PARTS = M;
@@ -47,46 +38,18 @@ constexpr bool TWO_PIECES = false;
 // Loads go to registers, whatever the buffer is used for meanwhile.
 constexpr bool LOADS_AHEAD = true;
 
-// Rows of queries in LDS, in the order of products.
-template <int channels> struct QueryRows {
-    static constexpr int pieces = pieces_of<ELEMENT>(channels);
-    // The widest rows leave no room for an unused piece: the places of pieces are turned by the row instead.
-    static constexpr bool turned = pieces >= 64;
-    static constexpr int pitch = turned ? pieces : pieces | 1;
-    static constexpr int bytes = TILE_Q * pitch * 16;
-    static DEVICE int place(int row, int piece) { return (row * pitch + (turned ? piece ^ (row & 7) : piece)) * 16; }
-};
-// The same transposed, half types: a row for each channel, queries in their own order.
-template <int channels> struct QueryColumns {
-    static constexpr int padded = (channels + 7) / 8 * 8;
-    static constexpr int pitch = (pieces_of<ELEMENT>(TILE_Q) | 1) * 16;
-    static constexpr int bytes = padded * pitch;
-};
-
 // Where things lie in shared memory: what a kernel has no use for takes no room.
 constexpr int STAGES_AT = 0;
 constexpr bool DO_ROWS = NEEDS_DS || !HALF_TYPE;
 constexpr bool Q_COLUMNS = WANT_DK && HALF_TYPE;
 constexpr bool DO_COLUMNS = WANT_DV && HALF_TYPE;
-constexpr int DO_AT = QueryRows<HEAD_DIM>::bytes;
-constexpr int Q_COLUMNS_AT = DO_AT + (DO_ROWS ? QueryRows<HEAD_DIM_V>::bytes : 0);
-constexpr int DO_COLUMNS_AT = Q_COLUMNS_AT + (Q_COLUMNS ? QueryColumns<HEAD_DIM>::bytes : 0);
-constexpr int STATISTICS_AT = DO_COLUMNS_AT + (DO_COLUMNS ? QueryColumns<HEAD_DIM_V>::bytes : 0);
+constexpr int DO_AT = RowTile<TILE_Q, HEAD_DIM>::bytes;
+constexpr int Q_COLUMNS_AT = DO_AT + (DO_ROWS ? RowTile<TILE_Q, HEAD_DIM_V>::bytes : 0);
+constexpr int DO_COLUMNS_AT = Q_COLUMNS_AT + (Q_COLUMNS ? ColumnTile<TILE_Q, HEAD_DIM>::bytes : 0);
+constexpr int STATISTICS_AT = DO_COLUMNS_AT + (DO_COLUMNS ? ColumnTile<TILE_Q, HEAD_DIM_V>::bytes : 0);
 // Where rows fill the LDS, statistics are read from memory.
 constexpr bool STATISTICS_IN_LDS = STATISTICS_AT < 65536;
 constexpr int STAGE_BYTES = STATISTICS_AT + (STATISTICS_IN_LDS ? 3 * TILE_Q * 4 : 0);
-
-// c += rows of queries times a column.
-template <int channels, bool in_pieces>
-DEVICE void multiply_rows(Product& c, u32 rows, const Column<channels, in_pieces, K_IN_REGISTERS>& right) {
-    using Tile = QueryRows<channels>;
-    using Right = Column<channels, in_pieces, K_IN_REGISTERS>;
-#pragma unroll
-    for (int p = 0; p < Right::pairs; p++)
-        multiply_add_pieces(c, load_shared<FourWords>(rows + Tile::place(lane_column(), 2 * p + lane_half())), right.pair(p, lane_half()));
-    if constexpr (Right::odd)
-        multiply_add(c, load_shared<FourHalves>(rows + Tile::place(lane_column(), 2 * Right::pairs) + 8 * lane_half()), right.last, Half());
-}
 
 // The warp's keys and values.
 struct Keys {
@@ -106,13 +69,13 @@ struct Keys {
     // s = q K^T
     DEVICE void logits(Scores& s, int part, u32 tile) const {
         s.all = 0.0f;
-        multiply_rows(s, tile, k[part]);
+        multiply_rows<TILE_Q>(s, tile, 0, k[part]);
     }
     // dp = dO V^T - delta
     DEVICE void gradients(Scores& dp, int part, u32 tile, const float (&minus_delta)[LANE_QUERIES]) const {
 #pragma unroll
         for (int j = 0; j < LANE_QUERIES; j++) dp.each[j] = STARTS_FROM_DELTA ? minus_delta[j] : 0.0f;
-        multiply_rows(dp, tile + DO_AT, v[part]);
+        multiply_rows<TILE_Q>(dp, tile + DO_AT, 0, v[part]);
         if (!STARTS_FROM_DELTA) {
 #pragma unroll
             for (int j = 0; j < LANE_QUERIES; j++) dp.each[j] += minus_delta[j];
@@ -120,84 +83,17 @@ struct Keys {
     }
 };
 
-// Rows of q or dO on their way, tile by tile: a thread takes four channels of two neighbouring queries.
-template <int channels, bool in_pieces, bool to_rows, bool to_columns> struct QueryLoader {
-    static constexpr int part_bytes = 4 * (int)sizeof(ELEMENT);
-    using Part = RowPart<part_bytes / 4, channels, in_pieces>;
-    static constexpr int parts = (channels + 7) / 8 * 2;
-    static constexpr int row_threads = threads_of_row(parts);
-    static constexpr int round_pairs = THREADS / row_threads;
-    static constexpr int rounds = (TILE_Q / 2 + round_pairs - 1) / round_pairs;
-    // Whether every thread's rows lie alike from round to round.
-    static constexpr bool even = rounds == 1 || round_pairs * rounds == TILE_Q / 2;
-
-    const ELEMENT* mine;  // the thread's first part in the tile that is fetched next
-    i64 row_stride, channel_stride;
-    typename Part::Words arriving[rounds][2];
-
-    // A thread that has nothing of a tile loads what others do, and does not store it.
-    static DEVICE int pair() { return thread_index() / row_threads; }
-    static DEVICE int part() { return row_threads == parts ? thread_index() % row_threads : least_int(thread_index() % row_threads, parts - 1); }
-    // The query of the tile that row `i` of a round is.
-    static DEVICE int query(int round, int i) {
-        const int query = 2 * (pair() + round * round_pairs) + i;
-        return rounds > 1 && even ? query : least_int(query, TILE_Q - 2 + i);
-    }
-    static DEVICE bool takes_part(int round) {
-        return (row_threads == parts || thread_index() % row_threads < parts) &&
-               (TILE_Q / 2 % round_pairs == 0 || pair() + round * round_pairs < TILE_Q / 2);
-    }
-
+// Rows of q or dO on their way; queries that do not exist are 0.
+template <int channels, bool in_pieces, bool to_rows, bool to_columns>
+struct QueryLoader : LdsLoader<TILE_Q, channels, in_pieces, to_rows, to_columns> {
+    using Loader = LdsLoader<TILE_Q, channels, in_pieces, to_rows, to_columns>;
     DEVICE void start(const Operand& from, const Position& at, i64 first) {
-        row_stride = from.strides[2];
-        channel_stride = from.strides[4];
-        // Opaque: what is computed of them would take registers from head to head.
-        const int row = opaque(query(0, 0)), channel = opaque(4 * part());
-        mine = (const ELEMENT*)from.data + offset_of(from, at, first, at.head) + row * row_stride + channel * channel_stride;
+        Loader::start((const ELEMENT*)from.data + offset_of(from, at, first, at.head), from.strides[2], from.strides[4]);
     }
-    // Loads the tile, of which `there` rows exist; the others become 0. To the next tile.
+    // Loads the tile, of which `there` rows exist, and goes on to the next.
     DEVICE void next(int there) {
-        const auto load = [&](int row) { return Part::load(mine + row * row_stride, 4 * part(), channel_stride); };
-        if (there == TILE_Q) {
-#pragma unroll
-            for (int round = 0; round < rounds; round++)
-#pragma unroll
-                for (int i = 0; i < 2; i++)
-                    arriving[round][i] = load(even ? 2 * round * round_pairs + i : query(round, i) - query(0, 0));
-            keep_apart();
-        } else {
-#pragma unroll
-            for (int round = 0; round < rounds; round++)
-#pragma unroll
-                for (int i = 0; i < 2; i++) {
-                    const int row = opaque(query(round, i));
-                    arriving[round][i] = load(least_int(row, there - 1) - query(0, 0));
-                    if (row >= there) arriving[round][i] = 0;
-                }
-        }
-        mine += TILE_Q * row_stride;
-    }
-    // Stores what was loaded.
-    DEVICE void arrive(u32 rows, u32 columns) const {
-#pragma unroll
-        for (int round = 0; round < rounds; round++) {
-            if (!takes_part(round)) continue;
-            const int query = QueryLoader::query(round, 0), at = part() * part_bytes;
-            if constexpr (to_rows) {
-#pragma unroll
-                for (int i = 0; i < 2; i++)
-                    store_shared(rows + QueryRows<channels>::place(row_of_query(query) + i, at / 16) + at % 16, arriving[round][i]);
-            }
-            if constexpr (to_columns) {
-#pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    // The same half of both queries' words.
-                    const u32 halves = i % 2 == 0 ? 0x05040100 : 0x07060302;
-                    store_shared(columns + (4 * part() + i) * QueryColumns<channels>::pitch + 2 * query,
-                                 __builtin_amdgcn_perm(arriving[round][1][i / 2], arriving[round][0][i / 2], halves));
-                }
-            }
-        }
+        this->template load<true>(there);
+        this->shift(TILE_Q * this->row_stride);
     }
 };
 
@@ -313,56 +209,19 @@ template <class T> struct BiasRuns {
     }
 };
 
-// P or dS as the right factor of a product over queries: halves by four, or f32.
+// P or dS as the right factor of a product over queries.
 struct Weights {
-    FourHalves halves[M][HALF_TYPE ? LANE_QUERIES / 4 : 1];
-    float numbers[M][HALF_TYPE ? 1 : LANE_QUERIES];
-    DEVICE void take(const Scores& s, int part, int) {
-#pragma unroll
-        for (int j = 0; j < LANE_QUERIES; j++) {
-            if constexpr (!HALF_TYPE) {
-                numbers[part][j] = s.each[j];
-            } else if (j % 2 == 0) {
-                halves[part][j / 4][j / 2 % 2] = pack_rounded(Pair{s.each[j], s.each[j + 1]}, Half());
-            }
-        }
-    }
+    RightFactor factors[M];
+    DEVICE void take(const Scores& s, int part, int) { factors[part].take(s); }
 };
 
-// Transposed: rows are channels.
-template <int channels> constexpr int CHANNEL_TILES = (channels + 31) / 32;
 template <int channels> using Gradient = Product[M][CHANNEL_TILES<channels>];
-template <int channels> constexpr int LANE_CHANNELS = (channels + 7) / 8 * 4;
-DEVICE int channel_of_lane(int i) { return i / 4 * 8 + 4 * lane_half() + i % 4; }
 template <int tiles> DEVICE float gradient_of(const Product (&gradient)[M][tiles], int key, int i) { return gradient[key][i / 16].each[i % 16]; }
 
-// The gradient of k or v, transposed, += (q or dO)^T (dS or P).
-template <int channels> DEVICE void add_products(Gradient<channels>& gradient, const Weights& weights, u32 rows, u32 columns) {
-#pragma unroll
-    for (int b = 0; b < CHANNEL_TILES<channels>; b++) {
-        const int row = 32 * b + lane_column();
-        // Rows that no channel has repeat others; what comes of them is not read.
-        const int channel = row < QueryColumns<channels>::padded ? row : row % 8;
-        if constexpr (HALF_TYPE) {
-#pragma unroll
-            for (int i = 0; i < LANE_QUERIES / 8; i++) {
-                const FourWords left = load_shared<FourWords>(columns + channel * QueryColumns<channels>::pitch + 2 * first_query_of_lane() + 16 * i);
-#pragma unroll
-                for (int m = 0; m < M; m++) {
-                    multiply_add(gradient[m][b], left.xy, weights.halves[m][2 * i], Half());
-                    multiply_add(gradient[m][b], left.zw, weights.halves[m][2 * i + 1], Half());
-                }
-            }
-        } else {
-#pragma unroll
-            for (int j = 0; j < LANE_QUERIES; j++) {
-                const int place = QueryRows<channels>::place(row_of_query(first_query_of_lane() + j), channel / 4) + channel % 4 * 4;
-                const float left = load_shared<float>(rows + place);
-#pragma unroll
-                for (int m = 0; m < M; m++) multiply_add(gradient[m][b], left, weights.numbers[m][j]);
-            }
-        }
-    }
+// The gradients of v and k, transposed, += (dO or q)^T (P or dS).
+DEVICE void add_to_dv(Gradient<HEAD_DIM_V>& dv, const Weights& p, u32 tile) {
+    add_products<TILE_Q, HEAD_DIM_V>(dv, p.factors, tile + DO_AT, tile + DO_COLUMNS_AT, 0);
 }
-DEVICE void add_to_dv(Gradient<HEAD_DIM_V>& dv, const Weights& p, u32 tile) { add_products<HEAD_DIM_V>(dv, p, tile + DO_AT, tile + DO_COLUMNS_AT); }
-DEVICE void add_to_dk(Gradient<HEAD_DIM>& dk, const Weights& ds, u32 tile) { add_products<HEAD_DIM>(dk, ds, tile, tile + Q_COLUMNS_AT); }
+DEVICE void add_to_dk(Gradient<HEAD_DIM>& dk, const Weights& ds, u32 tile) {
+    add_products<TILE_Q, HEAD_DIM>(dk, ds.factors, tile, tile + Q_COLUMNS_AT, 0);
+}

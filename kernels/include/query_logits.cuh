@@ -135,7 +135,7 @@ template <bool may_stay> struct QueryBiases {
     // s = scale s + biases - lse, of the lane's keys of a part, from `key` on.
     template <bool plain>
     DEVICE void take(Scores& s, const AttentionInputs& in, i64 key, int part, const float (&lse)[LANE_QUERIES], const float (&low)[LANE_QUERIES]) const {
-for_pairs([&](int i, int j) {
+        for_pairs([&](int i, int j) {
             const i64 row = query + Lane::further_query(i);
             const auto biases = [&](int j) {
                 float sum = plain ? NOTHING : 0.0f;
@@ -147,7 +147,8 @@ for_pairs([&](int i, int j) {
             const auto alibi = [&](int j) { return ALIBI ? alibi_base2(slope, distance(in, row, key + j)) : 0.0f; };
             const Pair sums = {biases(j), biases(j + 1)}, alibis = {alibi(j), alibi(j + 1)};
             const Pair products = {score(s, i, j), score(s, i, j + 1)};
-            const Pair logits = logits_of<plain>(products, in.scale_base2, sums, alibis, {lse[i], lse[i]}, {low[i], low[i]});
+            const Pair of_query = {lse[i], lse[i]}, lows = {low[i], low[i]};
+            const Pair logits = logits_of<plain>(products, in.scale_base2, sums, alibis, of_query, lows);
             score(s, i, j) = logits.x;
             score(s, i, j + 1) = logits.y;
         });

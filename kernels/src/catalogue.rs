@@ -27,9 +27,6 @@ pub struct Entry {
     pub followed: bool,
 }
 
-/// Kernels whose products are written for NVIDIA's tensor cores alone so far.
-const WITHOUT_AMD: [&str; 2] = ["backward_bias", "backward_queries"];
-
 /// All kernels for one vendor: those of copies, fills and merges in every dtype, those of attention.
 ///
 /// # Errors
@@ -38,8 +35,7 @@ pub fn catalogue(vendor: Vendor) -> Result<Vec<Entry>, KernelError> {
     let moves = fill::kernels().chain(relayout::kernels()).chain(merge::kernels());
     let mut entries: Vec<Entry> = Vec::new();
     let mut add = |kernel: Kernel, followed| {
-        let written = vendor == Vendor::Nvidia || !WITHOUT_AMD.contains(&kernel.entry);
-        if written && !entries.iter().any(|entry| entry.kernel.hash == kernel.hash) {
+        if !entries.iter().any(|entry| entry.kernel.hash == kernel.hash) {
             let scores = Scores::of(&kernel, vendor);
             let followed = followed && scores.as_ref().is_some_and(|scores| scores.dtype == DType::BF16);
             entries.push(Entry { kernel, scores, followed });
@@ -62,7 +58,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn amd_has_all_but_the_passes_by_queries() {
+    fn amd_has_every_pass() {
         let entries = catalogue(Vendor::Amd).unwrap();
         let forward = entries.iter().find(|entry| entry.kernel.name.starts_with("forward bf16 8x8 bias0")).unwrap();
         let scores = forward.scores.as_ref().unwrap();
@@ -74,7 +70,9 @@ mod tests {
         // Channels of dK and dV are padded to 32.
         assert_eq!((scores.tile_q, scores.tile_k, scores.depth, scores.products), (32, 256, 20, 4));
         assert!(entries.iter().any(|entry| entry.kernel.entry == "sums"));
-        assert!(entries.iter().all(|entry| !WITHOUT_AMD.contains(&entry.kernel.entry)));
+        let bias = entries.iter().find(|entry| entry.kernel.name.starts_with("backward_bias bf16 8x8")).unwrap();
+        let scores = bias.scores.as_ref().unwrap();
+        assert_eq!((scores.tile_q, scores.tile_k, scores.products), (128, 128, 3));
     }
 
     #[test]

@@ -24,6 +24,7 @@ const FILES: &[(&str, &str)] = &[
     ("include/backward.cuh", include_str!("../include/backward.cuh")),
     ("include/key_products.cuh", include_str!("../include/key_products.cuh")),
     ("include/key_products_cuda.cuh", include_str!("../include/key_products_cuda.cuh")),
+    ("include/lds_hip.cuh", include_str!("../include/lds_hip.cuh")),
     ("include/key_products_hip.cuh", include_str!("../include/key_products_hip.cuh")),
     ("include/key_logits.cuh", include_str!("../include/key_logits.cuh")),
     ("include/query_products.cuh", include_str!("../include/query_products.cuh")),

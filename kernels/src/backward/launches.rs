@@ -248,7 +248,6 @@ impl<'a> Launches<'a> {
 
     fn by_queries(&self, pass: &QueryPass) -> Result<BackwardLaunch, KernelError> {
         let (spec, sizes) = (self.spec(), &pass.tiles);
-        let threads = sizes.warps * 32;
         let gradients: Vec<String> =
             (pass.biases.iter()).map(|&i| format!("X({i}, {})", element(self.dbias_dtype(i)))).collect();
         let mut constants = self
@@ -260,7 +259,7 @@ impl<'a> Launches<'a> {
             .value("STAGES", sizes.stages)
             .value("Q_IN_REGISTERS", sizes.in_registers)
             .value("SHARED_BYTES", sizes.shared_bytes)
-            .value("MIN_BLOCKS", 1)
+            .value("MIN_BLOCKS", sizes.min_blocks)
             .value("WANT_DQ", pass.dq)
             .value("DQ_PIECES", self.operands.dq.is_some_and(|dq| self.in_pieces(&dq, spec.head_dim)));
         let (entry, source) = if pass.biases.is_empty() {
@@ -284,7 +283,7 @@ impl<'a> Launches<'a> {
             (pass.terms.count > 1, " dbias_partials"),
             (pass.sums, " sums"),
         ];
-        let kernel = Kernel::new(self.title(entry) + &list_of(wanted), source, entry, &constants.0, threads)?
+        let kernel = Kernel::new(self.title(entry) + &list_of(wanted), source, entry, &constants.0, sizes.threads())?
             .with_dynamic_shared_bytes(sizes.shared_bytes);
         // Terms are counted with 32 bits.
         let limit = i32::MAX.unsigned_abs().into();

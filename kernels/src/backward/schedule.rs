@@ -136,7 +136,7 @@ impl Schedule {
             let blocks = owners * tiles(spec.seqlen_k, pass.tiles.tile_k());
             Chunks::new(blocks, tiles(spec.seqlen_q, pass.tiles.tile_q))
         });
-        let queries = query_passes(spec, channels, any(Reduction::Keys));
+        let queries = query_passes(vendor, spec, channels, any(Reduction::Keys));
         let uniform = spec.empty_rows == EmptyRows::Uniform && wanted.v;
         let mut schedule = Self { keys, queries, query_chunks, workspace: Workspace::default(), uniform };
         schedule.workspace = schedule.workspace(spec, channels);
@@ -209,7 +209,7 @@ pub(crate) fn owners(spec: &AttentionSpec, pass: &QueryPass) -> u64 {
     sizes.iter().zip(pass.walked).map(|(&size, walked)| if walked { 1 } else { size as u64 }).product()
 }
 
-fn query_passes(spec: &AttentionSpec, channels: Channels, sums: bool) -> Vec<QueryPass> {
+fn query_passes(vendor: Vendor, spec: &AttentionSpec, channels: Channels, sums: bool) -> Vec<QueryPass> {
     let wanted = spec.gradients;
     // Biases that are summed over the same axes share a pass.
     let mut groups: Vec<([bool; 3], Vec<usize>)> = Vec::new();
@@ -222,8 +222,8 @@ fn query_passes(spec: &AttentionSpec, channels: Channels, sums: bool) -> Vec<Que
         }
     }
     let pass = |work: QueryWork, (walked, biases): ([bool; 3], Vec<usize>), sums: bool| {
-        let tiles_of = QueryTiles::choose(channels, work)?;
-        let dq = work == QueryWork::Both || (work == QueryWork::Queries && wanted.q);
+        let tiles_of = QueryTiles::choose(vendor, channels, work)?;
+        let dq = matches!(work, QueryWork::Both | QueryWork::Queries);
         let key_parts = if biases.is_empty() { 1 } else { tiles(spec.seqlen_k, tiles_of.tile_k()) };
         let mut pass = QueryPass {
             dq,
@@ -257,7 +257,8 @@ fn query_passes(spec: &AttentionSpec, channels: Channels, sums: bool) -> Vec<Que
         passes.extend(pass(QueryWork::Bias, group, false));
     }
     if alone {
-        passes.extend(pass(QueryWork::Queries, ([false; 3], Vec::new()), sums));
+        let work = if wanted.q { QueryWork::Queries } else { QueryWork::Sums };
+        passes.extend(pass(work, ([false; 3], Vec::new()), sums));
     }
     passes
 }

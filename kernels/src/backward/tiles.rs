@@ -146,17 +146,33 @@ impl KeyTiles {
 /// Queries of a tile on AMD: rows of a product.
 const LDS_QUERIES: u32 = 32;
 
+/// Bytes of a tile of rows in the LDS of AMD, as `include/lds_hip.cuh` lays it out.
+fn lds_rows(element: u32, rows: u32, channels: u32) -> u32 {
+    let pieces = padded(channels) * element / 16;
+    // Rows of 64 pieces fill the LDS and have no unused piece.
+    rows * 16 * if pieces >= 64 { pieces } else { pieces | 1 }
+}
+
+/// The same transposed, which f32 has no use for.
+fn lds_columns(element: u32, rows: u32, channels: u32) -> u32 {
+    u32::from(element == 2) * padded(channels) * 16 * ((rows / 8) | 1)
+}
+
+/// A tile of keys in the LDS of AMD, as `include/query_products_hip.cuh` lays it out: rows of k and v, in the half types k
+/// transposed for dQ, and where there is room which waves met an excluded key.
+fn lds_key_bytes(channels: Channels, tile_k: u32, dq: bool) -> u32 {
+    let Channels { element, head_dim, head_dim_v } = channels;
+    let columns = u32::from(dq) * lds_columns(element, tile_k, head_dim);
+    let tiles = lds_rows(element, tile_k, head_dim) + lds_rows(element, tile_k, head_dim_v) + columns;
+    if tiles < small(Vendor::Amd.max_shared_bytes()) { tiles + 16 } else { tiles }
+}
+
 /// A tile of queries in the LDS of AMD, as `include/key_products_hip.cuh` lays it out: rows of q and dO, in the half types
 /// both transposed, statistics; what the work has no use for takes no room.
 fn lds_stage_bytes(channels: Channels, work: KeyWork) -> u32 {
     let Channels { element, head_dim, head_dim_v } = channels;
-    let rows = |channels| {
-        let pieces = padded(channels) * element / 16;
-        // Rows of 64 pieces fill the LDS and have no unused piece.
-        LDS_QUERIES * 16 * if pieces >= 64 { pieces } else { pieces | 1 }
-    };
-    let columns =
-        |channels, wanted: bool| u32::from(wanted && element == 2) * padded(channels) * 16 * ((LDS_QUERIES / 8) | 1);
+    let rows = |channels| lds_rows(element, LDS_QUERIES, channels);
+    let columns = |channels, wanted| u32::from(wanted) * lds_columns(element, LDS_QUERIES, channels);
     let d_o = if work.dk || work.sums || element == 4 { rows(head_dim_v) } else { 0 };
     let tiles = rows(head_dim) + d_o + columns(head_dim, work.dk) + columns(head_dim_v, work.dv);
     // Where tiles fill the LDS, statistics are read from memory.
@@ -166,8 +182,9 @@ fn lds_stage_bytes(channels: Channels, work: KeyWork) -> u32 {
 /// Tiles of the passes with queries for rows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct QueryTiles {
+    vendor: Vendor,
     pub(crate) warps: u32,
-    /// Groups of 16 queries of a warp.
+    /// Groups of a warp's queries: 16 each, 32 on AMD.
     pub(crate) row_tiles: u32,
     /// Groups of eight keys of a warp that are computed at once, and how often in a tile.
     pub(crate) columns: u32,
@@ -175,6 +192,8 @@ pub(crate) struct QueryTiles {
     pub(crate) stages: u32,
     /// Whether a warp keeps its queries in registers.
     pub(crate) in_registers: bool,
+    /// Blocks of a multiprocessor that registers are to leave room for.
+    pub(crate) min_blocks: u32,
     pub(crate) shared_bytes: u32,
 }
 
@@ -183,6 +202,8 @@ pub(crate) struct QueryTiles {
 pub(crate) enum QueryWork {
     /// dQ and sums of dS over keys, walking over all keys.
     Queries,
+    /// The sums alone.
+    Sums,
     /// A bias gradient alone.
     Bias,
     /// Both, for a head dimension that leaves room.
@@ -192,7 +213,12 @@ pub(crate) enum QueryWork {
 impl QueryTiles {
     /// Queries of a block.
     pub(crate) fn tile_q(&self) -> u32 {
-        self.warps * 16 * self.row_tiles
+        self.warps * small(self.vendor.product_rows()) * self.row_tiles
+    }
+
+    /// Threads of a block.
+    pub(crate) fn threads(&self) -> u32 {
+        self.warps * small(self.vendor.warp_threads())
     }
 
     /// Keys of a tile: those of a bias gradient, or of a step.
@@ -201,7 +227,14 @@ impl QueryTiles {
     }
 
     /// The choice for a problem; `None` where registers have no room for both kinds of work.
-    pub(crate) fn choose(channels: Channels, work: QueryWork) -> Option<Self> {
+    pub(crate) fn choose(vendor: Vendor, channels: Channels, work: QueryWork) -> Option<Self> {
+        match vendor {
+            Vendor::Nvidia => Self::nvidia(channels, work),
+            Vendor::Amd => Self::amd(channels, work),
+        }
+    }
+
+    fn nvidia(channels: Channels, work: QueryWork) -> Option<Self> {
         let bias = work == QueryWork::Bias;
         // Warps, row tiles; columns, parts; buffers.
         let ((warps, row_tiles), (columns, parts), stages) = match (channels.is_single(), channels.largest()) {
@@ -226,18 +259,48 @@ impl QueryTiles {
             (false | true, _) => ((2, 1), (2, 1), 1),
         };
         let in_registers = !channels.is_single() && channels.largest() <= if bias { 64 } else { 128 };
-        let tiles = Self { warps, row_tiles, columns, parts, stages, in_registers, shared_bytes: 0 };
+        let vendor = Vendor::Nvidia;
+        let tiles =
+            Self { vendor, warps, row_tiles, columns, parts, stages, in_registers, min_blocks: 1, shared_bytes: 0 };
         let rows = |rows, channels_of| tile_bytes(rows, channels_of, channels.element);
         let both = |count| rows(count, channels.head_dim) + rows(count, channels.head_dim_v);
         let queries = both(tiles.tile_q()) + 3 * tiles.tile_q() * 4;
         let keys = both(tiles.tile_k()) + 16;
-        let shared_bytes = if work == QueryWork::Queries {
+        let shared_bytes = if matches!(work, QueryWork::Queries | QueryWork::Sums) {
             queries + stages * keys
         } else {
             // And notes.
             stages * (queries + keys) + 48
         };
         Some(Self { shared_bytes, ..tiles })
+    }
+
+    fn amd(channels: Channels, work: QueryWork) -> Option<Self> {
+        let both = work == QueryWork::Both;
+        // Products of 32 keys in a tile, buffers, whether q and dO stay in registers, waves of a SIMD.
+        let (parts, stages, in_registers, waves): (u32, u32, bool, u32) =
+            match (channels.is_single(), channels.largest()) {
+                (false, ..=16) => (4, 2, true, 2),
+                (false, 17..=32) => (2, 2, true, 2),
+                _ if both => return None,
+                (false, 33..=64) | (true, ..=32) => (2, 1, true, 2),
+                (false, 65..=128) | (true, 33..=64) => (1, 1, true, 1),
+                (..) => (1, 1, false, 1),
+            };
+        let (vendor, warps) = (Vendor::Amd, 4);
+        let tile_k = parts * small(vendor.product_rows());
+        let shared_bytes = stages * lds_key_bytes(channels, tile_k, both || work == QueryWork::Queries);
+        Some(Self {
+            vendor,
+            warps,
+            row_tiles: 1,
+            columns: 4,
+            parts,
+            stages,
+            in_registers,
+            min_blocks: waves,
+            shared_bytes,
+        })
     }
 }
 
@@ -263,10 +326,10 @@ mod tests {
                             // Statistics of a row are whole tiles.
                             assert!(padded_queries(1).is_multiple_of(u64::from(tiles.tile_q)), "{channels:?}");
                         }
-                    }
-                    for work in [QueryWork::Queries, QueryWork::Bias, QueryWork::Both] {
-                        let bytes = QueryTiles::choose(channels, work).map(|tiles| tiles.shared_bytes);
-                        assert!(bytes.is_none_or(|bytes| bytes <= MAX_SHARED_BYTES), "{channels:?} {work:?} {bytes:?}");
+                        for work in [QueryWork::Queries, QueryWork::Sums, QueryWork::Bias, QueryWork::Both] {
+                            let bytes = QueryTiles::choose(vendor, channels, work).map(|tiles| tiles.shared_bytes);
+                            assert!(bytes.is_none_or(|bytes| bytes <= limit), "{vendor:?} {channels:?} {work:?}");
+                        }
                     }
                 }
             }

@@ -88,7 +88,8 @@ impl Scores {
             }
             "backward_bias" | "backward_queries" => {
                 let warps = number("WARPS")?;
-                let tile = [16 * number("ROW_TILES")? * warps, 8 * number("COLUMNS")? * number("PARTS")?];
+                let tile =
+                    [vendor.product_rows() * number("ROW_TILES")? * warps, 8 * number("COLUMNS")? * number("PARTS")?];
                 let walk = if kernel.entry == "backward_bias" { Walk::Rows } else { Walk::Keys };
                 let products = 2 + usize::from(wants("WANT_DQ"));
                 let copied = ["K_PIECES", "V_PIECES"];

@@ -19,7 +19,7 @@ use tilefold_conformance::case::DTYPES;
 use tilefold_conformance::tolerance::{self, Stored};
 use tilefold_conformance::{self as conformance, plain, values::round_to};
 use tilefold_core::attention::reference::{self, ReferenceInputs};
-use tilefold_core::{AttentionProblem, DType};
+use tilefold_core::{AttentionProblem, BiasSpec, DType, Gradients};
 use tilefold_kernels::params::{MergeParams, Operand};
 use tilefold_kernels::{AttentionOperands, ForwardOutputs, Launch, Vendor, catalogue, forward, kv_lengths_strides};
 
@@ -72,20 +72,37 @@ fn forward_is_the_oracles() {
 /// Tiles of 64 queries by 64 keys of a case of the conformance suite; more take the lanes too long.
 const MOST_TILES: usize = 48;
 
-/// The conformance suite's cases, with the gradients that the pass by keys gives: dK, dV, those of biases without a query
-/// axis; and that of the gate, from the preparation.
+/// The conformance suite's cases, with dK, dV and the gradients of biases without a query axis; and that of the gate, from the
+/// preparation.
 #[test]
 fn gradients_by_keys_are_the_oracles() {
+    check_gradients(&|wanted, biases| {
+        wanted.q = false;
+        for (wanted, bias) in wanted.biases.iter_mut().zip(biases) {
+            *wanted = *wanted && bias.shape[3] == 1 && bias.shape[4] > 1;
+        }
+    });
+}
+
+/// The same with dQ and the gradients of other biases.
+#[test]
+fn gradients_by_queries_are_the_oracles() {
+    check_gradients(&|wanted, biases| {
+        (wanted.k, wanted.v, wanted.gate) = (false, false, false);
+        for (wanted, bias) in wanted.biases.iter_mut().zip(biases) {
+            *wanted = *wanted && (bias.shape[3] > 1 || bias.shape[4] == 1);
+        }
+    });
+}
+
+/// Checks the suite's cases with those of their gradients that `keep` leaves.
+fn check_gradients(keep: &dyn Fn(&mut Gradients, &[BiasSpec])) {
     let mut cases = Vec::new();
     for (turn, dtype) in DTYPES.into_iter().enumerate() {
         for (number, mut case) in conformance::cases::all(dtype, &[32, 256]).into_iter().enumerate() {
-            let spec = &mut case.spec;
-            let wanted = &mut spec.gradients;
-            wanted.q = false;
-            for (wanted, bias) in wanted.biases.iter_mut().zip(&spec.biases) {
-                *wanted = *wanted && bias.shape[3] == 1 && bias.shape[4] > 1;
-            }
-            let any = wanted.k || wanted.v || wanted.biases.contains(&true);
+            keep(&mut case.spec.gradients, &case.spec.biases);
+            let wanted = &case.spec.gradients;
+            let any = wanted.q || wanted.k || wanted.v || wanted.biases.contains(&true);
             // The types differ in loads, products and rounding: of most cases every second runs, in one of them in turn.
             let has_turn = ALL_TYPES.contains(&case.group) || number % (2 * DTYPES.len()) == 2 * turn;
             if any && has_turn && case.tiles() <= MOST_TILES {
