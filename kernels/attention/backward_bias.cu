@@ -124,7 +124,7 @@ KERNEL_WITH_BLOCKS(THREADS, MIN_BLOCKS) backward_bias(const BackwardParams param
                 biases.take<true>(s, in, first, part, queries.lse, queries.lse);
             } else {
                 const Position at = notes.term(row);
-                general_logits(s, dp, queries, biases, in, at, lane, notes.first_query(), notes.first_key(), key + part * PART_KEYS, part, plain, all);
+                general_logits(s, dp, queries, biases, read_again(params).inputs, at, lane, notes.first_query(), notes.first_key(), key + part * PART_KEYS, part, plain, all);
             }
             // Biases of the next part, while this one is computed; after the last, those of the next term.
             if (part + 1 < PARTS) {
@@ -149,8 +149,9 @@ KERNEL_WITH_BLOCKS(THREADS, MIN_BLOCKS) backward_bias(const BackwardParams param
         const Position first = {opaque(next.batch), opaque(next.row), opaque(next.head)};
         QueriesWalk queries_walk;
         KeysWalk keys_walk;
-        queries_walk.start(params, first, from_query, queries_there);
-        keys_walk.start(in, first, opaque(key_head), from_key);
+        const BackwardParams& of_rows = read_again(params);
+        queries_walk.start(of_rows, first, from_query, queries_there);
+        keys_walk.start(of_rows.inputs, first, opaque(key_head), from_key);
         // Rows are fetched one ahead, looked at two ahead, and their lengths read three ahead.
         auto left_of = [&](int row) {
             if (row >= rows) return 0;
@@ -176,11 +177,11 @@ KERNEL_WITH_BLOCKS(THREADS, MIN_BLOCKS) backward_bias(const BackwardParams param
         look(left);
         left = left_of(2);
         const int key = Lane::key_of(thread_index());
-        biases.start(in, first, from_query + lane.query, from_key + key);
+        biases.start(of_rows.inputs, first, from_query + lane.query, from_key + key);
 #pragma unroll
         for (int part = 0; part < PARTS; part++) biases.fetch_once(part, part * PART_KEYS, last_of_lane);
         biases.fetch(0, last_of_lane);
-        if (WANT_DQ) gradient.start_term(params, first, from_query, opaque(owner.key_tile), lane);
+        if (WANT_DQ) gradient.start_term(of_rows, first, from_query, opaque(owner.key_tile), lane);
 
         // Waits for a term and fetches the next one; what is known of it.
         u32 keys;
@@ -254,27 +255,28 @@ KERNEL_WITH_BLOCKS(THREADS, MIN_BLOCKS) backward_bias(const BackwardParams param
     }
 
     // Found again, so that it takes no registers before.
-    const Owner to(params, notes.block());
+    const BackwardParams& results = read_again(params);
+    const Owner to(results, notes.block());
     const int first_of_run = Lane::key_of(thread_index_again());
-    const i64 batches = SUMS_BATCH ? 1 : in.batch, rows = SUMS_ROWS ? 1 : in.rows, heads = SUMS_HEADS ? 1 : in.heads;
+    const i64 batches = SUMS_BATCH ? 1 : results.inputs.batch, rows = SUMS_ROWS ? 1 : results.inputs.rows, heads = SUMS_HEADS ? 1 : results.inputs.heads;
     const i64 partial = ((to.chunk * batches + to.batch) * rows + to.row) * heads + to.head;
 #pragma unroll
     for (int part = 0; part < PARTS; part++) {
 #pragma unroll
         for (int i = 0; i < LANE_QUERIES; i++) {
             const i64 query = to.first_query + lane.query + Lane::further_query(i);
-            if (query >= in.seqlen_q) continue;
+            if (query >= results.inputs.seqlen_q) continue;
 #pragma unroll
             for (int j = 0; j < LANE_KEYS; j++) {
                 const i64 key = to.first_key + first_of_run + part * PART_KEYS + j;
-                if (key >= in.seqlen_k) continue;
+                if (key >= results.inputs.seqlen_k) continue;
                 const float value = score(dbias[part], i, j);
                 if (DBIAS_PARTIALS) {
-                    ((float*)params.dbias_partials)[(partial * in.seqlen_q + query) * in.seqlen_k + key] = value;
+                    ((float*)results.dbias_partials)[(partial * results.inputs.seqlen_q + query) * results.inputs.seqlen_k + key] = value;
                 } else {
 #define STORE(index, T)                                                                                                            \
-    ((T*)params.dbiases[index].data)[offset_of(params.dbiases[index], {to.batch, to.row, 0}, to.head, query) +          \
-                                     key * params.dbiases[index].strides[4]] = from_f32<T>(value);
+    ((T*)results.dbiases[index].data)[offset_of(results.dbiases[index], {to.batch, to.row, 0}, to.head, query) +          \
+                                     key * results.dbiases[index].strides[4]] = from_f32<T>(value);
                     DBIAS_LIST(STORE)
 #undef STORE
                 }

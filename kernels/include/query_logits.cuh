@@ -158,17 +158,13 @@ template <bool may_stay> struct QueryBiases {
 // How many of the keys from `first_key` on lie within the length.
 DEVICE i64 keys_left(const AttentionInputs& in, const Position& at, i64 first_key) { return greatest(kv_length(in, at) - first_key, 0); }
 constexpr u32 ALL_OF_LANE = (u32)((1ull << LANE_KEYS) - 1);
-// Bit j: mask and length keep key `key + j`, of a lane's keys of a part.
-DEVICE u32 kept_keys(const AttentionInputs& in, const Position& at, i64 key) {
-    const int there = (int)least(keys_left(in, at, key), LANE_KEYS);
-    u32 bits = (u32)((1ull << there) - 1);
-    if (KEY_MASK) {
-#pragma unroll
-        for (int j = 0; j < LANE_KEYS; j++) {
-            if (j < there && !key_mask_keeps(in, at, key + j)) bits &= ~(1u << j);
-        }
-    }
-    return bits;
+// Bit j: mask and length keep the lane's key j of a part, which begins at key `first`; the lane's keys begin `own` further on.
+// All lanes together: each looks at one key.
+DEVICE u32 kept_keys(const AttentionInputs& in, const Position& at, i64 first, int own) {
+    static_assert(PART_KEYS <= WARP_THREADS, "a key for each lane");
+    const int key = opaque(thread_index_again() % PART_KEYS);
+    const bool keeps = key < keys_left(in, at, first) && (!KEY_MASK || key_mask_keeps(in, at, first + key));
+    return (u32)(warp_ballot(keeps) >> own) & ALL_OF_LANE;
 }
 
 // P = 0 and dS = 0 for pairs that segments, positions or `kept` exclude; the lane's keys of the part begin at `key` of the tile.
@@ -204,7 +200,8 @@ DEVICE void general_logits(Scores& s, Scores& dp, const QueryRows& rows, const B
         biases.template take<false>(s, in, first_key + key, part, rows.lse, low);
     }
     if (SEGMENTS || POSITIONS || !all) {
-        const u32 kept = all ? ALL_OF_LANE : kept_keys(in, at, first_key + key);
+        const int own = Lane::key_of(thread_index_again());
+        const u32 kept = all ? ALL_OF_LANE : kept_keys(in, at, first_key + key - own, own);
         exclude(s, dp, in, at, lane, first_query, first_key, key, kept);
     }
 }

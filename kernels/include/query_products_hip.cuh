@@ -120,7 +120,7 @@ struct QueriesWalk {
     }
 };
 
-// What key mask and length say of the keys whose rows a thread copies: read one tile ahead.
+// What the key mask says of the keys whose rows a thread copies.
 template <class Loader> struct KeptKeys {
     u32 kept[Loader::rounds][2];
 
@@ -131,8 +131,7 @@ template <class Loader> struct KeptKeys {
 #pragma unroll
             for (int i = 0; i < 2; i++) {
                 const int key = opaque(Loader::row(round, i));
-                kept[round][i] = key < left ? 1 : 0;
-                if (KEY_MASK) kept[round][i] &= load_global<u8>(mask + greatest_int(least_int(key, left - 1), 0) * stride);
+                kept[round][i] = key < left ? load_global<u8>(mask + key * stride) : 0;
             }
     }
 };
@@ -144,11 +143,11 @@ struct KeysWalk {
     static constexpr bool alike = LoaderK::parts == LoaderV::parts;
     LoaderK k;
     LoaderV v;
-    KeptKeys<LoaderK> of_k, k_arriving;
-    KeptKeys<LoaderV> of_v, v_arriving;
-    const u8* mask;
+    KeptKeys<LoaderK> of_k;
+    KeptKeys<LoaderV> of_v;
+    const u8 *mask, *mask_of_next;
     i64 mask_stride;
-    int left, arriving;  // keys within the length, of the tile that was looked at, and of the one that was fetched
+    int left_of_next, left;  // keys within the length, of the tile that was looked at, and of the one that is on its way
 
     DEVICE void start(const AttentionInputs& in, const Position& at, i64 head, i64 first_key) {
         k.start((const ELEMENT*)in.k.data + offset_of(in.k, at, first_key, head), in.k.strides[2], in.k.strides[4]);
@@ -156,12 +155,10 @@ struct KeysWalk {
         mask_stride = KEY_MASK ? in.key_mask.strides[2] : 0;
         mask = (const u8*)in.key_mask.data + at.batch * in.key_mask.strides[0] + at.row * in.key_mask.strides[1] + first_key * mask_stride;
     }
-    // Reads what is known of the keys of the tile after the one that is fetched next; `left` of them are within the length.
+    // The tile that is fetched next; `within` of its keys are within the length.
     DEVICE void look(int within) {
-        left = within;
-        if (!KEY_MASK) return;
-        of_k.read(mask, mask_stride, within);
-        if (!alike) of_v.read(mask, mask_stride, within);
+        left_of_next = within;
+        mask_of_next = mask;
     }
     // To the row after this one, or to the tile after this one.
     DEVICE void shift_mask(i64 bytes) { mask += bytes; }
@@ -171,23 +168,23 @@ struct KeysWalk {
     }
     // Loads the tile that was looked at.
     DEVICE void fetch(u32) {
-        arriving = left;
-        k_arriving = of_k;
-        if (!alike) v_arriving = of_v;
+        left = left_of_next;
+        if (KEY_MASK) of_k.read(mask_of_next, mask_stride, left);
+        if (KEY_MASK && !alike) of_v.read(mask_of_next, mask_stride, left);
         k.template load<true>(greatest_int(left, 1));
         v.template load<true>(greatest_int(left, 1));
     }
     // Puts it into its place; excluded keys become 0, since NaN times P = 0 is NaN.
     DEVICE void arrive(u32 keys) {
-        bool some = arriving < TILE_K;
+        bool some = left < TILE_K;
         if (KEY_MASK) {
 #pragma unroll
-            for (int round = 0; round < LoaderK::rounds; round++) some = some || k_arriving.kept[round][0] == 0 || k_arriving.kept[round][1] == 0;
+            for (int round = 0; round < LoaderK::rounds; round++) some = some || of_k.kept[round][0] == 0 || of_k.kept[round][1] == 0;
             some = warp_any(some);
         }
         if (CAN_EXCLUDE && some) {
-            k.clear([&](int round, int i) { return KEY_MASK ? k_arriving.kept[round][i] != 0 : LoaderK::row(round, i) < arriving; });
-            v.clear([&](int round, int i) { return KEY_MASK ? (alike ? k_arriving.kept[round][i] : v_arriving.kept[round][i]) != 0 : LoaderV::row(round, i) < arriving; });
+            k.clear([&](int round, int i) { return KEY_MASK ? of_k.kept[round][i] != 0 : LoaderK::row(round, i) < left; });
+            v.clear([&](int round, int i) { return KEY_MASK ? (alike ? of_k.kept[round][i] : of_v.kept[round][i]) != 0 : LoaderV::row(round, i) < left; });
         }
         k.arrive(keys, keys + K_COLUMNS_AT);
         v.arrive(keys + V_AT, 0);

@@ -280,8 +280,7 @@ impl QueryTiles {
         // Products of 32 keys in a tile, buffers, whether q and dO stay in registers, waves of a SIMD.
         let (parts, stages, in_registers, waves): (u32, u32, bool, u32) =
             match (channels.is_single(), channels.largest()) {
-                (false, ..=16) => (4, 2, true, 2),
-                (false, 17..=32) => (2, 2, true, 2),
+                (false, ..=32) => (2, 2, true, 2),
                 _ if both => return None,
                 (false, 33..=64) | (true, ..=32) => (2, 1, true, 2),
                 (false, 65..=128) | (true, 33..=64) => (1, 1, true, 1),

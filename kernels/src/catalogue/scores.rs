@@ -107,7 +107,13 @@ impl Scores {
             head_dim,
             depth: match pass {
                 Pass::Forward => usize::midpoint(padded(head_dim), padded_sums(head_dim_v)),
-                _ => (padded(head_dim) + padded(head_dim_v) + padded_sums(head_dim) + padded_sums(head_dim_v)) / 4,
+                Pass::BackwardQueries if wants("WANT_DQ") => {
+                    (padded(head_dim) + padded(head_dim_v) + padded_sums(head_dim)) / 3
+                }
+                Pass::BackwardQueries => usize::midpoint(padded(head_dim), padded(head_dim_v)),
+                Pass::BackwardKeys => {
+                    (padded(head_dim) + padded(head_dim_v) + padded_sums(head_dim) + padded_sums(head_dim_v)) / 4
+                }
             },
             dtype,
             async_copies: copied.into_iter().all(wants),
