@@ -247,6 +247,10 @@ fn layouts(dtype: DType) -> Vec<Case> {
         // What autograd hands over for `out.sum()`: one number with strides of 0.
         c.places.d_out = Place { repeated: vec![0, 1, 2, 3, 4], ..Place::default() };
     }));
+    let whole_tiles = spec(dtype, 3, (18, 256), 2, 8);
+    cases.push(Case::new("layout", "bias_of_whole_tiles", whole_tiles).with_pair_bias().with(|c| {
+        c.places.biases = vec![ordered([4, 0, 1, 2, 3])];
+    }));
     cases.push(masked(base("repeated_masks")).with(|c| c.places.masks.repeated = vec![0, 1]));
     cases
 }

@@ -113,15 +113,15 @@ KERNEL_WITH_BLOCKS(THREADS, MIN_BLOCKS) backward_bias(const BackwardParams param
     auto compute = [&](bool fast, QuerySums& dq, u32 keys, int row, bool plain, bool all, bool more) {
         if (!fast) biases.hide();
         // Seldom wanted.
-        const int key = fast && !ALIBI && RUNS ? 0 : Lane::key_of(thread_index_again());
+        const int key = fast && !BY_ELEMENT ? 0 : Lane::key_of(thread_index_again());
 #pragma unroll
         for (int part = 0; part < PARTS; part++) {
             Scores s, dp;
             if (!fast) one_by_one();
             queries.multiply(s, dp, keys, part, lane);
             if (fast) {
-                const i64 first = ALIBI || !RUNS ? notes.first_key() + key + part * PART_KEYS : 0;
-                biases.take<true>(s, in, first, part, queries.lse, queries.lse);
+                const i64 first = BY_ELEMENT ? opaque(notes.first_key() + key + part * PART_KEYS) : 0;
+                biases.take<true>(s, BY_ELEMENT ? read_again(params).inputs : in, first, part, queries.lse, queries.lse);
             } else {
                 const Position at = notes.term(row);
                 general_logits(s, dp, queries, biases, read_again(params).inputs, at, lane, notes.first_query(), notes.first_key(), key + part * PART_KEYS, part, plain, all);

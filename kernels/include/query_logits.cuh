@@ -155,6 +155,11 @@ template <bool may_stay> struct QueryBiases {
     }
 };
 
+// Whether some number of a logit follows from its key: those are opaque, so that addresses of elements are computed where they
+// are used, not ahead of all tiles.
+template <int index> constexpr bool BIAS_BY_ELEMENT = Bias<index>::kind != ABSENT && !QueryBias<index, false>::ahead;
+constexpr bool BY_ELEMENT = ALIBI || BIAS_BY_ELEMENT<0> || BIAS_BY_ELEMENT<1> || BIAS_BY_ELEMENT<2> || BIAS_BY_ELEMENT<3>;
+
 // How many of the keys from `first_key` on lie within the length.
 DEVICE i64 keys_left(const AttentionInputs& in, const Position& at, i64 first_key) { return greatest(kv_length(in, at) - first_key, 0); }
 constexpr u32 ALL_OF_LANE = (u32)((1ull << LANE_KEYS) - 1);
@@ -192,12 +197,13 @@ DEVICE void exclude(Scores& s, Scores& dp, const AttentionInputs& in, const Posi
 template <class Biases>
 DEVICE void general_logits(Scores& s, Scores& dp, const QueryRows& rows, const Biases& biases, const AttentionInputs& in, const Position& at,
                            const Lane& lane, i64 first_query, i64 first_key, int key, int part, bool plain, bool all) {
+    const i64 first = BY_ELEMENT ? opaque(first_key + key) : 0;
     if (plain) {
-        biases.template take<true>(s, in, first_key + key, part, rows.lse, rows.lse);
+        biases.template take<true>(s, in, first, part, rows.lse, rows.lse);
     } else {
         float low[LANE_QUERIES];
         rows.load_low(low, lane);
-        biases.template take<false>(s, in, first_key + key, part, rows.lse, low);
+        biases.template take<false>(s, in, first, part, rows.lse, low);
     }
     if (SEGMENTS || POSITIONS || !all) {
         const int own = Lane::key_of(thread_index_again());

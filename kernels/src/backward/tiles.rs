@@ -282,8 +282,9 @@ impl QueryTiles {
             match (channels.is_single(), channels.largest()) {
                 (false, ..=32) => (2, 2, true, 2),
                 _ if both => return None,
-                (false, 33..=64) | (true, ..=32) => (2, 1, true, 2),
-                (false, 65..=128) | (true, 33..=64) => (1, 1, true, 1),
+                (false, 33..=64) => (1, 2, true, 2),
+                (true, ..=32) => (1, 2, true, 2),
+                (true, 33..=64) => (1, 1, true, 1),
                 (..) => (1, 1, false, 1),
             };
         let (vendor, warps) = (Vendor::Amd, 4);
