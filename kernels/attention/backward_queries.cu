@@ -56,9 +56,10 @@ KERNEL_WITH_BLOCKS(THREADS, MIN_BLOCKS) backward_queries(const BackwardParams pa
             if (!fast) one_by_one();
             queries.multiply(s, dp, keys, part, lane);
             if (fast) {
-                biases.take<true>(s, in, first_key + key + part * PART_KEYS, part, queries.lse, queries.lse);
+                const i64 first = BY_ELEMENT ? opaque(first_key + key + part * PART_KEYS) : 0;
+                biases.take<true>(s, BY_ELEMENT ? read_again(params).inputs : in, first, part, queries.lse, queries.lse);
             } else {
-                general_logits(s, dp, queries, biases, in, at, lane, first_query, first_key, key + part * PART_KEYS, part, plain, all);
+                general_logits(s, dp, queries, biases, read_again(params).inputs, at, lane, first_query, first_key, key + part * PART_KEYS, part, plain, all);
             }
             // Biases of the next part, while this one is computed.
             if (part + 1 < PARTS) {
@@ -125,13 +126,14 @@ KERNEL_WITH_BLOCKS(THREADS, MIN_BLOCKS) backward_queries(const BackwardParams pa
         }
     }
 
+    const BackwardParams& results = read_again(params);
     if (WANT_DQ) {
         QueryGradient<ELEMENT, DQ_PIECES> gradient;
-        gradient.start((ELEMENT*)params.dq.data + offset_of(params.dq, at, first_query, at.head), params.dq.strides[2], params.dq.strides[4], lane);
-        gradient.store(dq, lane.query, queries_there, in.scale);
+        gradient.start((ELEMENT*)results.dq.data + offset_of(results.dq, at, first_query, at.head), results.dq.strides[2], results.dq.strides[4], lane);
+        gradient.store(dq, lane.query, queries_there, results.inputs.scale);
     }
     if (WANT_QUERY_SUMS) {
-        float* const sums = (float*)params.query_sums + ((at.batch * in.rows + at.row) * in.heads + at.head) * in.seqlen_q + first_query;
+        float* const sums = (float*)results.query_sums + ((at.batch * results.inputs.rows + at.row) * results.inputs.heads + at.head) * results.inputs.seqlen_q + first_query;
 #pragma unroll
         for (int i = 0; i < LANE_QUERIES; i++) {
             const float sum = sum_of_query(query_sums[i]);

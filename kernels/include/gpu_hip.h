@@ -27,7 +27,6 @@ constexpr int WARP_THREADS = 64;
 // ------------------------------------------------------------------------------------------------ threads and blocks
 
 DEVICE int thread_index() { return (int)__builtin_amdgcn_workitem_id_x(); }
-DEVICE int thread_index_again() { return thread_index(); }
 DEVICE int lane_index() { return thread_index() % WARP_THREADS; }
 // The same in all lanes, which the compiler cannot see by itself.
 DEVICE int warp_index() { return (int)__builtin_amdgcn_readfirstlane((u32)thread_index() / WARP_THREADS); }
@@ -139,6 +138,9 @@ DEVICE i64 opaque(i64 x) {
 #endif
     return x;
 }
+
+// The index of the thread, of which the compiler knows nothing.
+DEVICE int thread_index_again() { return opaque(thread_index()); }
 
 // What all lanes have alike, told to the compiler: branches by it are branches of the wave, addresses are scalar.
 DEVICE bool same_in_warp(bool x) { return warp_ballot(x) != 0; }

@@ -167,8 +167,9 @@ constexpr u32 ALL_OF_LANE = (u32)((1ull << LANE_KEYS) - 1);
 // All lanes together: each looks at one key.
 DEVICE u32 kept_keys(const AttentionInputs& in, const Position& at, i64 first, int own) {
     static_assert(PART_KEYS <= WARP_THREADS, "a key for each lane");
-    const int key = opaque(thread_index_again() % PART_KEYS);
-    const bool keeps = key < keys_left(in, at, first) && (!KEY_MASK || key_mask_keeps(in, at, first + key));
+    const int key = thread_index_again() % PART_KEYS;
+    bool keeps = key < (int)least(keys_left(in, at, first), PART_KEYS);
+    if (KEY_MASK && keeps) keeps = key_mask_keeps(in, at, first + key);
     return (u32)(warp_ballot(keeps) >> own) & ALL_OF_LANE;
 }
 
@@ -206,8 +207,7 @@ DEVICE void general_logits(Scores& s, Scores& dp, const QueryRows& rows, const B
         biases.template take<false>(s, in, first, part, rows.lse, low);
     }
     if (SEGMENTS || POSITIONS || !all) {
-        const int own = Lane::key_of(thread_index_again());
-        const u32 kept = all ? ALL_OF_LANE : kept_keys(in, at, first_key + key - own, own);
+        const u32 kept = all ? ALL_OF_LANE : kept_keys(in, at, first_key + part * PART_KEYS, key - part * PART_KEYS);
         exclude(s, dp, in, at, lane, first_query, first_key, key, kept);
     }
 }
