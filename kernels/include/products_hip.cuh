@@ -32,8 +32,9 @@ struct Lane {
     DEVICE int row(int r) const { return query + 32 * r + column; }
     // First of the lane's neighbouring keys, in the tile.
     DEVICE int first_key() const { return half * LANE_KEYS; }
-    // The lane's channel `i`: 4 i .. 4 i + 3 are neighbours.
-    DEVICE int channel(int i) const { return i / 4 * 8 + 4 * half + i % 4; }
+    // The lane's channel `i`, 4 i .. 4 i + 3 being neighbours, and how far it is from the lane's first.
+    DEVICE int channel(int i) const { return 4 * half + step(i); }
+    static DEVICE constexpr int step(int i) { return i / 4 * 8 + i % 4; }
     // One lane of those that share a row.
     DEVICE bool leads() const { return half == 0; }
 };

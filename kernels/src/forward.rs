@@ -54,8 +54,8 @@ impl ForwardTile {
     fn nvidia(dtype: DType, head_dim: usize, head_dim_v: usize, seqlen_q: usize) -> Self {
         let widest = head_dim.max(head_dim_v);
         let (query_tiles, tile_k, stages, most_warps) = match (dtype, widest) {
-            (DType::F32, 0..=64) => (1, 64, 2, 4),
-            (DType::F32, 65..=128) => (1, 32, 2, 4),
+            (DType::F32, 0..=32) => (1, 64, 2, 4),
+            (DType::F32, 33..=128) => (1, 32, 2, 4),
             (DType::F32, _) => (1, 16, 1, 4),
             (_, 0..=32) => (2, 64, 2, 4),
             (_, 33..=128) => (1, 64, 2, 4),
