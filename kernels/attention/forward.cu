@@ -528,7 +528,8 @@ KERNEL_WITH_WAVES(THREADS, SIMD_WAVES) attention_forward(const ForwardParams par
                     start_with_zeros(s);
                     for_groups([&](int group) { add_logits(s, queries, keys, group); });
                     const ForwardParams& again = read_again(params);
-                    finish_logits(s, again.inputs, PRELOAD ? Work(again) : work, tile, lane);
+                    // Where it is rare and registers are dear, the work is not kept for it.
+                    finish_logits(s, again.inputs, PRELOAD && (HEAD_DIM_V > 128 || SEGMENTS) ? Work(again) : work, tile, lane);
                     // Read again, so that finish_logits may use the registers.
                     queries.load();
                     scale = 1.0f;

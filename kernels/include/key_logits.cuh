@@ -15,6 +15,8 @@ template <int index> struct KeyBias {
     using T = typename Bias<index>::T;
     static constexpr int kind = Bias<index>::kind;
     static constexpr bool ahead = kind == PIECES && RUNS;
+    // Read number by number, where it is added.
+    static constexpr bool scattered = kind == STRIDED || (kind == PIECES && !RUNS);
     const T* data;
     BiasRuns<T> runs;
     float of_keys[LANE_KEYS];
@@ -52,6 +54,7 @@ struct KeyBiases {
     KeyBias<1> bias1;
     KeyBias<2> bias2;
     KeyBias<3> bias3;
+    static constexpr bool scattered = KeyBias<0>::scattered || KeyBias<1>::scattered || KeyBias<2>::scattered || KeyBias<3>::scattered;
     i64 key;  // the lane's first
     float slope;
 

@@ -83,9 +83,9 @@ struct Excluded {
     }
 };
 
-// q^T, in registers.
+// q^T, in registers, or read once more for each tile of keys.
 struct Queries {
-    using QueryColumn = Column<HEAD_DIM, Q_PIECES, true>;
+    using QueryColumn = Column<HEAD_DIM, Q_PIECES, QUERIES_IN_REGISTERS>;
     static constexpr int pairs = QueryColumn::pairs;
     int column;
     int half;
@@ -112,7 +112,7 @@ DEVICE void add_logits(Scores& s, const Queries& queries, const Piece* keys, int
     for (int p = 0; p < Queries::pairs; p++) {
         const FourWords left = *(const FourWords*)&keys[KeyTileShape::slot(row, 2 * p + queries.half)];
 #pragma unroll
-        for (int m = 0; m < QUERY_TILES; m++) multiply_add_pieces(s[m][group], left, queries.columns[m].words[p]);
+        for (int m = 0; m < QUERY_TILES; m++) multiply_add_pieces(s[m][group], left, queries.columns[m].pair(p, queries.half));
     }
     if constexpr (Queries::QueryColumn::odd) {
         const FourHalves left = ((const FourHalves*)&keys[KeyTileShape::slot(row, 2 * Queries::pairs)])[queries.half];

@@ -64,6 +64,8 @@ pub(crate) struct KeyWork {
     pub(crate) dk: bool,
     pub(crate) dv: bool,
     pub(crate) sums: bool,
+    /// Whether logits take registers for more than products: segments, or more than two biases.
+    pub(crate) intricate: bool,
 }
 
 /// Tiles of the pass by keys.
@@ -105,12 +107,14 @@ impl KeyTiles {
 
     fn nvidia(channels: Channels, work: KeyWork) -> Self {
         let (warps, row_tiles, tile_q, stages, in_registers) = match (channels.is_single(), channels.largest()) {
+            (false, ..=32) if work.intricate => (4, 1, 16, 2, true),
             (false, ..=32) => (4, 2, 32, 2, true),
             (false, 33..=64) => (4, 1, 32, 2, true),
             (false, 65..=128) => (4, 1, 16, 2, false),
-            (false, _) => (2, 1, 16, 2, false),
+            (false, _) => (4, 1, 16, 2, false),
+            (true, ..=32) if work.intricate => (4, 1, 16, 2, false),
             (true, ..=32) => (4, 1, 32, 2, false),
-            (true, 33..=64) => (2, 1, 16, 2, false),
+            (true, 33..=64) => (4, 1, 16, 1, false),
             (true, 65..=128) => (4, 1, 16, 1, false),
             (true, _) => (2, 1, 16, 1, false),
         };
@@ -119,7 +123,9 @@ impl KeyTiles {
         let rows = |rows, channels_of| tile_bytes(rows, channels_of, channels.element);
         let keys = rows(tiles.tile_k(), channels.head_dim)
             + if work.dk || work.sums { rows(tiles.tile_k(), channels.head_dim_v) } else { 0 };
-        let stage = rows(tile_q, channels.head_dim) + rows(tile_q, channels.head_dim_v) + 3 * tile_q * 4;
+        // Statistics have no bytes of their own where rows of q have an unused piece and fill the memory.
+        let statistics = if !channels.is_single() && padded(channels.head_dim) == 256 { 0 } else { 3 * tile_q * 4 };
+        let stage = rows(tile_q, channels.head_dim) + rows(tile_q, channels.head_dim_v) + statistics;
         Self { shared_bytes: keys + stages * stage, ..tiles }
     }
 
@@ -321,7 +327,7 @@ mod tests {
                     for (vendor, limit) in [(Vendor::Nvidia, MAX_SHARED_BYTES), (Vendor::Amd, 64 * 1024)] {
                         let both = channels.keys_in_one_pass();
                         for (dk, dv) in [(true, both), (both, true)] {
-                            let tiles = KeyTiles::choose(vendor, channels, KeyWork { dk, dv, sums: dk }, 4096);
+                            let tiles = KeyTiles::choose(vendor, channels, KeyWork { dk, dv, sums: dk, intricate: false }, 4096);
                             assert!(tiles.shared_bytes <= limit, "{vendor:?} {channels:?}");
                             // Statistics of a row are whole tiles.
                             assert!(padded_queries(1).is_multiple_of(u64::from(tiles.tile_q)), "{channels:?}");
@@ -339,7 +345,7 @@ mod tests {
     #[test]
     fn amd_takes_the_warps_that_leave_the_fewest_keys_idle() {
         let channels = Channels { element: 2, head_dim: 8, head_dim_v: 8 };
-        let work = KeyWork { dk: true, dv: true, sums: false };
+        let work = KeyWork { dk: true, dv: true, sums: false, intricate: false };
         let warps = |seqlen_k| KeyTiles::choose(Vendor::Amd, channels, work, seqlen_k).warps;
         assert_eq!([64, 128, 256, 384, 512].map(warps), [1, 2, 4, 3, 4]);
     }
