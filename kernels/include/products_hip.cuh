@@ -107,12 +107,14 @@ struct Queries {
 
 // S += q k, for one group of keys.
 DEVICE void add_logits(Scores& s, const Queries& queries, const Piece* keys, int group) {
-    const int row = 32 * group + queries.column;
+    // Opaque where rows are wide: addresses of all pieces would take registers through the loop.
+    const int row = 32 * group + (QUERIES_IN_REGISTERS ? queries.column : opaque(queries.column));
+    const int half = QUERIES_IN_REGISTERS ? queries.half : opaque(queries.half);
 #pragma unroll
     for (int p = 0; p < Queries::pairs; p++) {
-        const FourWords left = *(const FourWords*)&keys[KeyTileShape::slot(row, 2 * p + queries.half)];
+        const FourWords left = *(const FourWords*)&keys[KeyTileShape::slot(row, 2 * p + half)];
 #pragma unroll
-        for (int m = 0; m < QUERY_TILES; m++) multiply_add_pieces(s[m][group], left, queries.columns[m].pair(p, queries.half));
+        for (int m = 0; m < QUERY_TILES; m++) multiply_add_pieces(s[m][group], left, queries.columns[m].pair(p, half));
     }
     if constexpr (Queries::QueryColumn::odd) {
         const FourHalves left = ((const FourHalves*)&keys[KeyTileShape::slot(row, 2 * Queries::pairs)])[queries.half];
