@@ -461,9 +461,10 @@ KERNEL_WITH_WAVES(THREADS, SIMD_WAVES) attention_forward(const ForwardParams par
 
     // Once more, with references that follow the maxima, where those that stay do not serve.
     for (bool careful = !PRELOAD;; careful = true) {
-        const Work work(read_again(params));
+        const ForwardParams& again = read_again(params);
+        const Work work(again);
         // The next tile of keys, on its way.
-        KeyWalk<TILE_K> walk(inputs, work.at, work.query, work.queries);
+        KeyWalk<TILE_K> walk(again.inputs, work.at, work.query, work.queries);
         if (!walk.done()) {
             start_loading(0, walk.tile);
             if (walk.tile.cover == FULL) biases.load_ahead(walk.tile.key);
@@ -528,8 +529,7 @@ KERNEL_WITH_WAVES(THREADS, SIMD_WAVES) attention_forward(const ForwardParams par
                     start_with_zeros(s);
                     for_groups([&](int group) { add_logits(s, queries, keys, group); });
                     const ForwardParams& again = read_again(params);
-                    // Where it is rare and registers are dear, the work is not kept for it.
-                    finish_logits(s, again.inputs, PRELOAD && (HEAD_DIM_V > 128 || SEGMENTS) ? Work(again) : work, tile, lane);
+                    finish_logits(s, again.inputs, PRELOAD && WORK_AGAIN ? Work(again) : work, tile, lane);
                     // Read again, so that finish_logits may use the registers.
                     queries.load();
                     scale = 1.0f;

@@ -161,12 +161,10 @@ struct Queries {
     DEVICE void arrive(u32) const { copy_async_wait<0>(); }
 
     DEVICE void statistics(u32 tile, int kind, float (&to)[LANE_QUERIES]) const {
-        const u32 first = tile + STATISTICS_AT + (kind * TILE_Q + first_query_of_lane()) / 4 * STATISTICS_PITCH;
-#pragma unroll
-        for (int i = 0; i < LANE_QUERIES; i += 4) {
-            const Piece piece = load_shared_piece(first + i / 4 * STATISTICS_PITCH);
-#pragma unroll
-            for (int x = 0; x < 4; x++) to[i + x] = float_of(piece.words[x]);
+        if constexpr (STATISTICS_IN_GAPS) {
+            load_shared_run(to, tile + STATISTICS_AT + (kind * TILE_Q + first_query_of_lane()) / 4 * STATISTICS_PITCH);
+        } else {
+            load_shared_run(to, tile + STATISTICS_AT + kind * TILE_Q * 4 + first_query_of_lane() * 4);
         }
     }
     // Whether the plain way may be taken for the tile.
@@ -176,7 +174,8 @@ struct Queries {
 #pragma unroll
             for (int i = 0; i < TILE_Q; i += WARP_THREADS) {
                 const int query = i + lane_index() % TILE_Q;
-                plain = plain && allows_plain(float_of(load_shared(tile + STATISTICS_AT + query / 4 * STATISTICS_PITCH + query % 4 * 4)));
+                const int at = STATISTICS_IN_GAPS ? query / 4 * STATISTICS_PITCH + query % 4 * 4 : query * 4;
+                plain = plain && allows_plain(float_of(load_shared(tile + STATISTICS_AT + at)));
             }
             plain = warp_all(plain);
         }

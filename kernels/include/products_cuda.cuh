@@ -74,6 +74,8 @@ constexpr bool LOADS_AHEAD = STAGES == 2;
 // Each path through a tile ends by itself: the next tile's biases are loaded between the products of this one's groups. Not beside
 // the widest O of f32, which two ends would have in different registers.
 constexpr bool ONE_TAIL = sizeof(ELEMENT) == 4 && HEAD_DIM_V > 128;
+// Whether registers are too dear to keep the block's work for the general path, where that is rare.
+constexpr bool WORK_AGAIN = HEAD_DIM_V > 128 || SEGMENTS;
 DEVICE void copies_started() { copy_async_commit(); }
 DEVICE void copies_arrived() { copy_async_wait<0>(); }
 

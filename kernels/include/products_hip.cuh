@@ -55,6 +55,8 @@ DEVICE float row_sum(float x) { return x + shuffle_xor(x, 32); }
 constexpr bool LOADS_AHEAD = true;
 // The paths through a tile end together: of two ends the compiler would move the numbers of one to the other's registers.
 constexpr bool ONE_TAIL = true;
+// Scalar registers are too few to keep the block's work for the general path, where that is rare.
+constexpr bool WORK_AGAIN = true;
 DEVICE void copies_started() {}
 DEVICE void copies_arrived() {}
 using KeyLoader = RowLoader<KeyTileShape, K_PIECES, WARPS * WARP_THREADS>;

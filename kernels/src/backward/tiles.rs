@@ -133,6 +133,7 @@ impl KeyTiles {
         // Waves of a SIMD that registers are to leave room for come last.
         let (row_tiles, stages, in_registers, waves): (u32, u32, bool, u32) =
             match (channels.is_single(), channels.largest()) {
+                (_, ..=64) if work.intricate => (1, 1, true, 1),
                 // More keys of a wave would save reads of queries, and spill from 16 channels on.
                 (false, ..=8) => (2, 2, true, 2),
                 (false, 9..=48) | (true, ..=32) => (1, 2, true, 2),
@@ -141,10 +142,12 @@ impl KeyTiles {
                 (..) => (1, 1, false, 1),
             };
         let vendor = Vendor::Amd;
-        // As many warps as leave the fewest keys of the last block without work.
         let keys = |warps: u32| seqlen_k.next_multiple_of(warps * row_tiles * small(vendor.product_rows()));
-        let warps = [4, 3, 2, 1].into_iter().min_by_key(|&warps| keys(warps)).unwrap_or(1);
-        let (min_blocks, shared_bytes) = ((4 * waves).div_ceil(warps), stages * lds_stage_bytes(channels, work));
+        let shared_bytes = stages * lds_stage_bytes(channels, work);
+        // As many warps as leave the fewest keys of the last block without work; a block that has the LDS to itself takes all SIMDs.
+        let alone = 2 * shared_bytes > small(Vendor::Amd.max_shared_bytes());
+        let warps = [4, 3, 2, 1].into_iter().min_by_key(|&warps| if alone { 0 } else { keys(warps) }).unwrap_or(1);
+        let min_blocks = (4 * waves).div_ceil(warps);
         Self { vendor, warps, row_tiles, tile_q: LDS_QUERIES, stages, in_registers, min_blocks, shared_bytes }
     }
 }
@@ -327,7 +330,12 @@ mod tests {
                     for (vendor, limit) in [(Vendor::Nvidia, MAX_SHARED_BYTES), (Vendor::Amd, 64 * 1024)] {
                         let both = channels.keys_in_one_pass();
                         for (dk, dv) in [(true, both), (both, true)] {
-                            let tiles = KeyTiles::choose(vendor, channels, KeyWork { dk, dv, sums: dk, intricate: false }, 4096);
+                            let tiles = KeyTiles::choose(
+                                vendor,
+                                channels,
+                                KeyWork { dk, dv, sums: dk, intricate: false },
+                                4096,
+                            );
                             assert!(tiles.shared_bytes <= limit, "{vendor:?} {channels:?}");
                             // Statistics of a row are whole tiles.
                             assert!(padded_queries(1).is_multiple_of(u64::from(tiles.tile_q)), "{channels:?}");
