@@ -44,8 +44,8 @@ struct Owner {
     DEVICE i64 rows_before(const AttentionInputs& in) const { return (chunk * in.batch + batch) * in.rows + row; }
 };
 
-// Beside the sums of many channels, or segments, the owner and what is known of its keys take no registers through the loops.
-constexpr bool OWNER_AGAIN = HEAD_DIM > 128 || HEAD_DIM_V > 128 || SEGMENTS;
+// Beside f32, the sums of many channels, or segments, the owner and what is known of its keys take no registers through the loops.
+constexpr bool OWNER_AGAIN = sizeof(ELEMENT) == 4 || HEAD_DIM > 128 || HEAD_DIM_V > 128 || SEGMENTS;
 
 // Which of the lane's keys key mask and length keep.
 struct Kept {

@@ -43,8 +43,9 @@ template <int index> struct KeyBias {
         if constexpr (ahead) return with_bias<plain>(sum, runs(key, query));
         if constexpr (kind == KEYS) return with_bias<plain>(sum, of_keys[key]);
         const Operand& bias = in.biases[index];
-        // Opaque: rows of all queries at once would take registers.
-        const i64 row = least(first_query + opaque(first_query_of_lane()) + query, in.seqlen_q - 1);
+        // Opaque in one piece of code: rows of all queries at once would take registers.
+        const int lane_query = TWO_PIECES ? first_query_of_lane() : opaque(first_query_of_lane());
+        const i64 row = least(first_query + lane_query + query, in.seqlen_q - 1);
         return with_bias<plain>(sum, to_f32(data[row * bias.strides[3] + least(first_key + key, in.seqlen_k - 1) * bias.strides[4]]));
     }
 };
