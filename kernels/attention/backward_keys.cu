@@ -16,26 +16,69 @@
 
 static_assert(STAGES_AT + STAGES * STAGE_BYTES == SHARED_BYTES, "shared memory as planned");
 
+// What a block owns: a tile of keys of one (batch, row, key head), and of the queries a chunk. Each is computed anew, and takes
+// no registers from one place to another.
+struct Owner {
+    i64 row;
+    i64 first_key;
+    i64 key_head;
+    i64 batch;
+    i64 chunk;
+    i64 key_heads;
+
+    DEVICE Owner(const BackwardParams& params) {
+        const AttentionInputs& in = params.inputs;
+        key_heads = in.heads;
+        split_index(key_heads, in.group);
+        // Blocks that read the same part of the biases, rows of the batch, are neighbours.
+        i64 block = params.first_block + block_index_again();
+        row = same_in_warp(split_index(block, in.rows));
+        first_key = same_in_warp(split_index(block, divided_up(in.seqlen_k, TILE_K))) * TILE_K;
+        key_head = same_in_warp(split_index(block, key_heads));
+        batch = same_in_warp(split_index(block, in.batch));
+        chunk = same_in_warp(block);
+    }
+    // Of head `i` of the group.
+    DEVICE Position at(const AttentionInputs& in, i64 i = 0) const { return {batch, row, key_head * in.group + i}; }
+    // Number of the chunk, batch and row among all.
+    DEVICE i64 rows_before(const AttentionInputs& in) const { return (chunk * in.batch + batch) * in.rows + row; }
+};
+
+// Beside f32, the sums of many channels, or segments, the owner and what is known of its keys take no registers through the loops.
+constexpr bool OWNER_AGAIN = sizeof(ELEMENT) == 4 || HEAD_DIM > 128 || HEAD_DIM_V > 128 || SEGMENTS;
+
+// Which of the lane's keys key mask and length keep.
+struct Kept {
+    bool keys[LANE_KEYS];
+    DEVICE void look(const AttentionInputs& in, const Position& at, i64 key) {
+        const i64 length = least(kv_length(in, at), in.seqlen_k);
+#pragma unroll
+        for (int i = 0; i < LANE_KEYS; i++) keys[i] = key + i < length && (!KEY_MASK || key_mask_keeps(in, at, key + i));
+    }
+};
+
 // One row of dK or dV of a lane.
 template <class T, int channels>
 DEVICE void store_row(const Operand& to, i64 offset, const Gradient<channels>& gradient, int key, float factor, bool kept, const float* added) {
-    T* data = (T*)to.data + offset;
+    T* data = (T*)to.data + offset + channel_of_lane(0) * to.strides[4];
 #pragma unroll
     for (int i = 0; i < LANE_CHANNELS<channels>; i++) {
         const int channel = channel_of_lane(i);
-        if (channel >= channels) continue;
+        // Opaque: addresses of all channels at once would take registers.
+        if (i > 0) data = (T*)opaque((i64)(data + (channel - channel_of_lane(i - 1)) * to.strides[4]));
+        if (channels % 8 != 0 && channel >= channels) continue;
         float value = kept ? gradient_of(gradient, key, i) * factor : 0.0f;
         if (added) value += added[channel];
-        data[channel * to.strides[4]] = from_f32<T>(value);
+        *data = from_f32<T>(value);
     }
 }
 
 // Sums of dS of one head: over a lane's queries so far, over the lanes that share its keys now; the lane's keys begin at `key`.
-DEVICE void store_key_sums(float* to, float (&sums)[LANE_KEYS], i64 key, const bool (&kept)[LANE_KEYS], i64 seqlen_k) {
+DEVICE void store_key_sums(float* to, float (&sums)[LANE_KEYS], i64 key, const Kept& kept, i64 seqlen_k) {
 #pragma unroll
     for (int i = 0; i < LANE_KEYS; i++) {
         const float sum = sum_of_key(sums[i]);
-        if (leads_key() && key + i < seqlen_k) to[key + i] = kept[i] ? sum : 0.0f;
+        if (leads_key() && key + i < seqlen_k) to[key + i] = kept.keys[i] ? sum : 0.0f;
         sums[i] = 0.0f;
     }
 }
@@ -45,20 +88,15 @@ KERNEL_WITH_BLOCKS(THREADS, MIN_BLOCKS) backward_keys(const BackwardParams param
     const u32 memory = shared_address(shared);
     const AttentionInputs& in = params.inputs;
 
-    // Blocks that read the same part of the biases, rows of the batch, are neighbours.
-    i64 block = params.first_block + block_index();
-    const i64 key_heads = in.heads / in.group, key_tiles = (in.seqlen_k + TILE_K - 1) / TILE_K;
-    const i64 row = same_in_warp(split_index(block, in.rows)), first_key = same_in_warp(split_index(block, key_tiles)) * TILE_K;
-    const i64 key_head = same_in_warp(split_index(block, key_heads)), batch = same_in_warp(split_index(block, in.batch));
-    const i64 chunk = same_in_warp(block);
-    const Position owner_at = {batch, row, key_head * in.group};
+    const Owner owner(params);
+    const Position owner_at = owner.at(in);
+    const i64 first_key = owner.first_key, key_head = owner.key_head;
 
-    const i64 length = kv_length(in, owner_at);
     // Tiles of queries that see a key of the tile, within the chunk.
-    i64 first_tile = chunk * params.query_chunk;
+    i64 first_tile = owner.chunk * params.query_chunk;
     i64 end_tile = (in.seqlen_q + TILE_Q - 1) / TILE_Q;
     end_tile = least(end_tile, first_tile + params.query_chunk);
-    if (first_key >= length) end_tile = first_tile;
+    if (first_key >= kv_length(in, owner_at)) end_tile = first_tile;
     if (POSITIONS) {
         const Range visible = visible_queries(in, first_key, least(first_key + TILE_K, in.seqlen_k));
         first_tile = greatest(first_tile, visible.begin / TILE_Q);
@@ -71,9 +109,8 @@ KERNEL_WITH_BLOCKS(THREADS, MIN_BLOCKS) backward_keys(const BackwardParams param
     const Rows<ELEMENT> v = {(const ELEMENT*)in.v.data + offset_of(in.v, owner_at, 0, key_head), in.v.strides[2], in.v.strides[4]};
 
     const i64 key = first_key + first_key_of_lane();  // the lane's first
-    bool kept[LANE_KEYS];
-#pragma unroll
-    for (int i = 0; i < LANE_KEYS; i++) kept[i] = key + i < length && (!KEY_MASK || key_mask_keeps(in, owner_at, key + i));
+    Kept kept;
+    if (!OWNER_AGAIN) kept.look(in, owner_at, key);
 
     Gradient<HEAD_DIM> dk = {};
     Gradient<HEAD_DIM_V> dv = {};
@@ -97,7 +134,9 @@ KERNEL_WITH_BLOCKS(THREADS, MIN_BLOCKS) backward_keys(const BackwardParams param
 
             Scores s, dp;
             keys.logits(s, part, staged);
-            if (NEEDS_DS) keys.gradients(dp, part, staged, minus_delta);
+            // Where biases' addresses take registers, dP comes after them.
+            constexpr bool late = KeyBiases::scattered;
+            if (NEEDS_DS && !late) keys.gradients(dp, part, staged, minus_delta);
             if (plain) {
                 biases.take<true>(s, part, in, first_query, lse, lse);
             } else {
@@ -105,6 +144,8 @@ KERNEL_WITH_BLOCKS(THREADS, MIN_BLOCKS) backward_keys(const BackwardParams param
                 queries.statistics(staged, LSE_LOW, low);
                 biases.take<false>(s, part, in, first_query, lse, low);
             }
+            if (late) one_by_one();
+            if (NEEDS_DS && late) keys.gradients(dp, part, staged, minus_delta);
             // Biases of the next tile, while this one is computed.
             if (part + 1 == KEY_PARTS) biases.fetch(next_last);
             if (SEGMENTS || POSITIONS) exclude(s, dp, part, in, owner_at, key, first_query, first_key);
@@ -123,16 +164,18 @@ KERNEL_WITH_BLOCKS(THREADS, MIN_BLOCKS) backward_keys(const BackwardParams param
         if (WANT_DK) add_to_dk(dk, ds, staged);
     };
 
-    for (i64 head = key_head * in.group; head < (key_head + 1) * in.group; head++) {
+    for (i64 i = 0; i < in.group; i++) {
         first_query = first_tile * TILE_Q;
         if (tiles > 0) {
             queries.settle();
             block_barrier();
             const BackwardParams& again = read_again(params);
-            queries.start_head(again, {batch, row, head}, first_query);
+            const Owner of_head = OWNER_AGAIN ? Owner(again) : owner;
+            const Position at = of_head.at(again.inputs, i);
+            queries.start_head(again, at, first_query);
             const int there = tiles > 1 ? TILE_Q : in_last;
             queries.fetch(staged, there);
-            biases.start_head(again.inputs, {batch, row, head}, first_key + first_key_of_lane(), first_query);
+            biases.start_head(again.inputs, at, of_head.first_key + first_key_of_lane(), first_query);
             biases.fetch(there - 1);
         }
         for (int tile = 0; tile < tiles; tile++) {
@@ -159,35 +202,46 @@ KERNEL_WITH_BLOCKS(THREADS, MIN_BLOCKS) backward_keys(const BackwardParams param
             staged = next;
         }
         if (WANT_KEY_SUMS) {
-            const i64 heads = ((chunk * in.batch + batch) * in.rows + row) * in.heads + head;
-            store_key_sums((float*)params.key_sums + heads * in.seqlen_k, key_sums, key, kept, in.seqlen_k);
+            const BackwardParams& again = read_again(params);
+            const Owner of_sums = OWNER_AGAIN ? Owner(again) : owner;
+            const i64 own_key = of_sums.first_key + first_key_of_lane(), seqlen_k = again.inputs.seqlen_k;
+            if (OWNER_AGAIN) kept.look(again.inputs, of_sums.at(again.inputs), own_key);
+            const i64 heads = of_sums.rows_before(again.inputs) * again.inputs.heads + of_sums.at(again.inputs, i).head;
+            store_key_sums((float*)again.key_sums + heads * seqlen_k, key_sums, own_key, kept, seqlen_k);
         }
     }
 
-    const i64 owner = ((chunk * in.batch + batch) * in.rows + row) * key_heads + key_head;
-    const float* uniform = UNIFORM_ROWS && WANT_DV && chunk == 0
-                               ? (const float*)params.uniform_sums + ((batch * in.rows + row) * key_heads + key_head) * HEAD_DIM_V
-                               : nullptr;
     // Once more: neither takes registers through the loops.
-    const i64 own_key = first_key + opaque(first_key_of_lane());
     const BackwardParams& results = read_again(params);
+    const Owner of_results = OWNER_AGAIN ? Owner(results) : owner;
+    const i64 own_key = of_results.first_key + opaque(first_key_of_lane()), seqlen_k = results.inputs.seqlen_k;
+    const Position at = of_results.at(results.inputs);
+    if (OWNER_AGAIN) {
+        kept.look(results.inputs, at, own_key);
+        one_by_one();
+    }
+    const i64 before = of_results.rows_before(results.inputs) * of_results.key_heads + of_results.key_head;  // key heads of other blocks
+    const float* uniform = UNIFORM_ROWS && WANT_DV && of_results.chunk == 0
+                               ? (const float*)results.uniform_sums + before * HEAD_DIM_V
+                               : nullptr;
 #pragma unroll
     for (int i = 0; i < LANE_KEYS; i++) {
-        if (own_key + i >= results.inputs.seqlen_k) continue;
+        const i64 key = own_key + i;
+        if (key >= seqlen_k) continue;
         if (WANT_DK) {
             if (PARTIALS) {
                 const Operand to = {results.dk_partials, {0, 0, 0, 0, 1}};
-                store_row<float, HEAD_DIM>(to, (owner * results.inputs.seqlen_k + own_key + i) * HEAD_DIM, dk, i, results.inputs.scale, kept[i], nullptr);
+                store_row<float, HEAD_DIM>(to, (before * seqlen_k + key) * HEAD_DIM, dk, i, results.inputs.scale, kept.keys[i], nullptr);
             } else {
-                store_row<ELEMENT, HEAD_DIM>(results.dk, offset_of(results.dk, owner_at, own_key + i, key_head), dk, i, results.inputs.scale, kept[i], nullptr);
+                store_row<ELEMENT, HEAD_DIM>(results.dk, offset_of(results.dk, at, key, of_results.key_head), dk, i, results.inputs.scale, kept.keys[i], nullptr);
             }
         }
         if (WANT_DV) {
             if (PARTIALS) {
                 const Operand to = {results.dv_partials, {0, 0, 0, 0, 1}};
-                store_row<float, HEAD_DIM_V>(to, (owner * results.inputs.seqlen_k + own_key + i) * HEAD_DIM_V, dv, i, 1.0f, kept[i], uniform);
+                store_row<float, HEAD_DIM_V>(to, (before * seqlen_k + key) * HEAD_DIM_V, dv, i, 1.0f, kept.keys[i], uniform);
             } else {
-                store_row<ELEMENT, HEAD_DIM_V>(results.dv, offset_of(results.dv, owner_at, own_key + i, key_head), dv, i, 1.0f, kept[i], uniform);
+                store_row<ELEMENT, HEAD_DIM_V>(results.dv, offset_of(results.dv, at, key, of_results.key_head), dv, i, 1.0f, kept.keys[i], uniform);
             }
         }
     }

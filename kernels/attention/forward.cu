@@ -23,7 +23,7 @@ constexpr float PLAIN_LIMIT = !HAS_BIAS ? 4194304.0f : sizeof(T) == 4 ? 2048.0f 
 // Largest sum of a lane's P in a tile that the plain path keeps: f16 ends at 2^16.
 constexpr float LARGEST_SHARE = 32768.0f;
 
-// The block's work.
+// The block's work. Each is computed anew, and takes no registers from one place to another.
 struct Work {
     Position at;
     i64 query;    // first query
@@ -31,7 +31,7 @@ struct Work {
 
     DEVICE Work(const ForwardParams& params) {
         const AttentionInputs& inputs = params.inputs;
-        i64 index = params.first_block + block_index();
+        i64 index = params.first_block + block_index_again();
         const i64 tiles = (inputs.seqlen_q + TILE_Q - 1) / TILE_Q;
         if constexpr (ROWS_FIRST) at.row = split_index(index, inputs.rows);
         query = split_index(index, tiles) * TILE_Q;
@@ -326,30 +326,39 @@ DEVICE void store_lse(const ForwardParams& params, const Work& work, i64 query, 
     if constexpr (LSE_LOW) store(params.lse_low, low);
 }
 
-// Two channels of the output, gated: equation (6).
-template <class T> DEVICE void store_pair(const ForwardParams& params, const Work& work, i64 query, int channel, float first, float second) {
-    const auto at = [&](const Operand& operand) {
-        return (T*)operand.data + work.at.batch * operand.strides[0] + work.at.row * operand.strides[1] +
-               query * operand.strides[2] + work.at.head * operand.strides[3];
-    };
+// A row of out or the gate: a lane's channels, counted from its first.
+template <class T> struct LaneRow {
+    T* data = nullptr;
+    i64 stride = 0;
+    DEVICE LaneRow() {}
+    DEVICE LaneRow(const Operand& operand, const Work& work, i64 query, const Lane& lane) : stride(operand.strides[4]) {
+        T* const row = (T*)operand.data + work.at.batch * operand.strides[0] + work.at.row * operand.strides[1] +
+                       query * operand.strides[2] + work.at.head * operand.strides[3];
+        // Opaque: channels are then added to one address. The compiler would compute one for each.
+        data = (T*)opaque((i64)(row + lane.channel(0) * stride));
+    }
+    DEVICE T& operator[](int i) const { return data[i * stride]; }
+};
+
+// Two channels of the output, gated: equation (6). The first is number `i` of the row, the lane's first is `lane_channel`.
+template <class T> DEVICE void store_pair(const LaneRow<T>& to, const LaneRow<const T>& gate, int lane_channel, int i, float first, float second) {
     float values[2] = {first, second};
-    T* to = at(params.out);
+    const auto exists = [&](int x) { return HEAD_DIM_V % 8 == 0 || lane_channel + i + x < HEAD_DIM_V; };
     if constexpr (GATE) {
-        const T* gate = at(params.inputs.gate);
 #pragma unroll
-        for (int i = 0; i < 2; i++)
-            if (channel + i < HEAD_DIM_V) values[i] *= sigmoid(to_f32(gate[(channel + i) * params.inputs.gate.strides[4]]));
+        for (int x = 0; x < 2; x++)
+            if (exists(x)) values[x] *= sigmoid(to_f32(gate[i + x]));
     }
     if constexpr (OUT_PAIRS) {
         if constexpr (sizeof(T) == 2) {
-            *(u32*)(to + channel) = pack<T>(values[0], values[1]);
+            *(u32*)(to.data + i) = pack<T>(values[0], values[1]);
         } else {
-            *(u64*)(to + channel) = (u64)bits_of(values[1]) << 32 | bits_of(values[0]);
+            *(u64*)(to.data + i) = (u64)bits_of(values[1]) << 32 | bits_of(values[0]);
         }
     } else {
 #pragma unroll
-        for (int i = 0; i < 2; i++)
-            if (channel + i < HEAD_DIM_V) to[(channel + i) * params.out.strides[4]] = from_f32<T>(values[i]);
+        for (int x = 0; x < 2; x++)
+            if (exists(x)) to[i + x] = from_f32<T>(values[x]);
     }
 }
 
@@ -397,6 +406,8 @@ DEVICE void finish(const ForwardParams& params, const Work& work, const Lane& la
         const float sum = softmax.sums[r];
         if ((LSE || LSE_LOW) && lane.leads()) store_lse(params, work, query, softmax.references[r], sum);
         const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
+        const LaneRow<T> to(params.out, work, query, lane);
+        const LaneRow<const T> gate = GATE ? LaneRow<const T>(params.inputs.gate, work, query, lane) : LaneRow<const T>();
 #pragma unroll
         for (int c = 0; c < LANE_CHANNELS; c += 2) {
             const int channel = lane.channel(c);
@@ -407,7 +418,7 @@ DEVICE void finish(const ForwardParams& params, const Work& work, const Lane& la
                 pair[i] = value(out, r, c + i) * inverse;
                 if (UNIFORM_ROWS && sum == 0.0f && channel + i < HEAD_DIM_V) pair[i] = mean[channel + i];
             }
-            store_pair<T>(params, work, query, channel, pair[0], pair[1]);
+            store_pair<T>(to, gate, lane.channel(0), Lane::step(c), pair[0], pair[1]);
         }
     });
 }
@@ -428,7 +439,8 @@ KERNEL_WITH_WAVES(THREADS, SIMD_WAVES) attention_forward(const ForwardParams par
                         head * operand.strides[3];
         return Rows<T>{data, operand.strides[2], operand.strides[4]};
     };
-    const i64 kv_head = work.at.head / inputs.group;
+    i64 kv_head = work.at.head;
+    split_index(kv_head, inputs.group);
     const Rows<T> k = rows_of(inputs.k, kv_head), v = rows_of(inputs.v, kv_head);
     KeyLoader key_loader(k);
     ValueLoader value_loader(v);
@@ -449,8 +461,10 @@ KERNEL_WITH_WAVES(THREADS, SIMD_WAVES) attention_forward(const ForwardParams par
 
     // Once more, with references that follow the maxima, where those that stay do not serve.
     for (bool careful = !PRELOAD;; careful = true) {
+        const ForwardParams& again = read_again(params);
+        const Work work(again);
         // The next tile of keys, on its way.
-        KeyWalk<TILE_K> walk(inputs, work.at, work.query, work.queries);
+        KeyWalk<TILE_K> walk(again.inputs, work.at, work.query, work.queries);
         if (!walk.done()) {
             start_loading(0, walk.tile);
             if (walk.tile.cover == FULL) biases.load_ahead(walk.tile.key);
@@ -514,7 +528,8 @@ KERNEL_WITH_WAVES(THREADS, SIMD_WAVES) attention_forward(const ForwardParams par
                 if (!in_range) {
                     start_with_zeros(s);
                     for_groups([&](int group) { add_logits(s, queries, keys, group); });
-                    finish_logits(s, read_again(params).inputs, work, tile, lane);
+                    const ForwardParams& again = read_again(params);
+                    finish_logits(s, again.inputs, PRELOAD && WORK_AGAIN ? Work(again) : work, tile, lane);
                     // Read again, so that finish_logits may use the registers.
                     queries.load();
                     scale = 1.0f;
@@ -542,5 +557,5 @@ KERNEL_WITH_WAVES(THREADS, SIMD_WAVES) attention_forward(const ForwardParams par
         if (careful || !block_any(softmax.outgrown(out), (u32*)shared_keys)) break;
     }
 
-    finish(read_again(params), work, lane, softmax, out, v, (float*)shared);
+    finish(read_again(params), Work(read_again(params)), lane, softmax, out, v, (float*)shared);
 }

@@ -28,6 +28,11 @@ DEVICE int thread_index_again() {
 DEVICE int lane_index() { return threadIdx.x % WARP_THREADS; }
 DEVICE int warp_index() { return threadIdx.x / WARP_THREADS; }
 DEVICE u32 block_index() { return blockIdx.x; }
+DEVICE u32 block_index_again() {
+    u32 x;
+    asm volatile("mov.u32 %0, %ctaid.x;" : "=r"(x));
+    return x;
+}
 DEVICE u32 block_threads() { return blockDim.x; }
 
 DEVICE void block_barrier() { asm volatile("bar.sync 0;" ::: "memory"); }

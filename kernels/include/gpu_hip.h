@@ -155,6 +155,9 @@ DEVICE void one_by_one() { asm volatile("" ::: "memory"); }
 // At the end of a branch: keeps the compiler from merging it with the end of the other branch, which would move registers.
 DEVICE void keep_apart() { asm volatile(""); }
 
+// The block's index, of which the compiler knows nothing but that all lanes have it alike.
+DEVICE u32 block_index_again() { return (u32)same_in_warp(opaque((int)block_index())); }
+
 // The kernel's argument, or what it begins with, of which the compiler knows nothing: numbers that are read from it are read
 // where they are used.
 template <class Params> DEVICE const Params& read_again(const Params&) {

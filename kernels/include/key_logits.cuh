@@ -15,6 +15,8 @@ template <int index> struct KeyBias {
     using T = typename Bias<index>::T;
     static constexpr int kind = Bias<index>::kind;
     static constexpr bool ahead = kind == PIECES && RUNS;
+    // Read number by number, where it is added.
+    static constexpr bool scattered = kind == STRIDED || (kind == PIECES && !RUNS);
     const T* data;
     BiasRuns<T> runs;
     float of_keys[LANE_KEYS];
@@ -41,7 +43,9 @@ template <int index> struct KeyBias {
         if constexpr (ahead) return with_bias<plain>(sum, runs(key, query));
         if constexpr (kind == KEYS) return with_bias<plain>(sum, of_keys[key]);
         const Operand& bias = in.biases[index];
-        const i64 row = least(first_query + first_query_of_lane() + query, in.seqlen_q - 1);
+        // Opaque in one piece of code: rows of all queries at once would take registers.
+        const int lane_query = TWO_PIECES ? first_query_of_lane() : opaque(first_query_of_lane());
+        const i64 row = least(first_query + lane_query + query, in.seqlen_q - 1);
         return with_bias<plain>(sum, to_f32(data[row * bias.strides[3] + least(first_key + key, in.seqlen_k - 1) * bias.strides[4]]));
     }
 };
@@ -52,6 +56,7 @@ struct KeyBiases {
     KeyBias<1> bias1;
     KeyBias<2> bias2;
     KeyBias<3> bias3;
+    static constexpr bool scattered = KeyBias<0>::scattered || KeyBias<1>::scattered || KeyBias<2>::scattered || KeyBias<3>::scattered;
     i64 key;  // the lane's first
     float slope;
 

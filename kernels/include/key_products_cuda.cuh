@@ -38,8 +38,12 @@ using StageDO = Stage<ELEMENT, HEAD_DIM_V, TILE_Q, THREADS, DO_PIECES>;
 constexpr int V_AT = QTile::bytes(TILE_K);
 constexpr int STAGES_AT = V_AT + (NEEDS_DS ? VTile::bytes(TILE_K) : 0);
 constexpr int DO_AT = QTile::bytes(TILE_Q);
-constexpr int STATISTICS_AT = DO_AT + VTile::bytes(TILE_Q);
-constexpr int STAGE_BYTES = STATISTICS_AT + 3 * TILE_Q * 4;
+// Statistics follow; of the widest half types, which fill the shared memory, four numbers each are in the unused piece that ends a
+// row of q.
+constexpr bool STATISTICS_IN_GAPS = sizeof(ELEMENT) == 2 && QTile::pieces == 32;
+constexpr int STATISTICS_AT = STATISTICS_IN_GAPS ? QTile::pieces * 16 : DO_AT + VTile::bytes(TILE_Q);
+constexpr int STATISTICS_PITCH = STATISTICS_IN_GAPS ? QTile::pitch : 16;
+constexpr int STAGE_BYTES = DO_AT + VTile::bytes(TILE_Q) + (STATISTICS_IN_GAPS ? 0 : 3 * TILE_Q * 4);
 
 // Rows are keys; all at once.
 constexpr int KEY_PARTS = 1;
@@ -60,7 +64,8 @@ template <class Action> DEVICE void for_pairs(int group, Action action) {
 DEVICE float sum_of_key(float x) { return quad_sum(x); }
 DEVICE bool leads_key() { return lane_index() % 4 == 0; }
 
-constexpr bool TWO_PIECES = true;
+// Not of the widest f32, whose sums two pieces of code would have in different registers.
+constexpr bool TWO_PIECES = sizeof(ELEMENT) == 2 || (HEAD_DIM <= 128 && HEAD_DIM_V <= 128);
 constexpr bool LOADS_AHEAD = STAGES == 2;
 
 // The warp's keys and values, in registers or loaded once more for every tile of queries.
@@ -147,7 +152,7 @@ struct Queries {
     DEVICE void fetch(u32 to, int there) {
         q.next(to, there);
         d_o.next(to + DO_AT, there);
-        of_queries.next(to + STATISTICS_AT, there > 0 ? TILE_Q : 0);
+        of_queries.next(to + STATISTICS_AT, there > 0 ? TILE_Q : 0, STATISTICS_PITCH);
         copy_async_commit();
     }
     // Before a head starts: no copy to its buffers is under way.
@@ -156,14 +161,22 @@ struct Queries {
     DEVICE void arrive(u32) const { copy_async_wait<0>(); }
 
     DEVICE void statistics(u32 tile, int kind, float (&to)[LANE_QUERIES]) const {
-        load_shared_run(to, tile + STATISTICS_AT + kind * TILE_Q * 4 + first_query_of_lane() * 4);
+        if constexpr (STATISTICS_IN_GAPS) {
+            load_shared_run(to, tile + STATISTICS_AT + (kind * TILE_Q + first_query_of_lane()) / 4 * STATISTICS_PITCH);
+        } else {
+            load_shared_run(to, tile + STATISTICS_AT + kind * TILE_Q * 4 + first_query_of_lane() * 4);
+        }
     }
     // Whether the plain way may be taken for the tile.
     DEVICE bool plain(u32 tile) const {
         bool plain = MAY_BE_PLAIN;
         if (MAY_BE_PLAIN) {
 #pragma unroll
-            for (int i = 0; i < TILE_Q; i += WARP_THREADS) plain = plain && allows_plain(float_of(load_shared(tile + STATISTICS_AT + (i + lane_index() % TILE_Q) * 4)));
+            for (int i = 0; i < TILE_Q; i += WARP_THREADS) {
+                const int query = i + lane_index() % TILE_Q;
+                const int at = STATISTICS_IN_GAPS ? query / 4 * STATISTICS_PITCH + query % 4 * 4 : query * 4;
+                plain = plain && allows_plain(float_of(load_shared(tile + STATISTICS_AT + at)));
+            }
             plain = warp_all(plain);
         }
         return plain;

@@ -110,7 +110,8 @@ template <int channels, bool in_pieces, bool in_registers> struct Column {
     FourHalves last;
 
     template <int count> DEVICE auto part(int channel) const {
-        return RowPart<count, channels, in_pieces>::load(row + channel * channel_stride, channel, channel_stride);
+        // In pieces channels are neighbours: what is known of a channel when compiling becomes part of the load.
+        return RowPart<count, channels, in_pieces>::load(row + channel * (in_pieces ? 1 : channel_stride), channel, channel_stride);
     }
     DEVICE FourWords load_pair(int p, int half) const { return part<4>((2 * p + half) * PIECE_ELEMENTS<ELEMENT>); }
 

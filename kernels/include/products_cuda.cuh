@@ -40,8 +40,9 @@ struct Lane {
     DEVICE int row(int r) const { return query + 8 * r + group; }
     // First of the lane's neighbouring keys, in the tile.
     DEVICE int first_key() const { return quad * LANE_KEYS; }
-    // The lane's channel `i`: 2 i and 2 i + 1 are neighbours.
-    DEVICE int channel(int i) const { return 8 * (i / 2) + 2 * quad + i % 2; }
+    // The lane's channel `i`, 2 i and 2 i + 1 being neighbours, and how far it is from the lane's first.
+    DEVICE int channel(int i) const { return 2 * quad + step(i); }
+    static DEVICE constexpr int step(int i) { return 8 * (i / 2) + i % 2; }
     // One lane of those that share a row.
     DEVICE bool leads() const { return quad == 0; }
 };
@@ -70,8 +71,11 @@ DEVICE float row_sum(float x) { return quad_sum(x); }
 
 // A tile's copy goes straight to its buffer, once that is free.
 constexpr bool LOADS_AHEAD = STAGES == 2;
-// Each path through a tile ends by itself: the next tile's biases are loaded between the products of this one's groups.
-constexpr bool ONE_TAIL = false;
+// Each path through a tile ends by itself: the next tile's biases are loaded between the products of this one's groups. Not beside
+// the widest O of f32, which two ends would have in different registers.
+constexpr bool ONE_TAIL = sizeof(ELEMENT) == 4 && HEAD_DIM_V > 128;
+// Whether registers are too dear to keep the block's work for the general path, where that is rare.
+constexpr bool WORK_AGAIN = HEAD_DIM_V > 128 || SEGMENTS;
 DEVICE void copies_started() { copy_async_commit(); }
 DEVICE void copies_arrived() { copy_async_wait<0>(); }
 

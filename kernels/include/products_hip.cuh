@@ -32,8 +32,9 @@ struct Lane {
     DEVICE int row(int r) const { return query + 32 * r + column; }
     // First of the lane's neighbouring keys, in the tile.
     DEVICE int first_key() const { return half * LANE_KEYS; }
-    // The lane's channel `i`: 4 i .. 4 i + 3 are neighbours.
-    DEVICE int channel(int i) const { return i / 4 * 8 + 4 * half + i % 4; }
+    // The lane's channel `i`, 4 i .. 4 i + 3 being neighbours, and how far it is from the lane's first.
+    DEVICE int channel(int i) const { return 4 * half + step(i); }
+    static DEVICE constexpr int step(int i) { return i / 4 * 8 + i % 4; }
     // One lane of those that share a row.
     DEVICE bool leads() const { return half == 0; }
 };
@@ -54,6 +55,8 @@ DEVICE float row_sum(float x) { return x + shuffle_xor(x, 32); }
 constexpr bool LOADS_AHEAD = true;
 // The paths through a tile end together: of two ends the compiler would move the numbers of one to the other's registers.
 constexpr bool ONE_TAIL = true;
+// Scalar registers are too few to keep the block's work for the general path, where that is rare.
+constexpr bool WORK_AGAIN = true;
 DEVICE void copies_started() {}
 DEVICE void copies_arrived() {}
 using KeyLoader = RowLoader<KeyTileShape, K_PIECES, WARPS * WARP_THREADS>;
@@ -82,9 +85,9 @@ struct Excluded {
     }
 };
 
-// q^T, in registers.
+// q^T, in registers, or read once more for each tile of keys.
 struct Queries {
-    using QueryColumn = Column<HEAD_DIM, Q_PIECES, true>;
+    using QueryColumn = Column<HEAD_DIM, Q_PIECES, QUERIES_IN_REGISTERS>;
     static constexpr int pairs = QueryColumn::pairs;
     int column;
     int half;
@@ -106,12 +109,14 @@ struct Queries {
 
 // S += q k, for one group of keys.
 DEVICE void add_logits(Scores& s, const Queries& queries, const Piece* keys, int group) {
-    const int row = 32 * group + queries.column;
+    // Opaque where rows are wide: addresses of all pieces would take registers through the loop.
+    const int row = 32 * group + (QUERIES_IN_REGISTERS ? queries.column : opaque(queries.column));
+    const int half = QUERIES_IN_REGISTERS ? queries.half : opaque(queries.half);
 #pragma unroll
     for (int p = 0; p < Queries::pairs; p++) {
-        const FourWords left = *(const FourWords*)&keys[KeyTileShape::slot(row, 2 * p + queries.half)];
+        const FourWords left = *(const FourWords*)&keys[KeyTileShape::slot(row, 2 * p + half)];
 #pragma unroll
-        for (int m = 0; m < QUERY_TILES; m++) multiply_add_pieces(s[m][group], left, queries.columns[m].words[p]);
+        for (int m = 0; m < QUERY_TILES; m++) multiply_add_pieces(s[m][group], left, queries.columns[m].pair(p, half));
     }
     if constexpr (Queries::QueryColumn::odd) {
         const FourHalves left = ((const FourHalves*)&keys[KeyTileShape::slot(row, 2 * Queries::pairs)])[queries.half];

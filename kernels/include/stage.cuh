@@ -133,14 +133,14 @@ template <int queries, int threads> struct StatisticsWalk {
         source = (const float*)params.statistics + kind * plane + statistics_row(params, at) + first + 4 * piece;
     }
     DEVICE void shift(i64 elements) { source += elements; }
-    // Starts the copy of the tile, before the padded end of which there are `left` queries.
-    DEVICE void fetch(u32 to, i64 left) {
+    // Starts the copy of the tile, before the padded end of which there are `left` queries; pieces of four go `pitch` bytes apart.
+    DEVICE void fetch(u32 to, i64 left, int pitch = 16) {
         if (thread_index() >= 3 * queries / 4) return;
-        copy_async(to + thread_index() * 16, source, 4 * (thread_index() % (queries / 4)) < left ? 16 : 0);
+        copy_async(to + thread_index() * pitch, source, 4 * (thread_index() % (queries / 4)) < left ? 16 : 0);
     }
     // The same, and on to the next tile.
-    DEVICE void next(u32 to, i64 left) {
-        fetch(to, left);
+    DEVICE void next(u32 to, i64 left, int pitch = 16) {
+        fetch(to, left, pitch);
         shift(queries);
     }
 };

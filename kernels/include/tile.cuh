@@ -71,21 +71,25 @@ template <class Tile, bool in_pieces, int threads> struct TileLoader {
         : from(rows),
           mine((const char*)opaque((i64)(rows.data + row() * rows.row_stride + piece() * PIECE_ELEMENTS<T>))) {}
 
-    static DEVICE int row() { return thread_index() / row_threads; }
-    static DEVICE int piece() { return thread_index() % row_threads; }
+    // Where a thread has many pieces it computes where they go when it loads them: kept, they would take registers through the
+    // loop, and tiles that large leave none.
+    static constexpr bool many = Tile::rows / round_rows >= 8;
+    static DEVICE int row(int thread = thread_index()) { return thread / row_threads; }
+    static DEVICE int piece(int thread = thread_index()) { return thread % row_threads; }
 
     // The tile whose first row is `first`.
     template <class Keeps> DEVICE void load(Piece* tile, i64 first, Keeps keeps) const {
         if constexpr (in_pieces) {
             static_assert(Tile::channels % 8 == 0, "pieces of a row");
-            if (row_threads != Tile::pieces && piece() >= Tile::pieces) return;
+            const int thread = many ? thread_index_again() : thread_index(), row = TileLoader::row(thread), piece = TileLoader::piece(thread);
+            if (row_threads != Tile::pieces && piece >= Tile::pieces) return;
             const i64 row_bytes = from.row_stride * (i64)sizeof(T);
             const char* data = mine + first * row_bytes;
             const u32 to = shared_address(tile);
 #pragma unroll
             for (int start = 0; start < Tile::rows; start += round_rows) {
-                if (Tile::rows % round_rows == 0 || row() + start < Tile::rows)
-                    copy_async(to + 16 * Tile::slot(row() + start, piece()), data, keeps(row() + start) ? 16 : 0);
+                if (Tile::rows % round_rows == 0 || row + start < Tile::rows)
+                    copy_async(to + 16 * Tile::slot(row + start, piece), data, keeps(row + start) ? 16 : 0);
                 data += round_rows * row_bytes;
             }
         } else {

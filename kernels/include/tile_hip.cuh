@@ -69,10 +69,10 @@ template <class Tile, bool in_pieces, int threads> struct RowLoader {
 
     static DEVICE int row() { return thread_index() / row_threads; }
     static DEVICE int piece() { return thread_index() % row_threads; }
-    // Whether this thread has a piece in a round.
+    // Whether this thread has a piece in a round. Opaque: asked once for all, the answers would take scalar registers through the loop.
     static DEVICE bool takes_part(int round) {
-        return (row_threads == Tile::pieces || piece() < Tile::pieces) &&
-               (TILE_K % round_rows == 0 || row() + round * round_rows < TILE_K);
+        return (row_threads == Tile::pieces || opaque(piece()) < Tile::pieces) &&
+               (TILE_K % round_rows == 0 || opaque(row()) + round * round_rows < TILE_K);
     }
 
     DEVICE void start(Piece*, i64 first, u64 keeps) {
@@ -115,8 +115,8 @@ template <class Tile, bool in_pieces, int threads> struct TransposingLoader {
     static DEVICE int pair() { return thread_index() / row_threads; }
     static DEVICE int part() { return thread_index() % row_threads; }
     static DEVICE bool takes_part(int round) {
-        return (row_threads == parts || part() < parts) &&
-               (TILE_K / 2 % round_pairs == 0 || pair() + round * round_pairs < TILE_K / 2);
+        return (row_threads == parts || opaque(part()) < parts) &&
+               (TILE_K / 2 % round_pairs == 0 || opaque(pair()) + round * round_pairs < TILE_K / 2);
     }
 
     DEVICE void start(Piece*, i64 first, u64 keeps) {

@@ -54,8 +54,8 @@ impl ForwardTile {
     fn nvidia(dtype: DType, head_dim: usize, head_dim_v: usize, seqlen_q: usize) -> Self {
         let widest = head_dim.max(head_dim_v);
         let (query_tiles, tile_k, stages, most_warps) = match (dtype, widest) {
-            (DType::F32, 0..=64) => (1, 64, 2, 4),
-            (DType::F32, 65..=128) => (1, 32, 2, 4),
+            (DType::F32, 0..=32) => (1, 64, 2, 4),
+            (DType::F32, 33..=128) => (1, 32, 2, 4),
             (DType::F32, _) => (1, 16, 1, 4),
             (_, 0..=32) => (2, 64, 2, 4),
             (_, 33..=128) => (1, 64, 2, 4),
@@ -77,7 +77,8 @@ impl ForwardTile {
         };
         let warps = seqlen_q.div_ceil(32).next_power_of_two().min(4);
         let vendor = Vendor::Amd;
-        Self { vendor, query_tiles: 1, warps, tile_k, stages, queries_in_registers: true, simd_waves }
+        let queries_in_registers = head_dim * dtype.size_bytes() <= 512;
+        Self { vendor, query_tiles: 1, warps, tile_k, stages, queries_in_registers, simd_waves }
     }
 
     /// Queries of a block.
@@ -148,12 +149,14 @@ impl ForwardKernel {
             // Read ahead for two tiles of queries, such a bias would take 64 registers.
             tile.query_tiles = 1;
         }
+        // Of two paths through a tile each has its own copy of O, for which AMD's registers have no room twice beyond 128 channels.
+        let room = vendor == Vendor::Nvidia || spec.head_dim_v <= 128;
         // Rows of a bias are addressed with 32 bits from the block's first, of 4 bytes an element at most.
         let bias_span = tile.tile_q() as u64 * 4;
         let narrow = |bias: &Operand| bias.strides[3].unsigned_abs() < (1 << 31) / bias_span;
         Self {
             tile,
-            preload: divisible && preloaded && !attention.alibi && operands.biases.iter().all(narrow),
+            preload: divisible && preloaded && room && !attention.alibi && operands.biases.iter().all(narrow),
             rows_first: operands.biases.iter().zip(&attention.biases).any(shared_by_rows),
             pieces: [
                 in_pieces(&operands.q, spec.head_dim),

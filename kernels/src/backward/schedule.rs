@@ -120,7 +120,8 @@ impl Schedule {
 
         let mut keys = Vec::new();
         let mut key_pass = |dk, dv, sums| {
-            let tiles = KeyTiles::choose(vendor, channels, KeyWork { dk, dv, sums }, spec.seqlen_k);
+            let intricate = spec.segments || spec.biases.len() > 2;
+            let tiles = KeyTiles::choose(vendor, channels, KeyWork { dk, dv, sums, intricate }, spec.seqlen_k);
             keys.push(KeyPass { dk, dv, sums, tiles });
         };
         match (wanted.k, wanted.v, any(Reduction::Queries)) {

@@ -64,6 +64,8 @@ pub(crate) struct KeyWork {
     pub(crate) dk: bool,
     pub(crate) dv: bool,
     pub(crate) sums: bool,
+    /// Whether logits take registers for more than products: segments, or more than two biases.
+    pub(crate) intricate: bool,
 }
 
 /// Tiles of the pass by keys.
@@ -105,12 +107,14 @@ impl KeyTiles {
 
     fn nvidia(channels: Channels, work: KeyWork) -> Self {
         let (warps, row_tiles, tile_q, stages, in_registers) = match (channels.is_single(), channels.largest()) {
+            (false, ..=32) if work.intricate => (4, 1, 16, 2, true),
             (false, ..=32) => (4, 2, 32, 2, true),
             (false, 33..=64) => (4, 1, 32, 2, true),
             (false, 65..=128) => (4, 1, 16, 2, false),
-            (false, _) => (2, 1, 16, 2, false),
+            (false, _) => (4, 1, 16, 2, false),
+            (true, ..=32) if work.intricate => (4, 1, 16, 2, false),
             (true, ..=32) => (4, 1, 32, 2, false),
-            (true, 33..=64) => (2, 1, 16, 2, false),
+            (true, 33..=64) => (4, 1, 16, 1, false),
             (true, 65..=128) => (4, 1, 16, 1, false),
             (true, _) => (2, 1, 16, 1, false),
         };
@@ -119,7 +123,9 @@ impl KeyTiles {
         let rows = |rows, channels_of| tile_bytes(rows, channels_of, channels.element);
         let keys = rows(tiles.tile_k(), channels.head_dim)
             + if work.dk || work.sums { rows(tiles.tile_k(), channels.head_dim_v) } else { 0 };
-        let stage = rows(tile_q, channels.head_dim) + rows(tile_q, channels.head_dim_v) + 3 * tile_q * 4;
+        // Statistics have no bytes of their own where rows of q have an unused piece and fill the memory.
+        let statistics = if !channels.is_single() && padded(channels.head_dim) == 256 { 0 } else { 3 * tile_q * 4 };
+        let stage = rows(tile_q, channels.head_dim) + rows(tile_q, channels.head_dim_v) + statistics;
         Self { shared_bytes: keys + stages * stage, ..tiles }
     }
 
@@ -127,6 +133,7 @@ impl KeyTiles {
         // Waves of a SIMD that registers are to leave room for come last.
         let (row_tiles, stages, in_registers, waves): (u32, u32, bool, u32) =
             match (channels.is_single(), channels.largest()) {
+                (_, ..=64) if work.intricate => (1, 1, true, 1),
                 // More keys of a wave would save reads of queries, and spill from 16 channels on.
                 (false, ..=8) => (2, 2, true, 2),
                 (false, 9..=48) | (true, ..=32) => (1, 2, true, 2),
@@ -135,10 +142,12 @@ impl KeyTiles {
                 (..) => (1, 1, false, 1),
             };
         let vendor = Vendor::Amd;
-        // As many warps as leave the fewest keys of the last block without work.
         let keys = |warps: u32| seqlen_k.next_multiple_of(warps * row_tiles * small(vendor.product_rows()));
-        let warps = [4, 3, 2, 1].into_iter().min_by_key(|&warps| keys(warps)).unwrap_or(1);
-        let (min_blocks, shared_bytes) = ((4 * waves).div_ceil(warps), stages * lds_stage_bytes(channels, work));
+        let shared_bytes = stages * lds_stage_bytes(channels, work);
+        // As many warps as leave the fewest keys of the last block without work; a block that has the LDS to itself takes all SIMDs.
+        let alone = 2 * shared_bytes > small(Vendor::Amd.max_shared_bytes());
+        let warps = [4, 3, 2, 1].into_iter().min_by_key(|&warps| if alone { 0 } else { keys(warps) }).unwrap_or(1);
+        let min_blocks = (4 * waves).div_ceil(warps);
         Self { vendor, warps, row_tiles, tile_q: LDS_QUERIES, stages, in_registers, min_blocks, shared_bytes }
     }
 }
@@ -321,7 +330,12 @@ mod tests {
                     for (vendor, limit) in [(Vendor::Nvidia, MAX_SHARED_BYTES), (Vendor::Amd, 64 * 1024)] {
                         let both = channels.keys_in_one_pass();
                         for (dk, dv) in [(true, both), (both, true)] {
-                            let tiles = KeyTiles::choose(vendor, channels, KeyWork { dk, dv, sums: dk }, 4096);
+                            let tiles = KeyTiles::choose(
+                                vendor,
+                                channels,
+                                KeyWork { dk, dv, sums: dk, intricate: false },
+                                4096,
+                            );
                             assert!(tiles.shared_bytes <= limit, "{vendor:?} {channels:?}");
                             // Statistics of a row are whole tiles.
                             assert!(padded_queries(1).is_multiple_of(u64::from(tiles.tile_q)), "{channels:?}");
@@ -339,7 +353,7 @@ mod tests {
     #[test]
     fn amd_takes_the_warps_that_leave_the_fewest_keys_idle() {
         let channels = Channels { element: 2, head_dim: 8, head_dim_v: 8 };
-        let work = KeyWork { dk: true, dv: true, sums: false };
+        let work = KeyWork { dk: true, dv: true, sums: false, intricate: false };
         let warps = |seqlen_k| KeyTiles::choose(Vendor::Amd, channels, work, seqlen_k).warps;
         assert_eq!([64, 128, 256, 384, 512].map(warps), [1, 2, 4, 3, 4]);
     }
