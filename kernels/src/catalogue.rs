@@ -72,7 +72,7 @@ mod tests {
         assert!(entries.iter().any(|entry| entry.kernel.entry == "sums"));
         let bias = entries.iter().find(|entry| entry.kernel.name.starts_with("backward_bias bf16 8x8")).unwrap();
         let scores = bias.scores.as_ref().unwrap();
-        assert_eq!((scores.tile_q, scores.tile_k, scores.products), (128, 128, 3));
+        assert_eq!((scores.tile_q, scores.tile_k, scores.depth, scores.products), (128, 64, 16, 3));
     }
 
     #[test]

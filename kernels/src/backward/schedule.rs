@@ -120,7 +120,7 @@ impl Schedule {
 
         let mut keys = Vec::new();
         let mut key_pass = |dk, dv, sums| {
-            let intricate = spec.segments || spec.biases.len() > 2;
+            let intricate = is_intricate(spec);
             let tiles = KeyTiles::choose(vendor, channels, KeyWork { dk, dv, sums, intricate }, spec.seqlen_k);
             keys.push(KeyPass { dk, dv, sums, tiles });
         };
@@ -210,6 +210,11 @@ pub(crate) fn owners(spec: &AttentionSpec, pass: &QueryPass) -> u64 {
     sizes.iter().zip(pass.walked).map(|(&size, walked)| if walked { 1 } else { size as u64 }).product()
 }
 
+/// Whether logits take registers for more than products.
+fn is_intricate(spec: &AttentionSpec) -> bool {
+    spec.segments || spec.biases.len() > 2
+}
+
 fn query_passes(vendor: Vendor, spec: &AttentionSpec, channels: Channels, sums: bool) -> Vec<QueryPass> {
     let wanted = spec.gradients;
     // Biases that are summed over the same axes share a pass.
@@ -223,7 +228,7 @@ fn query_passes(vendor: Vendor, spec: &AttentionSpec, channels: Channels, sums: 
         }
     }
     let pass = |work: QueryWork, (walked, biases): ([bool; 3], Vec<usize>), sums: bool| {
-        let tiles_of = QueryTiles::choose(vendor, channels, work)?;
+        let tiles_of = QueryTiles::choose(vendor, channels, work, is_intricate(spec))?;
         let dq = matches!(work, QueryWork::Both | QueryWork::Queries);
         let key_parts = if biases.is_empty() { 1 } else { tiles(spec.seqlen_k, tiles_of.tile_k()) };
         let mut pass = QueryPass {

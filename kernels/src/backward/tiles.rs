@@ -236,10 +236,11 @@ impl QueryTiles {
     }
 
     /// The choice for a problem; `None` where registers have no room for both kinds of work.
-    pub(crate) fn choose(vendor: Vendor, channels: Channels, work: QueryWork) -> Option<Self> {
+    /// `intricate`: logits take registers for more than products.
+    pub(crate) fn choose(vendor: Vendor, channels: Channels, work: QueryWork, intricate: bool) -> Option<Self> {
         match vendor {
             Vendor::Nvidia => Self::nvidia(channels, work),
-            Vendor::Amd => Self::amd(channels, work),
+            Vendor::Amd => Self::amd(channels, work, intricate),
         }
     }
 
@@ -284,13 +285,15 @@ impl QueryTiles {
         Some(Self { shared_bytes, ..tiles })
     }
 
-    fn amd(channels: Channels, work: QueryWork) -> Option<Self> {
+    fn amd(channels: Channels, work: QueryWork, intricate: bool) -> Option<Self> {
         let both = work == QueryWork::Both;
         // Products of 32 keys in a tile, buffers, whether q and dO stay in registers, waves of a SIMD.
         let (parts, stages, in_registers, waves): (u32, u32, bool, u32) =
             match (channels.is_single(), channels.largest()) {
-                (false, ..=32) => (2, 2, true, 2),
+                (false, ..=32) if !intricate => (2, 2, true, 2),
+                (false, ..=32) if both => (1, 1, true, 1),
                 _ if both => return None,
+                (_, ..=64) if intricate => (1, 1, true, 1),
                 (false, 33..=64) => (1, 2, true, 2),
                 (true, ..=32) => (1, 2, true, 2),
                 (true, 33..=64) => (1, 1, true, 1),
@@ -341,7 +344,8 @@ mod tests {
                             assert!(padded_queries(1).is_multiple_of(u64::from(tiles.tile_q)), "{channels:?}");
                         }
                         for work in [QueryWork::Queries, QueryWork::Sums, QueryWork::Bias, QueryWork::Both] {
-                            let bytes = QueryTiles::choose(vendor, channels, work).map(|tiles| tiles.shared_bytes);
+                            let bytes =
+                                QueryTiles::choose(vendor, channels, work, false).map(|tiles| tiles.shared_bytes);
                             assert!(bytes.is_none_or(|bytes| bytes <= limit), "{vendor:?} {channels:?} {work:?}");
                         }
                     }
