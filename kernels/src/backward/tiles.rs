@@ -239,20 +239,22 @@ impl QueryTiles {
     /// `intricate`: logits take registers for more than products.
     pub(crate) fn choose(vendor: Vendor, channels: Channels, work: QueryWork, intricate: bool) -> Option<Self> {
         match vendor {
-            Vendor::Nvidia => Self::nvidia(channels, work),
+            Vendor::Nvidia => Self::nvidia(channels, work, intricate),
             Vendor::Amd => Self::amd(channels, work, intricate),
         }
     }
 
-    fn nvidia(channels: Channels, work: QueryWork) -> Option<Self> {
+    fn nvidia(channels: Channels, work: QueryWork, intricate: bool) -> Option<Self> {
         let bias = work == QueryWork::Bias;
         // Warps, row tiles; columns, parts; buffers.
         let ((warps, row_tiles), (columns, parts), stages) = match (channels.is_single(), channels.largest()) {
+            _ if work == QueryWork::Both && intricate => return None,
             (false, ..=8) if work == QueryWork::Both => ((4, 1), (4, 4), 2),
             (false, 9..=16 | 32) if work == QueryWork::Both => ((4, 1), (2, 8), 2),
             // Half steps of a product take registers.
             (false, 17..=32) if work == QueryWork::Both => ((4, 1), (2, 4), 2),
             _ if work == QueryWork::Both => return None,
+            (_, ..=32) if intricate => ((4, 1), (2, 2), 2),
             (false, 17..=31) if bias => ((4, 1), (2, 8), 2),
             (false, ..=32) if bias => ((4, 2), (2, 4), 2),
             (false, ..=32) => ((4, 2), (2, 4), 2),
