@@ -114,11 +114,16 @@ KERNEL_WITH_BLOCKS(THREADS, MIN_BLOCKS) backward_bias(const BackwardParams param
         if (!fast) biases.hide();
         // Seldom wanted.
         const int key = fast && !BY_ELEMENT ? 0 : Lane::key_of(thread_index_again());
+        // Of the part before, what the next one's loads wait for: products, where its biases take registers anyway, or dS.
+        float before = 0.0f;
+        constexpr bool wait_for_products = BIASES_STAY && WARPS == 8;
 #pragma unroll
         for (int part = 0; part < PARTS; part++) {
             Scores s, dp;
             if (!fast) one_by_one();
-            queries.multiply(s, dp, keys, part, lane);
+            const Lane here = fast && part > 0 ? lane.after(before) : lane;
+            queries.multiply(s, dp, keys, part, here);
+            if (wait_for_products) before = score(s, 0, 0);
             if (fast) {
                 const i64 first = BY_ELEMENT ? opaque(notes.first_key() + key + part * PART_KEYS) : 0;
                 biases.take<true>(s, BY_ELEMENT ? read_again(params).inputs : in, first, part, queries.lse, queries.lse);
@@ -134,8 +139,9 @@ KERNEL_WITH_BLOCKS(THREADS, MIN_BLOCKS) backward_bias(const BackwardParams param
                 biases.fetch(0, fast ? TILE_K : last_of_lane);
             }
             weigh(dp, s);
+            if (!wait_for_products) before = score(dp, LANE_QUERIES - 1, LANE_KEYS - 1);
             for_scores([&](int i, int j) { score(dbias[part], i, j) += score(dp, i, j); });
-            if (WANT_DQ) add_keys(dq, dp, keys, part, lane, part == 0);
+            if (WANT_DQ) add_keys(dq, dp, keys, part, here, part == 0);
         }
     };
 

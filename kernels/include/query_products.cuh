@@ -5,6 +5,7 @@
 //   LANE_QUERIES          that a lane owns: those of the tile from lane.query on, Lane::further_query(i) further
 //   LANE_KEYS             neighbours that it owns of a part, the first of which is Lane::key_of(thread) in part 0; a bias is read
 //                         in LANE_RUNS runs of RUN_KEYS
+//   lane.after(x)         the same lane, whose factors need not be loaded before x is known
 //   Scores                S, dP or dS of a part; score(s, query, key) are a lane's numbers; for_pairs(action):
 //                         action(query, key) for all of them, by two keys
 //   sum_of_query(x)       over the lanes that share a query; leads_query(): one of them

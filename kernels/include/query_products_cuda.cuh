@@ -53,8 +53,8 @@ constexpr int QUERY_BYTES = STATISTICS_AT + 3 * TILE_Q * 4;
 // Keys: k, v, and for each warp whether a row that it copied is one that mask or length exclude.
 constexpr int V_AT = QTile::bytes(TILE_K);
 constexpr int EXCLUDED_AT = V_AT + VTile::bytes(TILE_K);
-constexpr int KEY_BYTES = EXCLUDED_AT + 16;
-static_assert(THREADS <= 4 * WARP_THREADS, "a word for each warp");
+constexpr int KEY_BYTES = EXCLUDED_AT + (WARPS > 4 ? 32 : 16);
+static_assert(WARPS <= 8, "a word for each warp");
 
 // Numbers that a block needs seldom, the same in all threads: in shared memory, where they take no registers.
 template <int count> struct Notes {
@@ -71,6 +71,10 @@ template <int count> struct Notes {
 // Whether the statistics of queries that do not exist are there, with an infinite lse.
 constexpr bool ROWS_ARE_PADDED = TILE_Q <= 64;
 
+// Whether a part's factors are loaded only when some number of the part before is known. ptxas would begin with the loads of
+// many parts, which leaves gradients no registers where two tiles of 32 channels are multiplied.
+constexpr bool PARTS_IN_TURN = Q_IN_REGISTERS && QTile::columns == 4 && VTile::columns == 4;
+
 // Where a lane stands: which rows and keys of the block's tiles are its own.
 struct Lane {
     int first_row;  // of the tile of queries, the warp's first
@@ -80,6 +84,16 @@ struct Lane {
     DEVICE Lane() {
         first_row = warp_index() * 16 * M;
         query = first_row + lane_index() / 4;
+    }
+    // The same place, where factors are loaded once `known` is.
+    DEVICE Lane after(float known) const {
+        Lane later = *this;
+        if (PARTS_IN_TURN) {
+            later.channels.eights = ::after(channels.eights, known);
+            later.channels.sixteen = ::after(channels.sixteen, known);
+            later.channels_v.eights = ::after(channels_v.eights, known);
+        }
+        return later;
     }
     // From the lane's first query to its query `i`.
     static DEVICE constexpr int further_query(int i) { return 16 * (i / 2) + 8 * (i % 2); }

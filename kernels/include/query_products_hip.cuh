@@ -57,6 +57,7 @@ template <int count> struct Notes {
 struct Lane {
     int query;
     DEVICE Lane() { query = warp_index() * 32 + lane_column(); }
+    DEVICE Lane after(float) const { return *this; }
     static DEVICE constexpr int further_query(int) { return 0; }
     // The first of a lane's keys in the first part of a tile.
     static DEVICE int key_of(int thread) { return thread / 32 % 2 * LANE_KEYS; }

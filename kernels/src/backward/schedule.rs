@@ -228,7 +228,7 @@ fn query_passes(vendor: Vendor, spec: &AttentionSpec, channels: Channels, sums: 
         }
     }
     let pass = |work: QueryWork, (walked, biases): ([bool; 3], Vec<usize>), sums: bool| {
-        let tiles_of = QueryTiles::choose(vendor, channels, work, is_intricate(spec))?;
+        let tiles_of = QueryTiles::choose(vendor, channels, work, spec.seqlen_q, is_intricate(spec))?;
         let dq = matches!(work, QueryWork::Both | QueryWork::Queries);
         let key_parts = if biases.is_empty() { 1 } else { tiles(spec.seqlen_k, tiles_of.tile_k()) };
         let mut pass = QueryPass {
@@ -245,7 +245,9 @@ fn query_passes(vendor: Vendor, spec: &AttentionSpec, channels: Channels, sums: 
         let sizes = [spec.batch, spec.rows, spec.heads];
         let terms = sizes.iter().zip(walked).map(|(&size, walked)| if walked { size as u64 } else { 1 }).product();
         let walks = owners(spec, &pass) * tiles(spec.seqlen_q, pass.tiles.tile_q()) * key_parts;
-        pass.terms = if pass.biases.is_empty() { pass.terms } else { Chunks::new(walks, terms) };
+        // A block of eight warps fills what two of four do.
+        let filled = walks * u64::from(pass.tiles.warps / 4).max(1);
+        pass.terms = if pass.biases.is_empty() { pass.terms } else { Chunks::new(filled, terms) };
         pass.blocks = walks * pass.terms.count;
         Some(pass)
     };

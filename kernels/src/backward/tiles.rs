@@ -237,22 +237,30 @@ impl QueryTiles {
 
     /// The choice for a problem; `None` where registers have no room for both kinds of work.
     /// `intricate`: logits take registers for more than products.
-    pub(crate) fn choose(vendor: Vendor, channels: Channels, work: QueryWork, intricate: bool) -> Option<Self> {
+    pub(crate) fn choose(
+        vendor: Vendor,
+        channels: Channels,
+        work: QueryWork,
+        seqlen_q: usize,
+        intricate: bool,
+    ) -> Option<Self> {
         match vendor {
-            Vendor::Nvidia => Self::nvidia(channels, work, intricate),
+            Vendor::Nvidia => Self::nvidia(channels, work, seqlen_q, intricate),
             Vendor::Amd => Self::amd(channels, work, intricate),
         }
     }
 
-    fn nvidia(channels: Channels, work: QueryWork, intricate: bool) -> Option<Self> {
+    fn nvidia(channels: Channels, work: QueryWork, seqlen_q: usize, intricate: bool) -> Option<Self> {
         let bias = work == QueryWork::Bias;
+        // Twice the queries save a third of the copies, unless half a block would be idle.
+        let wide = if seqlen_q.next_multiple_of(64).is_multiple_of(128) { 8 } else { 4 };
         // Warps, row tiles; columns, parts; buffers.
         let ((warps, row_tiles), (columns, parts), stages) = match (channels.is_single(), channels.largest()) {
             _ if work == QueryWork::Both && intricate => return None,
             (false, ..=8) if work == QueryWork::Both => ((4, 1), (4, 4), 2),
-            (false, 9..=16 | 32) if work == QueryWork::Both => ((4, 1), (2, 8), 2),
+            (false, 9..=16 | 32) if work == QueryWork::Both => ((wide, 1), (2, 8), 2),
             // Half steps of a product take registers.
-            (false, 17..=32) if work == QueryWork::Both => ((4, 1), (2, 4), 2),
+            (false, 17..=32) if work == QueryWork::Both => ((wide, 1), (2, 4), 2),
             _ if work == QueryWork::Both => return None,
             (_, ..=32) if intricate => ((4, 1), (2, 2), 2),
             (false, 17..=31) if bias => ((4, 1), (2, 8), 2),
@@ -277,7 +285,7 @@ impl QueryTiles {
         let rows = |rows, channels_of| tile_bytes(rows, channels_of, channels.element);
         let both = |count| rows(count, channels.head_dim) + rows(count, channels.head_dim_v);
         let queries = both(tiles.tile_q()) + 3 * tiles.tile_q() * 4;
-        let keys = both(tiles.tile_k()) + 16;
+        let keys = both(tiles.tile_k()) + if warps > 4 { 32 } else { 16 };
         let shared_bytes = if matches!(work, QueryWork::Queries | QueryWork::Sums) {
             queries + stages * keys
         } else {
@@ -346,9 +354,11 @@ mod tests {
                             assert!(padded_queries(1).is_multiple_of(u64::from(tiles.tile_q)), "{channels:?}");
                         }
                         for work in [QueryWork::Queries, QueryWork::Sums, QueryWork::Bias, QueryWork::Both] {
-                            let bytes =
-                                QueryTiles::choose(vendor, channels, work, false).map(|tiles| tiles.shared_bytes);
-                            assert!(bytes.is_none_or(|bytes| bytes <= limit), "{vendor:?} {channels:?} {work:?}");
+                            for seqlen_q in [64, 128] {
+                                let bytes = QueryTiles::choose(vendor, channels, work, seqlen_q, false)
+                                    .map(|tiles| tiles.shared_bytes);
+                                assert!(bytes.is_none_or(|bytes| bytes <= limit), "{vendor:?} {channels:?} {work:?}");
+                            }
                         }
                     }
                 }
