@@ -302,7 +302,7 @@ impl<'a> Launches<'a> {
         // Half steps of a product take registers too.
         let room = match self.channels.largest() {
             ..=16 => true,
-            32 => biases.len() == 1,
+            32 => biases.len() == 1 || (self.vendor == Vendor::Amd && biases.len() == 2 && !self.spec().key_mask),
             _ => false,
         };
         rows && room && biases.iter().all(shared)
