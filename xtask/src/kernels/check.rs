@@ -56,12 +56,10 @@ fn check_batch(Batch { entries, archs }: &Batch) -> Result<Vec<String>> {
 ///
 /// Wide heads keep their sums in registers and get fewer; f32 has two numbers for each operand of a product.
 ///
-/// On AMD, O of 64 channels and more leaves room for one wave of a SIMD, which loads a tile ahead; f32, and what is not followed,
-/// may take all registers too.
-fn least_warps(scores: &Scores, vendor: Vendor, followed: bool) -> f64 {
+/// On AMD, O of 64 channels and more leaves room for one wave of a SIMD, which loads a tile ahead.
+fn least_warps(scores: &Scores, vendor: Vendor) -> f64 {
     match (scores.dtype, scores.depth) {
-        (DType::F32, _) | (_, 40..) if vendor == Vendor::Amd => 1.0,
-        _ if vendor == Vendor::Amd && !followed => 1.0,
+        (_, 40..) if vendor == Vendor::Amd => 1.0,
         (DType::F32, 0..=64) => 2.0,
         (DType::F32, _) => 0.5,
         (_, 0..=64) => 2.0,
@@ -80,14 +78,12 @@ fn resource_complaints(compiled: &Compiled<'_>) -> Vec<String> {
     if resources.spilled_bytes + resources.stack_bytes > 0 {
         complain(format!("{} bytes spilled, {} bytes of stack", resources.spilled_bytes, resources.stack_bytes));
     }
-    // They go to lanes of vector registers, which costs an instruction each way and no memory.
-    if entry.followed && resources.spilled_scalars > 0 {
+    if resources.spilled_scalars > 0 {
         complain(format!("{} scalar registers spilled", resources.spilled_scalars));
     }
     let warps = warps(compiled);
     // A block of one warp or less is a small problem's, or serial: blocks limit it, not registers.
-    let least =
-        entry.scores.as_ref().map_or(LEAST_WARPS_OF_MOVES, |scores| least_warps(scores, arch.vendor, entry.followed));
+    let least = entry.scores.as_ref().map_or(LEAST_WARPS_OF_MOVES, |scores| least_warps(scores, arch.vendor));
     if warps < least && kernel.block_threads > arch.warp {
         complain(format!("{warps} warps of a sub-partition are resident, {least} are wanted"));
     }

@@ -78,13 +78,11 @@ impl Resources {
             let value = value.and_then(|rest| rest.strip_prefix(':')?.trim().parse::<u32>().ok());
             value.with_context(|| format!("the notes state no {name}:\n{notes}"))
         };
-        let stack_bytes = number(".private_segment_fixed_size")?;
         Ok(Self {
             registers: number(".vgpr_count")?,
-            // Without a stack they went to registers for accumulators.
-            spilled_bytes: if stack_bytes > 0 { 4 * number(".vgpr_spill_count")? } else { 0 },
+            spilled_bytes: 4 * number(".vgpr_spill_count")?,
             spilled_scalars: number(".sgpr_spill_count")?,
-            stack_bytes,
+            stack_bytes: number(".private_segment_fixed_size")?,
             static_shared_bytes: number(".group_segment_fixed_size")?,
         })
     }
