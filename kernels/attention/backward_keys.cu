@@ -105,8 +105,7 @@ KERNEL_WITH_BLOCKS(THREADS, MIN_BLOCKS) backward_keys(const BackwardParams param
     const int tiles = end_tile > first_tile ? (int)(end_tile - first_tile) : 0;
     const int in_last = (int)least(in.seqlen_q - (end_tile - 1) * TILE_Q, TILE_Q);  // queries of the last tile
 
-    const Rows<ELEMENT> k = {(const ELEMENT*)in.k.data + offset_of(in.k, owner_at, 0, key_head), in.k.strides[2], in.k.strides[4]};
-    const Rows<ELEMENT> v = {(const ELEMENT*)in.v.data + offset_of(in.v, owner_at, 0, key_head), in.v.strides[2], in.v.strides[4]};
+    const Rows<ELEMENT> k = rows_of(in.k, owner_at, key_head), v = rows_of(in.v, owner_at, key_head);
 
     const i64 key = first_key + first_key_of_lane();  // the lane's first
     Kept kept;

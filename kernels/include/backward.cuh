@@ -2,6 +2,7 @@
 #pragma once
 
 #include "attention.cuh"
+#include "rows.cuh"
 
 // Neighbouring words of shared memory, a multiple of four.
 template <int count> DEVICE void load_shared_run(float (&to)[count], u32 address) {
@@ -36,6 +37,11 @@ DEVICE i64 saturating_subtract(i64 a, i64 b) {
 // Offset of an element of an operand with the axes batch, row, position, head, channel, and of one without the last two.
 DEVICE i64 offset_of(const Operand& x, const Position& at, i64 position, i64 head) {
     return at.batch * x.strides[0] + at.row * x.strides[1] + position * x.strides[2] + head * x.strides[3];
+}
+
+// The rows of one head.
+DEVICE Rows<ELEMENT> rows_of(const Operand& x, const Position& at, i64 head) {
+    return {(const ELEMENT*)x.data + offset_of(x, at, 0, head), x.strides[2], x.strides[4]};
 }
 
 // Queries that see some of the keys [begin, end), by position.

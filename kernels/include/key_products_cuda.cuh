@@ -142,10 +142,8 @@ struct Queries {
     StatisticsWalk<TILE_Q, THREADS> of_queries;
 
     DEVICE void start_head(const BackwardParams& params, const Position& at, i64 first) {
-        const AttentionInputs& in = params.inputs;
-        const Operand& d_out = params.d_o;
-        q.start({(const ELEMENT*)in.q.data + offset_of(in.q, at, 0, at.head), in.q.strides[2], in.q.strides[4]}, first);
-        d_o.start({(const ELEMENT*)d_out.data + offset_of(d_out, at, 0, at.head), d_out.strides[2], d_out.strides[4]}, first);
+        q.start(rows_of(params.inputs.q, at, at.head), first);
+        d_o.start(rows_of(params.d_o, at, at.head), first);
         of_queries.start(params, at, first);
     }
     // Of the tile `there` queries exist; with none, nothing is read.

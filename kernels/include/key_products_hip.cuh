@@ -86,14 +86,10 @@ struct Keys {
 // Rows of q or dO on their way; queries that do not exist are 0.
 template <int channels, bool in_pieces, bool to_rows, bool to_columns>
 struct QueryLoader : LdsLoader<TILE_Q, channels, in_pieces, to_rows, to_columns> {
-    using Loader = LdsLoader<TILE_Q, channels, in_pieces, to_rows, to_columns>;
-    DEVICE void start(const Operand& from, const Position& at, i64 first) {
-        Loader::start((const ELEMENT*)from.data + offset_of(from, at, first, at.head), from.strides[2], from.strides[4]);
-    }
     // Loads the tile, of which `there` rows exist, and goes on to the next.
     DEVICE void next(int there) {
-        this->template load<true>(there);
-        this->shift(TILE_Q * this->row_stride);
+        this->load(there);
+        this->shift(TILE_Q * this->from.row_stride);
     }
 };
 
@@ -111,8 +107,8 @@ struct Queries {
     static DEVICE int number(int round) { return least_int(thread_index() + round * THREADS, 3 * TILE_Q - 1); }
 
     DEVICE void start_head(const BackwardParams& params, const Position& at, i64 first) {
-        q.start(params.inputs.q, at, first);
-        d_o.start(params.d_o, at, first);
+        q.start(rows_of(params.inputs.q, at, at.head), first);
+        d_o.start(rows_of(params.d_o, at, at.head), first);
         plane = params.inputs.batch * params.inputs.rows * params.inputs.heads * params.padded_queries;
         of_queries = (const float*)params.statistics + statistics_row(params, at) + first;
 #pragma unroll

@@ -109,8 +109,8 @@ template <int rows, int channels, bool in_pieces, bool to_rows, bool to_columns>
     // Whether every thread's rows lie alike from round to round.
     static constexpr bool even = rounds == 1 || round_pairs * rounds == rows / 2;
 
+    Rows<ELEMENT> from;
     const ELEMENT* mine;  // the thread's first part in the tile that is fetched next
-    i64 row_stride, channel_stride;
     typename Part::Words arriving[rounds][2];
 
     // A thread that has nothing of a tile loads what others do, and does not store it.
@@ -126,18 +126,17 @@ template <int rows, int channels, bool in_pieces, bool to_rows, bool to_columns>
                (rows / 2 % round_pairs == 0 || pair() + round * round_pairs < rows / 2);
     }
 
-    // From the row at `first` on.
-    DEVICE void start(const ELEMENT* first, i64 stride_of_rows, i64 stride_of_channels) {
-        row_stride = stride_of_rows;
-        channel_stride = stride_of_channels;
+    // From row `first` on.
+    DEVICE void start(const Rows<ELEMENT>& of, i64 first) {
+        from = of;
         // Opaque: what is computed of them would take registers from head to head.
         const int row = opaque(LdsLoader::row(0, 0)), channel = opaque(4 * part());
-        mine = first + row * row_stride + channel * channel_stride;
+        mine = from.data + (first + row) * from.row_stride + channel * from.channel_stride;
     }
     DEVICE void shift(i64 elements) { mine += elements; }
-    // Loads the tile, of which `there` rows exist; in place of the others the last one that does, or 0.
-    template <bool clears> DEVICE void load(int there) {
-        const auto load = [&](int row) { return Part::load(mine + row * row_stride, 4 * part(), channel_stride); };
+    // Loads the tile, of which `there` rows exist; the others become 0.
+    DEVICE void load(int there) {
+        const auto load = [&](int row) { return Part::load(mine + row * from.row_stride, 4 * part(), from.channel_stride); };
         if (there == rows) {
 #pragma unroll
             for (int round = 0; round < rounds; round++)
@@ -152,7 +151,7 @@ template <int rows, int channels, bool in_pieces, bool to_rows, bool to_columns>
                 for (int i = 0; i < 2; i++) {
                     const int row = opaque(LdsLoader::row(round, i));
                     arriving[round][i] = load(least_int(row, there - 1) - LdsLoader::row(0, 0));
-                    if (clears && row >= there) arriving[round][i] = 0;
+                    if (row >= there) arriving[round][i] = 0;
                 }
         }
     }

@@ -190,9 +190,8 @@ struct QueriesWalk {
 
     // From query `first` on, of which `there` exist in the tile.
     DEVICE void start(const BackwardParams& params, const Position& at, i64 first, int) {
-        const Operand &of_q = params.inputs.q, &of_d_o = params.d_o;
-        q.start({(const ELEMENT*)of_q.data + offset_of(of_q, at, 0, at.head), of_q.strides[2], of_q.strides[4]}, first);
-        d_o.start({(const ELEMENT*)of_d_o.data + offset_of(of_d_o, at, 0, at.head), of_d_o.strides[2], of_d_o.strides[4]}, first);
+        q.start(rows_of(params.inputs.q, at, at.head), first);
+        d_o.start(rows_of(params.d_o, at, at.head), first);
         statistics.start(params, at, first);
     }
     // Starts the copy of the tile, of which `there` queries exist, and statistics of `padded`.
@@ -266,8 +265,8 @@ struct KeysWalk {
     i64 mask_stride;
 
     DEVICE void start(const AttentionInputs& in, const Position& at, i64 head, i64 first_key) {
-        k.start({(const ELEMENT*)in.k.data + offset_of(in.k, at, 0, head), in.k.strides[2], in.k.strides[4]}, first_key);
-        v.start({(const ELEMENT*)in.v.data + offset_of(in.v, at, 0, head), in.v.strides[2], in.v.strides[4]}, first_key);
+        k.start(rows_of(in.k, at, head), first_key);
+        v.start(rows_of(in.v, at, head), first_key);
         mask_stride = KEY_MASK ? in.key_mask.strides[2] : 0;
         const u8* mask = (const u8*)in.key_mask.data + at.batch * in.key_mask.strides[0] + at.row * in.key_mask.strides[1] + first_key * mask_stride;
         of_k.start(mask, mask_stride);

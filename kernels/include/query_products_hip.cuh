@@ -151,8 +151,8 @@ struct KeysWalk {
     int left_of_next, left;  // keys within the length, of the tile that was looked at, and of the one that is on its way
 
     DEVICE void start(const AttentionInputs& in, const Position& at, i64 head, i64 first_key) {
-        k.start((const ELEMENT*)in.k.data + offset_of(in.k, at, first_key, head), in.k.strides[2], in.k.strides[4]);
-        v.start((const ELEMENT*)in.v.data + offset_of(in.v, at, first_key, head), in.v.strides[2], in.v.strides[4]);
+        k.start(rows_of(in.k, at, head), first_key);
+        v.start(rows_of(in.v, at, head), first_key);
         mask_stride = KEY_MASK ? in.key_mask.strides[2] : 0;
         mask = (const u8*)in.key_mask.data + at.batch * in.key_mask.strides[0] + at.row * in.key_mask.strides[1] + first_key * mask_stride;
     }
@@ -172,8 +172,8 @@ struct KeysWalk {
         left = left_of_next;
         if (KEY_MASK) of_k.read(mask_of_next, mask_stride, left);
         if (KEY_MASK && !alike) of_v.read(mask_of_next, mask_stride, left);
-        k.template load<true>(greatest_int(left, 1));
-        v.template load<true>(greatest_int(left, 1));
+        k.load(greatest_int(left, 1));
+        v.load(greatest_int(left, 1));
     }
     // Puts it into its place; excluded keys become 0, since NaN times P = 0 is NaN.
     DEVICE void arrive(u32 keys) {

@@ -110,12 +110,10 @@ impl KeyTiles {
             (false, ..=32) if work.intricate => (4, 1, 16, 2, true),
             (false, ..=32) => (4, 2, 32, 2, true),
             (false, 33..=64) => (4, 1, 32, 2, true),
-            (false, 65..=128) => (4, 1, 16, 2, false),
             (false, _) => (4, 1, 16, 2, false),
             (true, ..=32) if work.intricate => (4, 1, 16, 2, false),
             (true, ..=32) => (4, 1, 32, 2, false),
-            (true, 33..=64) => (4, 1, 16, 1, false),
-            (true, 65..=128) => (4, 1, 16, 1, false),
+            (true, 33..=128) => (4, 1, 16, 1, false),
             (true, _) => (2, 1, 16, 1, false),
         };
         let vendor = Vendor::Nvidia;
@@ -235,8 +233,8 @@ impl QueryTiles {
         8 * self.columns * self.parts
     }
 
-    /// The choice for a problem; `None` where registers have no room for both kinds of work.
-    /// `intricate`: logits take registers for more than products.
+    /// The choice for a problem; `None` where registers have no room for both kinds of work. `intricate`: logits take registers for
+    /// more than products.
     pub(crate) fn choose(
         vendor: Vendor,
         channels: Channels,
@@ -304,8 +302,7 @@ impl QueryTiles {
                 (false, ..=32) if both => (1, 1, true, 1),
                 _ if both => return None,
                 (_, ..=64) if intricate => (1, 1, true, 1),
-                (false, 33..=64) => (1, 2, true, 2),
-                (true, ..=32) => (1, 2, true, 2),
+                (false, 33..=64) | (true, ..=32) => (1, 2, true, 2),
                 (true, 33..=64) => (1, 1, true, 1),
                 (..) => (1, 1, false, 1),
             };
