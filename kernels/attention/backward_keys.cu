@@ -14,7 +14,7 @@
 // Constants: README.md, "Constants of the backward pass".
 #include "../include/key_logits.cuh"
 
-static_assert(STAGES_AT + STAGES * STAGE_BYTES == SHARED_BYTES, "shared memory as planned");
+static_assert(MEMORY_BYTES == SHARED_BYTES, "shared memory as planned");
 
 // What a block owns: a tile of keys of one (batch, row, key head), and of the queries a chunk. Each is computed anew, and takes
 // no registers from one place to another.
@@ -44,8 +44,25 @@ struct Owner {
     DEVICE i64 rows_before(const AttentionInputs& in) const { return (chunk * in.batch + batch) * in.rows + row; }
 };
 
-// Beside f32, the sums of many channels, or segments, the owner and what is known of its keys take no registers through the loops.
-constexpr bool OWNER_AGAIN = sizeof(ELEMENT) == 4 || HEAD_DIM > 128 || HEAD_DIM_V > 128 || SEGMENTS;
+// Queries that a block walks over: those of its chunk in tiles that see a key of its own.
+struct Walked {
+    i64 first;
+    int count;
+
+    DEVICE Walked(const BackwardParams& params, const Owner& owner) {
+        const AttentionInputs& in = params.inputs;
+        i64 first_tile = owner.chunk * params.query_chunk;
+        i64 end_tile = least((in.seqlen_q + TILE_Q - 1) / TILE_Q, first_tile + params.query_chunk);
+        if (owner.first_key >= kv_length(in, owner.at(in))) end_tile = first_tile;
+        if (POSITIONS) {
+            const Range visible = visible_queries(in, owner.first_key, least(owner.first_key + TILE_K, in.seqlen_k));
+            first_tile = greatest(first_tile, visible.begin / TILE_Q);
+            end_tile = least(end_tile, (visible.end + TILE_Q - 1) / TILE_Q);
+        }
+        first = first_tile * TILE_Q;
+        count = end_tile > first_tile ? (int)(least(in.seqlen_q, end_tile * TILE_Q) - first) : 0;
+    }
+};
 
 // Which of the lane's keys key mask and length keep.
 struct Kept {
@@ -88,137 +105,142 @@ KERNEL_WITH_BLOCKS(THREADS, MIN_BLOCKS) backward_keys(const BackwardParams param
     const u32 memory = shared_address(shared);
     const AttentionInputs& in = params.inputs;
 
-    const Owner owner(params);
-    const Position owner_at = owner.at(in);
-    const i64 first_key = owner.first_key, key_head = owner.key_head;
-
-    // Tiles of queries that see a key of the tile, within the chunk.
-    i64 first_tile = owner.chunk * params.query_chunk;
-    i64 end_tile = (in.seqlen_q + TILE_Q - 1) / TILE_Q;
-    end_tile = least(end_tile, first_tile + params.query_chunk);
-    if (first_key >= kv_length(in, owner_at)) end_tile = first_tile;
-    if (POSITIONS) {
-        const Range visible = visible_queries(in, first_key, least(first_key + TILE_K, in.seqlen_k));
-        first_tile = greatest(first_tile, visible.begin / TILE_Q);
-        end_tile = least(end_tile, (visible.end + TILE_Q - 1) / TILE_Q);
+    Keys keys;
+    {
+        const Owner owner(params);
+        const Position at = owner.at(in);
+        if (Walked(params, owner).count > 0) keys.start(memory, rows_of(in.k, at, owner.key_head), rows_of(in.v, at, owner.key_head), owner.first_key, in.seqlen_k);
     }
-    const int tiles = end_tile > first_tile ? (int)(end_tile - first_tile) : 0;
-    const int in_last = (int)least(in.seqlen_q - (end_tile - 1) * TILE_Q, TILE_Q);  // queries of the last tile
-
-    const Rows<ELEMENT> k = rows_of(in.k, owner_at, key_head), v = rows_of(in.v, owner_at, key_head);
-
-    const i64 key = first_key + first_key_of_lane();  // the lane's first
-    Kept kept;
-    if (!OWNER_AGAIN) kept.look(in, owner_at, key);
-
     Gradient<HEAD_DIM> dk = {};
     Gradient<HEAD_DIM_V> dv = {};
     float key_sums[LANE_KEYS] = {};
-    Keys keys;
-    if (tiles > 0) keys.start(memory, k, v, first_key, in.seqlen_k);
     Queries queries;
     KeyBiases biases;
     u32 staged = memory + STAGES_AT;
     const u32 both_stages = 2 * staged + STAGE_BYTES;
-    i64 first_query;
 
-    // One tile, computed on the plain way or the other; `next_last` is the last query of the next tile.
-    auto compute = [&](bool plain, int next_last) {
-        Weights p, ds;
-#pragma unroll
-        for (int part = 0; part < KEY_PARTS; part++) {
-            float lse[LANE_QUERIES], minus_delta[LANE_QUERIES];
-            queries.statistics(staged, LSE, lse);
-            if (NEEDS_DS) queries.statistics(staged, MINUS_DELTA, minus_delta);
+    // Of the head that is walked over, where something is excluded.
+    Position at;
+    i64 first_key;
 
-            Scores s, dp;
-            keys.logits(s, part, staged);
-            // Where biases' addresses take registers, dP comes after them.
-            constexpr bool late = KeyBiases::scattered;
-            if (NEEDS_DS && !late) keys.gradients(dp, part, staged, minus_delta);
-            if (plain) {
-                biases.take<true>(s, part, in, first_query, lse, lse);
-            } else {
-                float low[LANE_QUERIES];
-                queries.statistics(staged, LSE_LOW, low);
-                biases.take<false>(s, part, in, first_query, lse, low);
-            }
-            if (late) one_by_one();
-            if (NEEDS_DS && late) keys.gradients(dp, part, staged, minus_delta);
-            // Biases of the next tile, while this one is computed.
-            if (part + 1 == KEY_PARTS) biases.fetch(next_last);
-            if (SEGMENTS || POSITIONS) exclude(s, dp, part, in, owner_at, key, first_query, first_key);
-#pragma unroll
-            for (int group = 0; group < PART_GROUPS; group++) {
-                for_scores(group, [&](int i, int j) {
-                    score(s, i, j) = exp2(score(s, i, j));
-                    if (NEEDS_DS) score(dp, i, j) *= score(s, i, j);
-                    if (WANT_KEY_SUMS) key_sums[part * PART_KEYS + i] += score(dp, i, j);
-                });
-                if (WANT_DV) p.take(s, part, group);
-                if (WANT_DK) ds.take(dp, part, group);
-            }
+    // Biases of the next part, or of the next tile, of which `left` queries are left.
+    auto fetch_biases = [&](int part, int left) {
+        if (part + 1 < QUERY_PARTS) {
+            biases.fetch((part + 1) * PART_ROWS, left + TILE_Q);
+        } else {
+            biases.advance();
+            biases.fetch(0, left);
         }
-        if (WANT_DV) add_to_dv(dv, p, staged);
-        if (WANT_DK) add_to_dk(dk, ds, staged);
+    };
+    // One tile, computed on the plain way or the other, from `first_query` on; `left` queries come after it.
+    auto compute = [&](bool plain, i64 first_query, int left) {
+        // Addresses of single elements, of all parts at once, would take registers.
+        constexpr int parts_at_once = SCATTERED ? 1 : QUERY_PARTS;
+#pragma unroll parts_at_once
+        for (int part = 0; part < QUERY_PARTS; part++) {
+            const int own_query = part * PART_ROWS;
+            if (POSITIONS && QUERY_PARTS > 1) {
+                const Band bounds = band(in, first_query + own_query, first_key);
+                if (bounds.low >= TILE_K || bounds.high <= -PART_ROWS) {
+                    fetch_biases(part, left);
+                    continue;
+                }
+            }
+            Weights p, ds;
+#pragma unroll
+            for (int key_part = 0; key_part < KEY_PARTS; key_part++) {
+                float lse[PART_QUERIES];
+                queries.statistics(staged, LSE, own_query, lse);
+
+                Scores s, dp;
+                keys.logits(s, key_part, own_query, staged);
+                // Where biases' addresses take registers, dP comes after them.
+                if (NEEDS_DS && !SCATTERED) keys.gradients(dp, key_part, own_query, staged, queries);
+                if (plain) {
+                    biases.take<true>(s, key_part, in, first_query, own_query, lse, lse);
+                } else {
+                    float low[PART_QUERIES];
+                    queries.statistics(staged, LSE_LOW, own_query, low);
+                    biases.take<false>(s, key_part, in, first_query, own_query, lse, low);
+                }
+                if (SCATTERED) one_by_one();
+                if (NEEDS_DS && SCATTERED) keys.gradients(dp, key_part, own_query, staged, queries);
+                if (key_part + 1 == KEY_PARTS) fetch_biases(part, left);
+                if (SEGMENTS || POSITIONS) exclude(s, dp, key_part, in, at, first_key + first_key_of_lane(), first_query, own_query, first_key);
+#pragma unroll
+                for (int group = 0; group < PART_GROUPS; group++) {
+                    for_scores(group, [&](int i, int j) {
+                        score(s, i, j) = exp2(score(s, i, j));
+                        if (NEEDS_DS) score(dp, i, j) *= score(s, i, j);
+                        if (WANT_KEY_SUMS) key_sums[key_part * PART_KEYS + i] += score(dp, i, j);
+                    });
+                    if (WANT_DV) p.take(s, key_part, group);
+                    if (WANT_DK) ds.take(dp, key_part, group);
+                }
+            }
+            // Keeps loads of the next part out of this one, where registers have no room for them.
+            if (QUERY_PARTS > 1) one_by_one();
+            if (WANT_DV) add_to_dv(dv, p, own_query, staged);
+            if (WANT_DK) add_to_dk(dk, ds, own_query, staged);
+        }
     };
 
-    for (i64 i = 0; i < in.group; i++) {
-        first_query = first_tile * TILE_Q;
-        if (tiles > 0) {
+    int head_of_group = 0;
+    do {
+        const BackwardParams& of_head = read_again(params);
+        const Owner owner(of_head);
+        const Walked walked(of_head, owner);
+        at = owner.at(of_head.inputs, head_of_group);
+        first_key = owner.first_key;
+        bool plain = false;
+        if (walked.count > 0) {
             queries.settle();
             block_barrier();
-            const BackwardParams& again = read_again(params);
-            const Owner of_head = OWNER_AGAIN ? Owner(again) : owner;
-            const Position at = of_head.at(again.inputs, i);
-            queries.start_head(again, at, first_query);
-            const int there = tiles > 1 ? TILE_Q : in_last;
-            queries.fetch(staged, there);
-            biases.start_head(again.inputs, at, of_head.first_key + first_key_of_lane(), first_query);
-            biases.fetch(there - 1);
+            queries.start_head(of_head, at, walked.first);
+            queries.fetch(staged, walked.count);
+            biases.start_head(of_head.inputs, at, first_key + first_key_of_lane(), walked.first);
+            biases.fetch(0, walked.count);
+            plain = allows_plain_of_all(of_head, at, walked.first, walked.count);
         }
-        for (int tile = 0; tile < tiles; tile++) {
-            // Without a next tile none is read, and this one's biases are once more.
-            const bool more = tile + 1 < tiles;
-            const int next_there = tile + 2 < tiles ? TILE_Q : in_last;
-            queries.arrive(staged);
-            block_barrier();
-            const u32 next = STAGES == 2 ? both_stages - staged : staged;
-            if (LOADS_AHEAD) queries.fetch(next, more ? next_there : 0);
-            if (more) biases.advance();
-            const bool plain = queries.plain(staged);
-            // Known when compiling in each: two pieces of code.
-            if (TWO_PIECES && MAY_BE_PLAIN && plain) {
-                compute(true, next_there - 1);
-            } else {
-                compute(!TWO_PIECES && plain, next_there - 1);
-            }
-            first_query += TILE_Q;
-            if (STAGES == 1 && more) {
+        auto walk = [&](bool plain) {
+            for (int left = walked.count - TILE_Q; left > -TILE_Q; left -= TILE_Q) {
+                queries.arrive(staged);
                 block_barrier();
-                if (!LOADS_AHEAD) queries.fetch(staged, next_there);
+                const u32 next = STAGES == 2 ? both_stages - staged : staged;
+                if (LOADS_AHEAD) queries.fetch(next, left);
+                compute(plain, walked.first + (walked.count - TILE_Q - left), left);
+                if (STAGES == 1 && left > 0) {
+                    block_barrier();
+                    if (!LOADS_AHEAD) queries.fetch(staged, left);
+                }
+                staged = next;
             }
-            staged = next;
+        };
+        // Known when compiling in each: two loops, which share no registers.
+        if (TWO_PIECES && plain) {
+            walk(true);
+        } else {
+            walk(!TWO_PIECES && plain);
         }
         if (WANT_KEY_SUMS) {
             const BackwardParams& again = read_again(params);
-            const Owner of_sums = OWNER_AGAIN ? Owner(again) : owner;
+            const Owner of_sums(again);
             const i64 own_key = of_sums.first_key + first_key_of_lane(), seqlen_k = again.inputs.seqlen_k;
-            if (OWNER_AGAIN) kept.look(again.inputs, of_sums.at(again.inputs), own_key);
-            const i64 heads = of_sums.rows_before(again.inputs) * again.inputs.heads + of_sums.at(again.inputs, i).head;
+            Kept kept;
+            kept.look(again.inputs, of_sums.at(again.inputs), own_key);
+            const i64 heads = of_sums.rows_before(again.inputs) * again.inputs.heads + of_sums.at(again.inputs, head_of_group).head;
             store_key_sums((float*)again.key_sums + heads * seqlen_k, key_sums, own_key, kept, seqlen_k);
         }
-    }
+    } while (++head_of_group < (int)read_again(params).inputs.group);
 
     // Once more: neither takes registers through the loops.
     const BackwardParams& results = read_again(params);
-    const Owner of_results = OWNER_AGAIN ? Owner(results) : owner;
+    const Owner of_results(results);
     const i64 own_key = of_results.first_key + opaque(first_key_of_lane()), seqlen_k = results.inputs.seqlen_k;
-    const Position at = of_results.at(results.inputs);
-    if (OWNER_AGAIN) {
-        kept.look(results.inputs, at, own_key);
-        one_by_one();
-    }
+    at = of_results.at(results.inputs);
+    Kept kept;
+    kept.look(results.inputs, at, own_key);
+    one_by_one();
     const i64 before = of_results.rows_before(results.inputs) * of_results.key_heads + of_results.key_head;  // key heads of other blocks
     const float* uniform = UNIFORM_ROWS && WANT_DV && of_results.chunk == 0
                                ? (const float*)results.uniform_sums + before * HEAD_DIM_V

@@ -68,6 +68,18 @@ constexpr bool MAY_BE_PLAIN = sizeof(ELEMENT) == 2 || TF32;
 constexpr float PLAIN_LIMIT = sizeof(ELEMENT) == 4 ? 64.0f : 1024.0f;
 constexpr bool HAS_BIAS = BIAS_0 != ABSENT;
 DEVICE bool allows_plain(float lse) { return MAY_BE_PLAIN && (magnitude(lse) <= PLAIN_LIMIT || lse == INFINITE); }
+// The same of `count` queries from `first` on, whose statistics are padded: all lanes together.
+DEVICE bool allows_plain_of_all(const BackwardParams& params, const Position& at, i64 first, int count) {
+    if (!MAY_BE_PLAIN) return false;
+    const float* const lse = (const float*)params.statistics + statistics_row(params, at) + first;
+    bool plain = true;
+    for (int query = 4 * lane_index(); query < count; query += 4 * WARP_THREADS) {
+        const Piece piece = load_piece(lse + query);
+#pragma unroll
+        for (const u32 word : piece.words) plain = plain && allows_plain(float_of(word));
+    }
+    return warp_all(plain);
+}
 
 // The sum so far and one more bias: in base 2, but on the plain way.
 template <bool plain> DEVICE float with_bias(float sum, float bias) { return sum + (plain ? bias : bias_base2(bias)); }

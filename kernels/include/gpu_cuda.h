@@ -265,6 +265,10 @@ DEVICE u32 load_shared(u32 address) {
     asm volatile("ld.shared.u32 %0, [%1];" : "=r"(y) : "r"(address) : "memory");
     return y;
 }
+// Two neighbouring words, which the compiler takes for others each time.
+DEVICE void load_shared_pair_again(float& x, float& y, u32 address) {
+    asm volatile("ld.volatile.shared.v2.f32 {%0, %1}, [%2];" : "=f"(x), "=f"(y) : "r"(address) : "memory");
+}
 // Never from registers: what was stored may be forgotten meanwhile.
 DEVICE i64 load_shared_i64(u32 address) {
     i64 y;

@@ -139,6 +139,10 @@ DEVICE i64 opaque(i64 x) {
     return x;
 }
 
+// An offset that is added to an address which all lanes have alike, opaque where that is done: the load itself adds 32 bits, but
+// not those that the compiler has made 64 of elsewhere.
+DEVICE u32 opaque_offset(u32 x) { return (u32)opaque((int)x); }
+
 // The index of the thread, of which the compiler knows nothing.
 DEVICE int thread_index_again() { return opaque(thread_index()); }
 

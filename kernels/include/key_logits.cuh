@@ -15,8 +15,6 @@ template <int index> struct KeyBias {
     using T = typename Bias<index>::T;
     static constexpr int kind = Bias<index>::kind;
     static constexpr bool ahead = kind == PIECES && RUNS;
-    // Read number by number, where it is added.
-    static constexpr bool scattered = kind == STRIDED || (kind == PIECES && !RUNS);
     const T* data;
     BiasRuns<T> runs;
     float of_keys[LANE_KEYS];
@@ -32,20 +30,20 @@ template <int index> struct KeyBias {
             runs.start(data, in.biases[index].strides[3], least(key, in.seqlen_k - LANE_KEYS), first_query);
         }
     }
-    DEVICE void fetch(int last) {
-        if constexpr (ahead) runs.fetch(last);
+    DEVICE void fetch(int query, int left) {
+        if constexpr (ahead) runs.fetch(query, left);
     }
     DEVICE void advance() {
         if constexpr (ahead) runs.advance();
     }
+    // Of the lane's keys `key`, and of the part's query `query`, the lane's first of which is `first_query`.
     template <bool plain> DEVICE float add(float sum, const AttentionInputs& in, i64 first_key, i64 first_query, int key, int query) const {
         if constexpr (kind == ABSENT) return sum;
         if constexpr (ahead) return with_bias<plain>(sum, runs(key, query));
         if constexpr (kind == KEYS) return with_bias<plain>(sum, of_keys[key]);
         const Operand& bias = in.biases[index];
         // Opaque in one piece of code: rows of all queries at once would take registers.
-        const int lane_query = TWO_PIECES ? first_query_of_lane() : opaque(first_query_of_lane());
-        const i64 row = least(first_query + lane_query + query, in.seqlen_q - 1);
+        const i64 row = least((TWO_PIECES ? first_query : opaque(first_query)) + query, in.seqlen_q - 1);
         return with_bias<plain>(sum, to_f32(data[row * bias.strides[3] + least(first_key + key, in.seqlen_k - 1) * bias.strides[4]]));
     }
 };
@@ -56,7 +54,6 @@ struct KeyBiases {
     KeyBias<1> bias1;
     KeyBias<2> bias2;
     KeyBias<3> bias3;
-    static constexpr bool scattered = KeyBias<0>::scattered || KeyBias<1>::scattered || KeyBias<2>::scattered || KeyBias<3>::scattered;
     i64 key;  // the lane's first
     float slope;
 
@@ -68,12 +65,12 @@ struct KeyBiases {
         bias2.start_head(in, at, key, first_query);
         bias3.start_head(in, at, key, first_query);
     }
-    // Reads what the tile of queries needs, of which those to `last` exist.
-    DEVICE void fetch(int last) {
-        bias0.fetch(last);
-        bias1.fetch(last);
-        bias2.fetch(last);
-        bias3.fetch(last);
+    // Reads what a part needs that begins with the lane's query `query`; `left` are left from the tile's first on.
+    DEVICE void fetch(int query, int left) {
+        bias0.fetch(query, left);
+        bias1.fetch(query, left);
+        bias2.fetch(query, left);
+        bias3.fetch(query, left);
     }
     // To the next tile.
     DEVICE void advance() {
@@ -84,20 +81,22 @@ struct KeyBiases {
     }
     // s = scale s + biases - lse of a part, for queries from `first` on.
     template <bool plain>
-    DEVICE void take(Scores& s, int part, const AttentionInputs& in, i64 first, const float (&lse)[LANE_QUERIES], const float (&low)[LANE_QUERIES]) const {
+    DEVICE void take(Scores& s, int part, const AttentionInputs& in, i64 first, int own_query, const float (&lse)[PART_QUERIES], const float (&low)[PART_QUERIES]) const {
+        // Opaque: rows of other parts would take registers.
+        const i64 own_first = SCATTERED ? opaque(first + first_query_of_lane() + own_query) : 0;
 #pragma unroll
         for (int group = 0; group < PART_GROUPS; group++) {
             for_pairs(group, [&](int i, int j) {
                 const int own = part * PART_KEYS + i;
                 const auto biases = [&](int query) {
                     float sum = plain ? NOTHING : 0.0f;
-                    sum = bias0.template add<plain>(sum, in, key, first, own, query);
-                    sum = bias1.template add<plain>(sum, in, key, first, own, query);
-                    sum = bias2.template add<plain>(sum, in, key, first, own, query);
-                    return bias3.template add<plain>(sum, in, key, first, own, query);
+                    sum = bias0.template add<plain>(sum, in, key, own_first, own, query);
+                    sum = bias1.template add<plain>(sum, in, key, own_first, own, query);
+                    sum = bias2.template add<plain>(sum, in, key, own_first, own, query);
+                    return bias3.template add<plain>(sum, in, key, own_first, own, query);
                 };
                 const auto alibi = [&](int query) {
-                    return ALIBI ? alibi_base2(slope, distance(in, first + first_query_of_lane() + query, key + own)) : 0.0f;
+                    return ALIBI ? alibi_base2(slope, distance(in, first + first_query_of_lane() + own_query + query, key + own)) : 0.0f;
                 };
                 const Pair sums = {biases(j), biases(j + 1)}, alibis = {alibi(j), alibi(j + 1)};
                 const Pair products = {score(s, i, j), score(s, i, j + 1)};
@@ -113,14 +112,14 @@ struct KeyBiases {
 
 // P = 0 and dS = 0 for pairs of a part that segments or positions exclude; the lane's keys begin at `key`, the block's at
 // `first_key`.
-DEVICE void exclude(Scores& s, Scores& dp, int part, const AttentionInputs& in, const Position& at, i64 key, i64 first_query, i64 first_key) {
+DEVICE void exclude(Scores& s, Scores& dp, int part, const AttentionInputs& in, const Position& at, i64 key, i64 first_query, int own_query, i64 first_key) {
     const Band bounds = POSITIONS ? band(in, first_query, first_key) : Band{0, 0};
     const bool cut = POSITIONS && cuts(bounds, TILE_Q, TILE_K);
     if (!SEGMENTS && !cut) return;
     const int first_offset = (int)(key - first_key) + part * PART_KEYS;
 #pragma unroll
-    for (int j = 0; j < LANE_QUERIES; j++) {
-        const int query = first_query_of_lane() + j;
+    for (int j = 0; j < PART_QUERIES; j++) {
+        const int query = first_query_of_lane() + own_query + j;
         const i32 of_query = SEGMENTS ? segment(in.q_segments, at, least(first_query + query, in.seqlen_q - 1)) : 0;
 #pragma unroll
         for (int i = 0; i < PART_KEYS; i++) {

@@ -8,7 +8,6 @@ constexpr int N = TILE_Q / 8;
 constexpr int WARP_KEYS = 16 * M;
 constexpr int TILE_K = WARPS * WARP_KEYS;
 constexpr int LANE_KEYS = 2 * M;
-constexpr int LANE_QUERIES = 2 * N;
 
 using QTile = Tile<ELEMENT, HEAD_DIM>;
 using VTile = Tile<ELEMENT, HEAD_DIM_V>;
@@ -23,11 +22,16 @@ struct KeyOrder {
 };
 DEVICE int first_key_of_lane() { return warp_index() * 16 * M + lane_index() / 4 * M * 2; }
 
-// Neighbouring queries belong to one lane too.
+// Of a part of the queries neighbours belong to one lane too. A part has as many as one step of the half types sums, or as one load
+// of half a step gives.
+constexpr int PART_N = sizeof(ELEMENT) == 4 ? N : QTile::half_step || VTile::half_step ? (N < 4 ? N : 4) : 2;
+constexpr int QUERY_PARTS = N / PART_N;
+constexpr int PART_ROWS = 8 * PART_N;
+constexpr int PART_QUERIES = 2 * PART_N;
 struct QueryOrder {
-    DEVICE int operator()(int row) const { return row % 8 / 2 * 2 * N + row / 8 * 2 + row % 2; }
+    DEVICE int operator()(int row) const { return row / PART_ROWS * PART_ROWS + row % 8 / 2 * PART_QUERIES + row % PART_ROWS / 8 * 2 + row % 2; }
 };
-DEVICE int first_query_of_lane() { return lane_index() % 4 * 2 * N; }
+DEVICE int first_query_of_lane() { return lane_index() % 4 * PART_QUERIES; }
 
 using StageK = Stage<ELEMENT, HEAD_DIM, TILE_K, THREADS, K_PIECES>;
 using StageV = Stage<ELEMENT, HEAD_DIM_V, TILE_K, THREADS, V_PIECES>;
@@ -36,7 +40,9 @@ using StageDO = Stage<ELEMENT, HEAD_DIM_V, TILE_Q, THREADS, DO_PIECES>;
 
 // Where things lie in shared memory.
 constexpr int V_AT = QTile::bytes(TILE_K);
-constexpr int STAGES_AT = V_AT + (NEEDS_DS ? VTile::bytes(TILE_K) : 0);
+constexpr int KEY_BYTES = V_AT + (NEEDS_DS ? VTile::bytes(TILE_K) : 0);
+// Keys that stay in registers pass through the memory that the stages take later.
+constexpr int STAGES_AT = K_IN_REGISTERS ? 0 : KEY_BYTES;
 constexpr int DO_AT = QTile::bytes(TILE_Q);
 // Statistics follow; of the widest half types, which fill the shared memory, four numbers each are in the unused piece that ends a
 // row of q.
@@ -44,18 +50,19 @@ constexpr bool STATISTICS_IN_GAPS = sizeof(ELEMENT) == 2 && QTile::pieces == 32;
 constexpr int STATISTICS_AT = STATISTICS_IN_GAPS ? QTile::pieces * 16 : DO_AT + VTile::bytes(TILE_Q);
 constexpr int STATISTICS_PITCH = STATISTICS_IN_GAPS ? QTile::pitch : 16;
 constexpr int STAGE_BYTES = DO_AT + VTile::bytes(TILE_Q) + (STATISTICS_IN_GAPS ? 0 : 3 * TILE_Q * 4);
+constexpr int MEMORY_BYTES = STAGES_AT + STAGES * STAGE_BYTES < KEY_BYTES ? KEY_BYTES : STAGES_AT + STAGES * STAGE_BYTES;
 
 // Rows are keys; all at once.
 constexpr int KEY_PARTS = 1;
 constexpr int PART_KEYS = LANE_KEYS;
-using Scores = Accumulator[M][N];
+using Scores = Accumulator[M][PART_N];
 DEVICE float& score(Scores& s, int key, int query) { return s[key / 2][query / 2][2 * (key % 2) + query % 2]; }
 
 // A row of products is a group.
 constexpr int PART_GROUPS = M;
 template <class Action> DEVICE void for_pairs(int group, Action action) {
 #pragma unroll
-    for (int j = 0; j < N; j++) {
+    for (int j = 0; j < PART_N; j++) {
 #pragma unroll
         for (int half = 0; half < 2; half++) action(2 * group + half, 2 * j);
     }
@@ -102,7 +109,7 @@ struct Keys {
     }
 
     // s = K q^T
-    DEVICE void logits(Scores& s, int, u32 tile) {
+    DEVICE void logits(Scores& s, int, int query, u32 tile) {
         const auto zero = [](int, int, int) { return 0.0f; };
 #pragma unroll
         for (int pass = 0; pass < PASSES<ELEMENT>; pass++) {
@@ -112,13 +119,17 @@ struct Keys {
 #pragma unroll
                     for (int i = 0; i < M; i++) k[0][i] = load_a<ELEMENT, HEAD_DIM>(shared, (warp_index() * M + i) * 16, x);
                 }
-                multiply_rows<ELEMENT, HEAD_DIM>(s, k[K_IN_REGISTERS ? x : 0], tile, 0, pass, x, zero);
+                multiply_rows<ELEMENT, HEAD_DIM>(s, k[K_IN_REGISTERS ? x : 0], tile, query, pass, x, zero);
             }
         }
     }
     // dp = V dO^T - delta
-    DEVICE void gradients(Scores& dp, int, u32 tile, const float (&minus)[LANE_QUERIES]) {
-        const auto minus_delta = [&](int, int j, int y) { return minus[2 * j + y % 2]; };
+    template <class Queries> DEVICE void gradients(Scores& dp, int, int query, u32 tile, const Queries& queries) {
+        // Loaded as products take them: two numbers that four registers start from would be copied for every product.
+        Accumulator minus[PART_N];
+#pragma unroll
+        for (int j = 0; j < PART_N; j++) queries.pair_twice(tile, MINUS_DELTA, query + 2 * j, minus[j]);
+        const auto minus_delta = [&](int, int j, int y) { return minus[j][y]; };
         const auto start = [&](int i, int j, int y) { return STARTS_FROM_DELTA ? minus_delta(i, j, y) : 0.0f; };
 #pragma unroll
         for (int pass = 0; pass < PASSES<ELEMENT>; pass++) {
@@ -128,7 +139,7 @@ struct Keys {
 #pragma unroll
                     for (int i = 0; i < M; i++) v[0][i] = load_a<ELEMENT, HEAD_DIM_V>(shared + V_AT, (warp_index() * M + i) * 16, x);
                 }
-                multiply_rows<ELEMENT, HEAD_DIM_V>(dp, v[K_IN_REGISTERS ? x : 0], tile + DO_AT, 0, pass, x, start);
+                multiply_rows<ELEMENT, HEAD_DIM_V>(dp, v[K_IN_REGISTERS ? x : 0], tile + DO_AT, query, pass, x, start);
             }
         }
         if (!STARTS_FROM_DELTA) add_to_all(dp, minus_delta);
@@ -146,11 +157,11 @@ struct Queries {
         d_o.start(rows_of(params.d_o, at, at.head), first);
         of_queries.start(params, at, first);
     }
-    // Of the tile `there` queries exist; with none, nothing is read.
-    DEVICE void fetch(u32 to, int there) {
-        q.next(to, there);
-        d_o.next(to + DO_AT, there);
-        of_queries.next(to + STATISTICS_AT, there > 0 ? TILE_Q : 0, STATISTICS_PITCH);
+    // From the tile's first query on `left` are left; with none, nothing is read.
+    DEVICE void fetch(u32 to, int left) {
+        q.next(to, left);
+        d_o.next(to + DO_AT, left);
+        of_queries.next(to + STATISTICS_AT, left > 0 ? TILE_Q : 0, STATISTICS_PITCH);
         copy_async_commit();
     }
     // Before a head starts: no copy to its buffers is under way.
@@ -158,26 +169,17 @@ struct Queries {
     // What was fetched is in its tile.
     DEVICE void arrive(u32) const { copy_async_wait<0>(); }
 
-    DEVICE void statistics(u32 tile, int kind, float (&to)[LANE_QUERIES]) const {
-        if constexpr (STATISTICS_IN_GAPS) {
-            load_shared_run(to, tile + STATISTICS_AT + (kind * TILE_Q + first_query_of_lane()) / 4 * STATISTICS_PITCH);
-        } else {
-            load_shared_run(to, tile + STATISTICS_AT + kind * TILE_Q * 4 + first_query_of_lane() * 4);
-        }
+    // Where a number of the lane's first query is, or of a query of a later piece of four.
+    static DEVICE u32 statistics_at(u32 tile, int kind, int query) {
+        if constexpr (STATISTICS_IN_GAPS) return tile + STATISTICS_AT + (kind * TILE_Q + first_query_of_lane() + query) / 4 * STATISTICS_PITCH;
+        return tile + STATISTICS_AT + kind * TILE_Q * 4 + first_query_of_lane() * 4 + query * 4;
     }
-    // Whether the plain way may be taken for the tile.
-    DEVICE bool plain(u32 tile) const {
-        bool plain = MAY_BE_PLAIN;
-        if (MAY_BE_PLAIN) {
-#pragma unroll
-            for (int i = 0; i < TILE_Q; i += WARP_THREADS) {
-                const int query = i + lane_index() % TILE_Q;
-                const int at = STATISTICS_IN_GAPS ? query / 4 * STATISTICS_PITCH + query % 4 * 4 : query * 4;
-                plain = plain && allows_plain(float_of(load_shared(tile + STATISTICS_AT + at)));
-            }
-            plain = warp_all(plain);
-        }
-        return plain;
+    DEVICE void statistics(u32 tile, int kind, int query, float (&to)[PART_QUERIES]) const { load_shared_run(to, statistics_at(tile, kind, query)); }
+    // Of queries `query` and `query + 1` of the lane, as the two rows of an accumulator.
+    DEVICE void pair_twice(u32 tile, int kind, int query, Accumulator& to) const {
+        const u32 at = statistics_at(tile, kind, query / 4 * 4) + query % 4 * 4;
+        load_shared_pair_again(to[0], to[1], at);
+        load_shared_pair_again(to[2], to[3], at);
     }
 };
 
@@ -186,7 +188,7 @@ template <class T> struct BiasRuns {
     const char* data;
     int stride;  // from query to query, in bytes
     int first;   // the lane's first query
-    Run<T, LANE_KEYS> runs[LANE_QUERIES];
+    Run<T, LANE_KEYS> runs[PART_QUERIES];
 
     // From query `first_query` on, of keys from `key` on.
     DEVICE void start(const T* start, i64 query_stride, i64 key, i64 first_query) {
@@ -194,16 +196,17 @@ template <class T> struct BiasRuns {
         stride = opaque((int)(query_stride * (i64)sizeof(T)));
         data = (const char*)opaque((i64)(start + key + first_query * query_stride));
     }
-    // Reads what the tile of queries needs, of which those to `last` exist; a lane reads others' instead of those that do not.
-    DEVICE void fetch(int last) {
+    // Reads what a part needs that begins with the lane's query `query`, where `left` are left from the tile's first on. A lane
+    // reads others instead of those that do not exist; where none is left, of the tile before.
+    DEVICE void fetch(int query, int left) {
         if constexpr (QUERY_EIGHTS) {
             // A lane's queries exist all or none.
-            const char* const from = data + (i64)least_int(first, last + 1 - LANE_QUERIES) * stride;
+            const char* const from = data + (i64)least_int(first + query, left - PART_QUERIES) * stride;
 #pragma unroll
-            for (int x = 0; x < LANE_QUERIES; x++) load_words(runs[x].words, from + (i64)x * stride);
+            for (int x = 0; x < PART_QUERIES; x++) load_words(runs[x].words, from + (i64)x * stride);
         } else {
 #pragma unroll
-            for (int x = 0; x < LANE_QUERIES; x++) load_words(runs[x].words, data + (i64)least_int(first + x, last) * stride);
+            for (int x = 0; x < PART_QUERIES; x++) load_words(runs[x].words, data + (i64)least_int(first + query + x, left - 1) * stride);
         }
     }
     // To the next tile.
@@ -213,10 +216,11 @@ template <class T> struct BiasRuns {
 
 // P or dS as the left factor of a product over queries.
 struct Weights {
-    FragmentA factors[M][TILE_Q / row_step<ELEMENT>];
+    static constexpr int steps = PART_ROWS / row_step<ELEMENT>;
+    FragmentA factors[M][steps];
     DEVICE void take(const Scores& s, int, int group) {
 #pragma unroll
-        for (int x = 0; x < TILE_Q / row_step<ELEMENT>; x++) {
+        for (int x = 0; x < steps; x++) {
             const int j = x * row_step<ELEMENT> / 8, other = j + (row_step<ELEMENT> == 16 ? 1 : 0);
             factors[group][x] = as_factor<ELEMENT>(s[group][j], s[group][other]);
         }
@@ -231,10 +235,10 @@ template <int columns> DEVICE float gradient_of(const Accumulator (&gradient)[M]
 }
 
 // dV += P^T dO
-DEVICE void add_to_dv(Gradient<HEAD_DIM_V>& dv, const Weights& p, u32 tile) {
-    ProductOverRows<ELEMENT, HEAD_DIM_V, M, TILE_Q / row_step<ELEMENT>>::run(dv, p.factors, tile + DO_AT, 0);
+DEVICE void add_to_dv(Gradient<HEAD_DIM_V>& dv, const Weights& p, int query, u32 tile) {
+    ProductOverRows<ELEMENT, HEAD_DIM_V, M, Weights::steps>::run(dv, p.factors, tile + DO_AT, query);
 }
 // dK += dS^T q
-DEVICE void add_to_dk(Gradient<HEAD_DIM>& dk, const Weights& ds, u32 tile) {
-    ProductOverRows<ELEMENT, HEAD_DIM, M, TILE_Q / row_step<ELEMENT>>::run(dk, ds.factors, tile, 0);
+DEVICE void add_to_dk(Gradient<HEAD_DIM>& dk, const Weights& ds, int query, u32 tile) {
+    ProductOverRows<ELEMENT, HEAD_DIM, M, Weights::steps>::run(dk, ds.factors, tile, query);
 }

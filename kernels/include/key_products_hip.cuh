@@ -14,13 +14,19 @@ constexpr int LANE_KEYS = M;
 constexpr int LANE_QUERIES = HALF_ROWS;
 static_assert(TILE_Q == PRODUCT_ROWS, "rows of a product");
 
-// Opaque: computed once more where it is used, rather than kept in registers.
-DEVICE int first_key_of_lane() { return opaque(warp_index() * WARP_KEYS + lane_column() * M); }
+// Computed once more where it is used, rather than kept in registers.
+DEVICE int first_key_of_lane() {
+    const int thread = thread_index_again();
+    return thread / WARP_THREADS * WARP_KEYS + thread % 32 * M;
+}
 DEVICE int first_query_of_lane() { return lane_half() * LANE_QUERIES; }
 
 // Rows are queries; the keys of one product at a time.
 constexpr int KEY_PARTS = M;
 constexpr int PART_KEYS = 1;
+constexpr int QUERY_PARTS = 1;
+constexpr int PART_ROWS = TILE_Q;
+constexpr int PART_QUERIES = LANE_QUERIES;
 using Scores = Product;
 DEVICE float& score(Scores& s, int, int query) { return s.each[query]; }
 
@@ -50,6 +56,7 @@ constexpr int STATISTICS_AT = DO_COLUMNS_AT + (DO_COLUMNS ? ColumnTile<TILE_Q, H
 // Where rows fill the LDS, statistics are read from memory.
 constexpr bool STATISTICS_IN_LDS = STATISTICS_AT < 65536;
 constexpr int STAGE_BYTES = STATISTICS_AT + (STATISTICS_IN_LDS ? 3 * TILE_Q * 4 : 0);
+constexpr int MEMORY_BYTES = STAGES * STAGE_BYTES;
 
 // The warp's keys and values.
 struct Keys {
@@ -67,12 +74,14 @@ struct Keys {
     }
 
     // s = q K^T
-    DEVICE void logits(Scores& s, int part, u32 tile) const {
+    DEVICE void logits(Scores& s, int part, int, u32 tile) const {
         s.all = 0.0f;
         multiply_rows<TILE_Q>(s, tile, 0, k[part]);
     }
     // dp = dO V^T - delta
-    DEVICE void gradients(Scores& dp, int part, u32 tile, const float (&minus_delta)[LANE_QUERIES]) const {
+    template <class Queries> DEVICE void gradients(Scores& dp, int part, int, u32 tile, const Queries& queries) const {
+        float minus_delta[LANE_QUERIES];
+        queries.statistics(tile, MINUS_DELTA, 0, minus_delta);
 #pragma unroll
         for (int j = 0; j < LANE_QUERIES; j++) dp.each[j] = STARTS_FROM_DELTA ? minus_delta[j] : 0.0f;
         multiply_rows<TILE_Q>(dp, tile + DO_AT, 0, v[part]);
@@ -89,7 +98,7 @@ struct QueryLoader : LdsLoader<TILE_Q, channels, in_pieces, to_rows, to_columns>
     // Loads the tile, of which `there` rows exist, and goes on to the next.
     DEVICE void next(int there) {
         this->load(there);
-        this->shift(TILE_Q * this->from.row_stride);
+        this->next_tile();
     }
 };
 
@@ -104,7 +113,7 @@ struct Queries {
     float arriving[rounds > 0 ? rounds : 1];
 
     // The thread's number of a round; of those that have none, the last one.
-    static DEVICE int number(int round) { return least_int(thread_index() + round * THREADS, 3 * TILE_Q - 1); }
+    static DEVICE int number(int round, int thread = thread_index()) { return least_int(thread + round * THREADS, 3 * TILE_Q - 1); }
 
     DEVICE void start_head(const BackwardParams& params, const Position& at, i64 first) {
         q.start(rows_of(params.inputs.q, at, at.head), first);
@@ -113,13 +122,14 @@ struct Queries {
         of_queries = (const float*)params.statistics + statistics_row(params, at) + first;
 #pragma unroll
         for (int round = 0; round < rounds; round++) {
-            const int own = opaque(number(round));
+            const int own = number(round, thread_index_again());
             mine[round] = of_queries + own / TILE_Q * plane + own % TILE_Q;
         }
     }
-    // Of the tile `there` queries exist; with none, nothing is read.
-    DEVICE void fetch(u32, int there) {
-        if (there > 0) {
+    // From the tile's first query on `left` are left; with none, nothing is read.
+    DEVICE void fetch(u32, int left) {
+        if (left > 0) {
+            const int there = least_int(left, TILE_Q);
             q.next(there);
             d_o.next(there);
 #pragma unroll
@@ -142,20 +152,15 @@ struct Queries {
     }
 
     // Of the tile before the one that was fetched last.
-    DEVICE void statistics(u32 tile, int kind, float (&to)[LANE_QUERIES]) const {
+    DEVICE void statistics(u32 tile, int kind, int, float (&to)[LANE_QUERIES]) const {
         if constexpr (STATISTICS_IN_LDS) {
             // Opaque: read once more for each part rather than kept in registers.
-            load_shared_run(to, opaque((int)tile) + STATISTICS_AT + (kind * TILE_Q + first_query_of_lane()) * 4);
+            load_shared_run(to, (KEY_PARTS == 1 ? (int)tile : opaque((int)tile)) + STATISTICS_AT + (kind * TILE_Q + first_query_of_lane()) * 4);
         } else {
             const float* const from = of_queries - 2 * TILE_Q + kind * plane + first_query_of_lane();
 #pragma unroll
             for (int j = 0; j < LANE_QUERIES; j++) to[j] = load_global<float>(from + j);
         }
-    }
-    // Whether the plain way may be taken for the tile.
-    DEVICE bool plain(u32 tile) const {
-        if constexpr (!HALF_TYPE) return false;
-        return warp_all(allows_plain(load_shared<float>(tile + STATISTICS_AT + lane_index() % TILE_Q * 4)));
     }
 };
 
@@ -173,24 +178,23 @@ template <class T> struct BiasRuns {
     DEVICE void start(const T* start, i64 query_stride, i64 key, i64 first_query) {
         data = (const char*)(start + first_query * query_stride);
         stride = query_stride * (i64)sizeof(T);
-        offset = (u32)(key * (i64)sizeof(T) + opaque(first_query_of_lane()) * stride);
+        offset = (u32)(key * (i64)sizeof(T) + thread_index_again() % 64 / 32 * LANE_QUERIES * stride);
     }
     static DEVICE Words load(const char* from) {
         if constexpr (bytes == 2) return (u32)load_global<u16>(from);
         return load_global<Words>(from);
     }
-    // Reads what the tile of queries needs, of which those to `last` exist; a lane reads others' instead of those that do not.
-    DEVICE void fetch(int last) {
-        // Opaque: as an offset of 32 bits it is added by the load itself.
-        const u32 own = (u32)opaque((int)offset);
-        if (last == TILE_Q - 1) {
+    // Reads what the tile of queries needs, from whose first on `left` are left; others instead of those that do not exist.
+    DEVICE void fetch(int, int left) {
+        offset = opaque_offset(offset);
+        if (left >= TILE_Q) {
 #pragma unroll
-            for (int x = 0; x < LANE_QUERIES; x++) runs[x] = load(data + x * stride + own);
+            for (int x = 0; x < LANE_QUERIES; x++) runs[x] = load(data + x * stride + offset);
             keep_apart();
-        } else {
+        } else if (left > 0) {
             const int first = opaque(first_query_of_lane());
 #pragma unroll
-            for (int x = 0; x < LANE_QUERIES; x++) runs[x] = load(data + (own + (u32)(least_int(first + x, last) - first) * (u32)stride));
+            for (int x = 0; x < LANE_QUERIES; x++) runs[x] = load(data + (offset + (u32)(least_int(first + x, left - 1) - first) * (u32)stride));
         }
     }
     // To the next tile.
@@ -215,9 +219,9 @@ template <int channels> using Gradient = Product[M][CHANNEL_TILES<channels>];
 template <int tiles> DEVICE float gradient_of(const Product (&gradient)[M][tiles], int key, int i) { return gradient[key][i / 16].each[i % 16]; }
 
 // The gradients of v and k, transposed, += (dO or q)^T (P or dS).
-DEVICE void add_to_dv(Gradient<HEAD_DIM_V>& dv, const Weights& p, u32 tile) {
+DEVICE void add_to_dv(Gradient<HEAD_DIM_V>& dv, const Weights& p, int, u32 tile) {
     add_products<TILE_Q, HEAD_DIM_V>(dv, p.factors, tile + DO_AT, tile + DO_COLUMNS_AT, 0);
 }
-DEVICE void add_to_dk(Gradient<HEAD_DIM>& dk, const Weights& ds, u32 tile) {
+DEVICE void add_to_dk(Gradient<HEAD_DIM>& dk, const Weights& ds, int, u32 tile) {
     add_products<TILE_Q, HEAD_DIM>(dk, ds.factors, tile, tile + Q_COLUMNS_AT, 0);
 }

@@ -98,6 +98,14 @@ DEVICE void add_products(Product (&sums)[m][CHANNEL_TILES<channels>], const Righ
     }
 }
 
+// An offset of 32 bits where it fits.
+template <bool narrow> struct Offset {
+    using T = i64;
+};
+template <> struct Offset<true> {
+    using T = u32;
+};
+
 // Rows of one operand on their way, tile by tile: a thread takes four channels of two neighbouring rows.
 template <int rows, int channels, bool in_pieces, bool to_rows, bool to_columns> struct LdsLoader {
     static constexpr int part_bytes = 4 * (int)sizeof(ELEMENT);
@@ -109,48 +117,61 @@ template <int rows, int channels, bool in_pieces, bool to_rows, bool to_columns>
     // Whether every thread's rows lie alike from round to round.
     static constexpr bool even = rounds == 1 || round_pairs * rounds == rows / 2;
 
-    Rows<ELEMENT> from;
-    const ELEMENT* mine;  // the thread's first part in the tile that is fetched next
+    using Bytes = typename Offset<in_pieces>::T;
+    const char* tile;  // the first row of the tile that is fetched next, the same in all lanes
+    i64 channel_stride;
+    // From row to row, and from the tile's first row to the thread's first part; of rows in pieces the plan keeps them in 32 bits.
+    Bytes row_bytes, mine;
     typename Part::Words arriving[rounds][2];
 
     // A thread that has nothing of a tile loads what others do, and does not store it.
-    static DEVICE int pair() { return thread_index() / row_threads; }
-    static DEVICE int part() { return row_threads == parts ? thread_index() % row_threads : least_int(thread_index() % row_threads, parts - 1); }
+    static DEVICE int pair(int thread) { return thread / row_threads; }
+    static DEVICE int part(int thread = thread_index()) { return row_threads == parts ? thread % row_threads : least_int(thread % row_threads, parts - 1); }
     // The row of the tile that row `i` of a round is.
-    static DEVICE int row(int round, int i) {
-        const int row = 2 * (pair() + round * round_pairs) + i;
+    static DEVICE int row(int round, int i, int thread = thread_index()) {
+        const int row = 2 * (pair(thread) + round * round_pairs) + i;
         return rounds > 1 && even ? row : least_int(row, rows - 2 + i);
     }
     static DEVICE bool takes_part(int round) {
         return (row_threads == parts || thread_index() % row_threads < parts) &&
-               (rows / 2 % round_pairs == 0 || pair() + round * round_pairs < rows / 2);
+               (rows / 2 % round_pairs == 0 || pair(thread_index()) + round * round_pairs < rows / 2);
     }
 
     // From row `first` on.
     DEVICE void start(const Rows<ELEMENT>& of, i64 first) {
-        from = of;
-        // Opaque: what is computed of them would take registers from head to head.
-        const int row = opaque(LdsLoader::row(0, 0)), channel = opaque(4 * part());
-        mine = from.data + (first + row) * from.row_stride + channel * from.channel_stride;
+        tile = (const char*)(of.data + first * of.row_stride);
+        channel_stride = of.channel_stride;
+        row_bytes = (Bytes)(of.row_stride * (i64)sizeof(ELEMENT));
+        // Read again: what is computed of it would take registers from head to head.
+        const int thread = thread_index_again();
+        mine = (Bytes)row(0, 0, thread) * row_bytes + (Bytes)(4 * part(thread) * channel_stride * (i64)sizeof(ELEMENT));
     }
-    DEVICE void shift(i64 elements) { mine += elements; }
+    DEVICE void shift(i64 elements) { tile += elements * (i64)sizeof(ELEMENT); }
+    // To the rows after the tile.
+    DEVICE void next_tile() { tile += rows * row_bytes; }
     // Loads the tile, of which `there` rows exist; the others become 0.
     DEVICE void load(int there) {
-        const auto load = [&](int row) { return Part::load(mine + row * from.row_stride, 4 * part(), from.channel_stride); };
+        const auto load = [&](const char* from, Bytes further) { return Part::load((const ELEMENT*)(from + further), 4 * part(), channel_stride); };
+        if constexpr (in_pieces) mine = opaque_offset(mine);
         if (there == rows) {
 #pragma unroll
             for (int round = 0; round < rounds; round++)
 #pragma unroll
-                for (int i = 0; i < 2; i++)
-                    arriving[round][i] = load(even ? 2 * round * round_pairs + i : row(round, i) - row(0, 0));
+                for (int i = 0; i < 2; i++) {
+                    // Where rows lie alike, the distance is the same in all lanes.
+                    const int distance = 2 * round * round_pairs + i;
+                    arriving[round][i] = even ? load(tile + (Bytes)distance * row_bytes, mine) : load(tile, mine + (Bytes)(row(round, i) - row(0, 0)) * row_bytes);
+                }
             keep_apart();
         } else {
+            // Computed here, and not for all tiles.
+            const int thread = thread_index_again();
 #pragma unroll
             for (int round = 0; round < rounds; round++)
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
-                    const int row = opaque(LdsLoader::row(round, i));
-                    arriving[round][i] = load(least_int(row, there - 1) - LdsLoader::row(0, 0));
+                    const int row = opaque(LdsLoader::row(round, i, thread));
+                    arriving[round][i] = load(tile, mine + (Bytes)(least_int(row, there - 1) - LdsLoader::row(0, 0, thread)) * row_bytes);
                     if (row >= there) arriving[round][i] = 0;
                 }
         }

@@ -79,10 +79,9 @@ template <class StageT, class T, int channels, int rows, int threads, bool piece
         source += elements;
         if constexpr (pieces) source = (const T*)opaque((i64)source);
     }
-    // Starts the copy of the tile, of which `left` rows exist.
-    DEVICE void fetch(u32 tile, i64 left) const {
-        const int there = left < rows ? (int)left : rows;
-        fetch_kept(tile, [&](int, int row) { return row < there; });
+    // Starts the copy of the tile, from whose first row on `left` are left; i64 or int.
+    template <class Count> DEVICE void fetch(u32 tile, Count left) const {
+        fetch_kept(tile, [&](int, int row) { return row < left; });
     }
     // Starts the copy of the tile; rows of the operand of which `kept(turn, row)` says no become zeros.
     template <class Kept> DEVICE void fetch_kept(u32 tile, Kept kept) const {
@@ -116,7 +115,7 @@ template <class StageT, class T, int channels, int rows, int threads, bool piece
         }
     }
     // The same, and on to the next tile.
-    DEVICE void next(u32 tile, i64 left) {
+    template <class Count> DEVICE void next(u32 tile, Count left) {
         fetch(tile, left);
         shift(rows * from.row_stride);
     }

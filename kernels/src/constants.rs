@@ -22,7 +22,7 @@ pub enum BiasKind {
 }
 
 impl BiasKind {
-    fn of(bias: &Operand, dtype: DType) -> Self {
+    pub(crate) fn of(bias: &Operand, dtype: DType) -> Self {
         if !bias.in_pieces(5, dtype) {
             Self::Strided
         } else if bias.strides[3] == 0 {

@@ -5,7 +5,7 @@ use tilefold_core::{AttentionProblem, AttentionSpec, DType};
 use super::schedule::{KeyPass, QueryPass, Reduction, Schedule, owners, padded_queries, tiles};
 use super::tiles::{Channels, padded};
 use super::{BackwardLaunch, BackwardOperands};
-use crate::constants::{AttentionConstants, element};
+use crate::constants::{AttentionConstants, BiasKind, element};
 use crate::kernel::{Kernel, KernelError, Launch};
 use crate::params::{BackwardParams, Operand, SumParams};
 use crate::source::Constant;
@@ -151,6 +151,20 @@ impl<'a> Launches<'a> {
     fn shared(&self) -> Constants {
         let (spec, operands) = (self.spec(), &self.operands.inputs);
         let pieces = |operand: &Operand, channels: usize| self.in_pieces(operand, channels);
+        // Rows of the workspace are padded with zeros.
+        let d_o_pieces = spec.gate || pieces(&self.params.d_o, spec.head_dim_v);
+        Constants(AttentionConstants::new(self.vendor, self.problem, operands).constants())
+            .value("RUNS", self.biases_in_runs())
+            .value("QUERY_EIGHTS", spec.seqlen_q.is_multiple_of(8))
+            .value("Q_PIECES", pieces(&operands.q, spec.head_dim))
+            .value("K_PIECES", pieces(&operands.k, spec.head_dim))
+            .value("V_PIECES", pieces(&operands.v, spec.head_dim_v))
+            .value("DO_PIECES", d_o_pieces)
+    }
+
+    /// Whether keys of biases whose rows move in pieces are read in runs.
+    fn biases_in_runs(&self) -> bool {
+        let spec = self.spec();
         // Rows of a bias lie apart what fits 32 bits, in bytes; on AMD a tile of them with all keys does, going up.
         let narrow = |bias: &Operand| match self.vendor {
             Vendor::Nvidia => i32::try_from(bias.strides[3].saturating_mul(4)).is_ok(),
@@ -159,21 +173,22 @@ impl<'a> Launches<'a> {
                 u32::try_from(tile.saturating_add(spec.seqlen_k as u64).saturating_mul(4)).is_ok()
             }
         };
-        // Rows of the workspace are padded with zeros.
-        let d_o_pieces = spec.gate || pieces(&self.params.d_o, spec.head_dim_v);
-        Constants(AttentionConstants::new(self.vendor, self.problem, operands).constants())
-            .value("RUNS", spec.seqlen_k.is_multiple_of(8) && operands.biases.iter().all(narrow))
-            .value("QUERY_EIGHTS", spec.seqlen_q.is_multiple_of(8))
-            .value("Q_PIECES", pieces(&operands.q, spec.head_dim))
-            .value("K_PIECES", pieces(&operands.k, spec.head_dim))
-            .value("V_PIECES", pieces(&operands.v, spec.head_dim_v))
-            .value("DO_PIECES", d_o_pieces)
+        spec.seqlen_k.is_multiple_of(8) && self.operands.inputs.biases.iter().all(narrow)
+    }
+
+    /// Whether some bias is read element by element.
+    fn biases_by_element(&self) -> bool {
+        let biases = self.spec().biases.iter().zip(&self.operands.inputs.biases);
+        let mut kinds = biases.map(|(bias, operand)| BiasKind::of(operand, bias.dtype));
+        kinds.any(|kind| kind == BiasKind::Strided || (kind == BiasKind::Pieces && !self.biases_in_runs()))
     }
 
     /// Whether rows of channels may be moved in pieces of 16 bytes, and hold whole ones.
     fn in_pieces(&self, operand: &Operand, channels: usize) -> bool {
         let dtype = self.spec().dtype;
-        operand.in_pieces(5, dtype) && (channels * dtype.size_bytes()).is_multiple_of(16)
+        // On AMD rows of a tile lie apart what fits 32 bits, in bytes, going up.
+        let narrow = self.vendor == Vendor::Nvidia || (0..1 << 24).contains(&operand.strides[2]);
+        narrow && operand.in_pieces(5, dtype) && (channels * dtype.size_bytes()).is_multiple_of(16)
     }
 
     fn warp_threads(&self) -> u32 {
@@ -224,6 +239,8 @@ impl<'a> Launches<'a> {
 
     fn by_keys(&self, pass: &KeyPass) -> Result<BackwardLaunch, KernelError> {
         let (spec, sizes, chunks) = (self.spec(), &pass.tiles, self.schedule.query_chunks.count);
+        // Addresses of single elements take registers.
+        let min_blocks = if self.vendor == Vendor::Nvidia && self.biases_by_element() { 1 } else { sizes.min_blocks };
         let constants = self
             .shared()
             .value("WARPS", sizes.warps)
@@ -232,7 +249,7 @@ impl<'a> Launches<'a> {
             .value("STAGES", sizes.stages)
             .value("K_IN_REGISTERS", sizes.in_registers)
             .value("SHARED_BYTES", sizes.shared_bytes)
-            .value("MIN_BLOCKS", sizes.min_blocks)
+            .value("MIN_BLOCKS", min_blocks)
             .value("WANT_DK", pass.dk)
             .value("WANT_DV", pass.dv)
             .value("WANT_KEY_SUMS", pass.sums)

@@ -121,7 +121,8 @@ impl Schedule {
         let mut keys = Vec::new();
         let mut key_pass = |dk, dv, sums| {
             let intricate = is_intricate(spec);
-            let tiles = KeyTiles::choose(vendor, channels, KeyWork { dk, dv, sums, intricate }, spec.seqlen_k);
+            let tiles =
+                KeyTiles::choose(vendor, channels, KeyWork { dk, dv, sums, intricate }, spec.seqlen_q, spec.seqlen_k);
             keys.push(KeyPass { dk, dv, sums, tiles });
         };
         match (wanted.k, wanted.v, any(Reduction::Queries)) {

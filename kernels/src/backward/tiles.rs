@@ -23,6 +23,11 @@ fn small(size: usize) -> u32 {
     u32::try_from(size).unwrap_or(u32::MAX)
 }
 
+/// Whether tiles of 128 queries are no more than those of 64, to which statistics are padded.
+fn fills_wide_tiles(seqlen_q: usize) -> bool {
+    seqlen_q.next_multiple_of(64).is_multiple_of(128)
+}
+
 /// What tile sizes depend on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Channels {
@@ -98,17 +103,19 @@ impl KeyTiles {
     }
 
     /// The choice for a problem.
-    pub(crate) fn choose(vendor: Vendor, channels: Channels, work: KeyWork, seqlen_k: usize) -> Self {
+    pub(crate) fn choose(vendor: Vendor, channels: Channels, work: KeyWork, seqlen_q: usize, seqlen_k: usize) -> Self {
         match vendor {
-            Vendor::Nvidia => Self::nvidia(channels, work),
+            Vendor::Nvidia => Self::nvidia(channels, work, seqlen_q),
             Vendor::Amd => Self::amd(channels, work, small(seqlen_k)),
         }
     }
 
-    fn nvidia(channels: Channels, work: KeyWork) -> Self {
+    fn nvidia(channels: Channels, work: KeyWork, seqlen_q: usize) -> Self {
+        // More queries share what a step costs, unless half of them would not exist.
+        let many = if fills_wide_tiles(seqlen_q) { 128 } else { 64 };
         let (warps, row_tiles, tile_q, stages, in_registers) = match (channels.is_single(), channels.largest()) {
             (false, ..=32) if work.intricate => (4, 1, 16, 2, true),
-            (false, ..=32) => (4, 2, 32, 2, true),
+            (false, ..=32) => (4, 2, many, 2, true),
             (false, 33..=64) => (4, 1, 32, 2, true),
             (false, _) => (4, 1, 16, 2, false),
             (true, ..=32) if work.intricate => (4, 1, 16, 2, false),
@@ -117,14 +124,18 @@ impl KeyTiles {
             (true, _) => (2, 1, 16, 1, false),
         };
         let vendor = Vendor::Nvidia;
-        let tiles = Self { vendor, warps, row_tiles, tile_q, stages, in_registers, min_blocks: 1, shared_bytes: 0 };
+        // Few channels leave registers for a third block.
+        let min_blocks = if channels.is_single() || channels.largest() > 8 { 1 } else { 3 };
+        let tiles = Self { vendor, warps, row_tiles, tile_q, stages, in_registers, min_blocks, shared_bytes: 0 };
         let rows = |rows, channels_of| tile_bytes(rows, channels_of, channels.element);
         let keys = rows(tiles.tile_k(), channels.head_dim)
             + if work.dk || work.sums { rows(tiles.tile_k(), channels.head_dim_v) } else { 0 };
         // Statistics have no bytes of their own where rows of q have an unused piece and fill the memory.
         let statistics = if !channels.is_single() && padded(channels.head_dim) == 256 { 0 } else { 3 * tile_q * 4 };
         let stage = rows(tile_q, channels.head_dim) + rows(tile_q, channels.head_dim_v) + statistics;
-        Self { shared_bytes: keys + stages * stage, ..tiles }
+        // Keys pass through the memory that the steps take later.
+        let shared_bytes = if in_registers { keys.max(stages * stage) } else { keys + stages * stage };
+        Self { shared_bytes, ..tiles }
     }
 
     fn amd(channels: Channels, work: KeyWork, seqlen_k: u32) -> Self {
@@ -251,7 +262,7 @@ impl QueryTiles {
     fn nvidia(channels: Channels, work: QueryWork, seqlen_q: usize, intricate: bool) -> Option<Self> {
         let bias = work == QueryWork::Bias;
         // Twice the queries save a third of the copies, unless half a block would be idle.
-        let wide = if seqlen_q.next_multiple_of(64).is_multiple_of(128) { 8 } else { 4 };
+        let wide = if fills_wide_tiles(seqlen_q) { 8 } else { 4 };
         // Warps, row tiles; columns, parts; buffers.
         let ((warps, row_tiles), (columns, parts), stages) = match (channels.is_single(), channels.largest()) {
             _ if work == QueryWork::Both && intricate => return None,
@@ -340,15 +351,14 @@ mod tests {
                     for (vendor, limit) in [(Vendor::Nvidia, MAX_SHARED_BYTES), (Vendor::Amd, 64 * 1024)] {
                         let both = channels.keys_in_one_pass();
                         for (dk, dv) in [(true, both), (both, true)] {
-                            let tiles = KeyTiles::choose(
-                                vendor,
-                                channels,
-                                KeyWork { dk, dv, sums: dk, intricate: false },
-                                4096,
-                            );
-                            assert!(tiles.shared_bytes <= limit, "{vendor:?} {channels:?}");
-                            // Statistics of a row are whole tiles.
-                            assert!(padded_queries(1).is_multiple_of(u64::from(tiles.tile_q)), "{channels:?}");
+                            let work = KeyWork { dk, dv, sums: dk, intricate: false };
+                            for seqlen_q in [1, 64, 65, 128, 129] {
+                                let tiles = KeyTiles::choose(vendor, channels, work, seqlen_q, 4096);
+                                assert!(tiles.shared_bytes <= limit, "{vendor:?} {channels:?}");
+                                // Statistics of a row are whole tiles.
+                                let statistics = padded_queries(seqlen_q);
+                                assert!(statistics.is_multiple_of(u64::from(tiles.tile_q)), "{channels:?} {seqlen_q}");
+                            }
                         }
                         for work in [QueryWork::Queries, QueryWork::Sums, QueryWork::Bias, QueryWork::Both] {
                             for seqlen_q in [64, 128] {
@@ -367,7 +377,7 @@ mod tests {
     fn amd_takes_the_warps_that_leave_the_fewest_keys_idle() {
         let channels = Channels { element: 2, head_dim: 8, head_dim_v: 8 };
         let work = KeyWork { dk: true, dv: true, sums: false, intricate: false };
-        let warps = |seqlen_k| KeyTiles::choose(Vendor::Amd, channels, work, seqlen_k).warps;
+        let warps = |seqlen_k| KeyTiles::choose(Vendor::Amd, channels, work, 128, seqlen_k).warps;
         assert_eq!([64, 128, 256, 384, 512].map(warps), [1, 2, 4, 3, 4]);
     }
 }
