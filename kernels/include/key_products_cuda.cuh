@@ -125,10 +125,20 @@ struct Keys {
     }
     // dp = V dO^T - delta
     template <class Queries> DEVICE void gradients(Scores& dp, int, int query, u32 tile, const Queries& queries) {
-        // Loaded as products take them: two numbers that four registers start from would be copied for every product.
+        // Loaded as products take them: two numbers that four registers start from would be copied for every product, which costs
+        // more than the loads where there are several.
         Accumulator minus[PART_N];
+        if constexpr (M > 1) {
 #pragma unroll
-        for (int j = 0; j < PART_N; j++) queries.pair_twice(tile, MINUS_DELTA, query + 2 * j, minus[j]);
+            for (int j = 0; j < PART_N; j++) queries.pair_twice(tile, MINUS_DELTA, query + 2 * j, minus[j]);
+        } else {
+            float once[PART_QUERIES];
+            queries.statistics(tile, MINUS_DELTA, query, once);
+#pragma unroll
+            for (int j = 0; j < PART_N; j++)
+#pragma unroll
+                for (int y = 0; y < 4; y++) minus[j][y] = once[2 * j + y % 2];
+        }
         const auto minus_delta = [&](int, int j, int y) { return minus[j][y]; };
         const auto start = [&](int i, int j, int y) { return STARTS_FROM_DELTA ? minus_delta(i, j, y) : 0.0f; };
 #pragma unroll
