@@ -132,7 +132,7 @@ KERNEL_WITH_BLOCKS(THREADS, MIN_BLOCKS) backward_keys(const BackwardParams param
             biases.fetch(0, left);
         }
     };
-    // What the tile's logits need of the problem: read where it is used, but beside keys that are read for every tile.
+    // What logits need of the problem: read again where that is seldom or addresses take registers, unless those are the keys' own.
     auto problem = [&](bool seldom) -> const AttentionInputs& { return SCATTERED || (seldom && K_IN_REGISTERS) ? read_again(params).inputs : in; };
     // One tile, computed on the plain way or the other, from `first_query` on; `left` queries come after it.
     auto compute = [&](bool plain, i64 first_query, int left) {
@@ -141,8 +141,9 @@ KERNEL_WITH_BLOCKS(THREADS, MIN_BLOCKS) backward_keys(const BackwardParams param
 #pragma unroll parts_at_once
         for (int part = 0; part < QUERY_PARTS; part++) {
             const int own_query = part * PART_ROWS;
+            const i64 first_of_part = first_query + own_query;
             if (POSITIONS && QUERY_PARTS > 1) {
-                const Band bounds = band(problem(true), first_query + own_query, first_key);
+                const Band bounds = band(problem(true), first_of_part, first_key);
                 if (bounds.low >= TILE_K || bounds.high <= -PART_ROWS) {
                     fetch_biases(part, left);
                     continue;
@@ -159,16 +160,16 @@ KERNEL_WITH_BLOCKS(THREADS, MIN_BLOCKS) backward_keys(const BackwardParams param
                 // Where biases' addresses take registers, dP comes after them.
                 if (NEEDS_DS && !SCATTERED) keys.gradients(dp, key_part, own_query, staged, queries);
                 if (plain) {
-                    biases.take<true>(s, key_part, problem(false), first_query, own_query, lse, lse);
+                    biases.take<true>(s, key_part, problem(false), first_of_part, lse, lse);
                 } else {
                     float low[PART_QUERIES];
                     queries.statistics(staged, LSE_LOW, own_query, low);
-                    biases.take<false>(s, key_part, problem(true), first_query, own_query, lse, low);
+                    biases.take<false>(s, key_part, problem(true), first_of_part, lse, low);
                 }
                 if (SCATTERED) one_by_one();
                 if (NEEDS_DS && SCATTERED) keys.gradients(dp, key_part, own_query, staged, queries);
                 if (key_part + 1 == KEY_PARTS) fetch_biases(part, left);
-                if (SEGMENTS || POSITIONS) exclude(s, dp, key_part, problem(true), at, first_key + first_key_of_lane(), first_query, own_query, first_key);
+                if (SEGMENTS || POSITIONS) exclude(s, dp, key_part, problem(true), at, first_key + first_key_of_lane(), first_of_part, first_key);
 #pragma unroll
                 for (int group = 0; group < PART_GROUPS; group++) {
                     for_scores(group, [&](int i, int j) {

@@ -79,11 +79,11 @@ struct KeyBiases {
         bias2.advance();
         bias3.advance();
     }
-    // s = scale s + biases - lse of a part, for queries from `first` on.
+    // s = scale s + biases - lse of a part, whose queries begin with `first`.
     template <bool plain>
-    DEVICE void take(Scores& s, int part, const AttentionInputs& in, i64 first, int own_query, const float (&lse)[PART_QUERIES], const float (&low)[PART_QUERIES]) const {
+    DEVICE void take(Scores& s, int part, const AttentionInputs& in, i64 first, const float (&lse)[PART_QUERIES], const float (&low)[PART_QUERIES]) const {
         // Opaque: rows of other parts would take registers.
-        const i64 own_first = SCATTERED ? opaque(first + first_query_of_lane() + own_query) : 0;
+        const i64 own_first = SCATTERED ? opaque(first + first_query_of_lane()) : 0;
 #pragma unroll
         for (int group = 0; group < PART_GROUPS; group++) {
             for_pairs(group, [&](int i, int j) {
@@ -96,7 +96,7 @@ struct KeyBiases {
                     return bias3.template add<plain>(sum, in, key, own_first, own, query);
                 };
                 const auto alibi = [&](int query) {
-                    return ALIBI ? alibi_base2(slope, distance(in, first + first_query_of_lane() + own_query + query, key + own)) : 0.0f;
+                    return ALIBI ? alibi_base2(slope, distance(in, first + first_query_of_lane() + query, key + own)) : 0.0f;
                 };
                 const Pair sums = {biases(j), biases(j + 1)}, alibis = {alibi(j), alibi(j + 1)};
                 const Pair products = {score(s, i, j), score(s, i, j + 1)};
@@ -110,16 +110,16 @@ struct KeyBiases {
     }
 };
 
-// P = 0 and dS = 0 for pairs of a part that segments or positions exclude; the lane's keys begin at `key`, the block's at
-// `first_key`.
-DEVICE void exclude(Scores& s, Scores& dp, int part, const AttentionInputs& in, const Position& at, i64 key, i64 first_query, int own_query, i64 first_key) {
+// P = 0 and dS = 0 for pairs of a part that segments or positions exclude; its queries begin with `first_query`, the lane's keys
+// with `key`, the block's with `first_key`.
+DEVICE void exclude(Scores& s, Scores& dp, int part, const AttentionInputs& in, const Position& at, i64 key, i64 first_query, i64 first_key) {
     const Band bounds = POSITIONS ? band(in, first_query, first_key) : Band{0, 0};
-    const bool cut = POSITIONS && cuts(bounds, TILE_Q, TILE_K);
+    const bool cut = POSITIONS && cuts(bounds, PART_ROWS, TILE_K);
     if (!SEGMENTS && !cut) return;
     const int first_offset = (int)(key - first_key) + part * PART_KEYS;
 #pragma unroll
     for (int j = 0; j < PART_QUERIES; j++) {
-        const int query = first_query_of_lane() + own_query + j;
+        const int query = first_query_of_lane() + j;
         const i32 of_query = SEGMENTS ? segment(in.q_segments, at, least(first_query + query, in.seqlen_q - 1)) : 0;
 #pragma unroll
         for (int i = 0; i < PART_KEYS; i++) {
