@@ -21,7 +21,7 @@
 // Shared memory: two terms in turn.
 constexpr int STAGE_BYTES = QUERY_BYTES + KEY_BYTES;
 constexpr int NOTES_AT = STAGES * STAGE_BYTES;
-constexpr int NOTES_BYTES = Notes<6>::bytes;
+constexpr int NOTES_BYTES = Notes<8>::bytes;
 static_assert(NOTES_AT + NOTES_BYTES == SHARED_BYTES, "shared memory as planned");
 
 // dQ of a term, or its partial sums in f32.
@@ -59,13 +59,17 @@ struct Owner {
     }
 };
 
-// What the loop seldom needs.
-struct BlockNotes : Notes<6> {
-    DEVICE void keep(const Owner& owner, i64 block, const Position& first) { write({block, owner.first_query, owner.first_key, first.batch, first.row, first.head}); }
+// What the rows of one head seldom need: where the block's tile and the first row are, which terms are left.
+struct BlockNotes : Notes<8> {
+    DEVICE void keep(i64 block, i64 first_query, i64 first_key, const Position& first, i64 key_head, i64 left_terms) {
+        write({block, first_query, first_key, first.batch, first.row, first.head, key_head, left_terms});
+    }
     DEVICE i64 block() const { return (*this)[0]; }
     DEVICE i64 first_query() const { return (*this)[1]; }
     DEVICE i64 first_key() const { return (*this)[2]; }
     DEVICE Position term(int row) const { return {(*this)[3], (*this)[4] + row, (*this)[5]}; }
+    DEVICE i64 key_head() const { return (*this)[6]; }
+    DEVICE i64 left_terms() const { return (*this)[7]; }
 };
 
 KERNEL_WITH_BLOCKS(THREADS, MIN_BLOCKS) backward_bias(const BackwardParams params) {
@@ -89,8 +93,8 @@ KERNEL_WITH_BLOCKS(THREADS, MIN_BLOCKS) backward_bias(const BackwardParams param
     if (SUMS_ROWS) next.row = split_index(index, in.rows);
     if (SUMS_HEADS) next.head = split_index(index, in.heads);
     if (SUMS_BATCH) next.batch = index;
-    i64 key_head = next.head, of_group;
-    of_group = split_index(key_head, in.group);
+    i64 key_head = next.head;
+    split_index(key_head, in.group);
 
     // What positions let a query see is the same for all terms.
     const Band bounds = POSITIONS ? band(in, first_query, first_key) : Band{0, 0};
@@ -101,7 +105,6 @@ KERNEL_WITH_BLOCKS(THREADS, MIN_BLOCKS) backward_bias(const BackwardParams param
     const bool uncut = keys_there == TILE_K && !(POSITIONS && cuts(bounds, TILE_Q, TILE_K));
     // The last run of a lane whose first key is `key`: it is read instead of those that do not exist.
     auto last_run = [&](int key) { return RUNS ? opaque(keys_there) - RUN_KEYS - key : 0; };
-    const int last_of_lane = last_run(Lane::key_of(thread_index()));
 
     Scores dbias[PARTS] = {};
     QueryRows queries;
@@ -136,7 +139,7 @@ KERNEL_WITH_BLOCKS(THREADS, MIN_BLOCKS) backward_bias(const BackwardParams param
                 biases.fetch((part + 1) * PART_KEYS, fast ? TILE_K : last_run(key));
             } else {
                 biases.next_row(in, more);
-                biases.fetch(0, fast ? TILE_K : last_of_lane);
+                biases.fetch(0, fast ? TILE_K : last_run(key));
             }
             weigh(dp, s);
             if (!wait_for_products) before = score(dp, LANE_QUERIES - 1, LANE_KEYS - 1);
@@ -145,19 +148,18 @@ KERNEL_WITH_BLOCKS(THREADS, MIN_BLOCKS) backward_bias(const BackwardParams param
         }
     };
 
-    i64 left_terms = end_term - first_term;
+    i64 left_terms = end_term - first_term, from_query = first_query, from_key = first_key;
     while (left_terms > 0) {
         // Rows of one head, one after another.
         const int rows = SUMS_ROWS ? (int)least(in.rows - next.row, left_terms) : 1;
         left_terms -= rows;
         // Opaque: what follows from them is computed here, and takes no registers from one head to the next.
-        const i64 from_query = opaque(first_query), from_key = opaque(first_key);
         const Position first = {opaque(next.batch), opaque(next.row), opaque(next.head)};
         QueriesWalk queries_walk;
         KeysWalk keys_walk;
         const BackwardParams& of_rows = read_again(params);
         queries_walk.start(of_rows, first, from_query, queries_there);
-        keys_walk.start(of_rows.inputs, first, opaque(key_head), from_key);
+        keys_walk.start(of_rows.inputs, first, key_head, from_key);
         // Rows are fetched one ahead, looked at two ahead, and their lengths read three ahead.
         auto left_of = [&](int row) {
             if (row >= rows) return 0;
@@ -177,17 +179,18 @@ KERNEL_WITH_BLOCKS(THREADS, MIN_BLOCKS) backward_bias(const BackwardParams param
         look(left_of(0));
         int left = left_of(1);
         block_barrier();
-        notes.keep(owner, block, first);
+        notes.keep(block, from_query, from_key, first, key_head, left_terms);
         fetch();
         copies_started();
         look(left);
         left = left_of(2);
         const int key = Lane::key_of(thread_index());
         biases.start(of_rows.inputs, first, from_query + lane.query, from_key + key);
+        const int last_of_lane = last_run(key);
 #pragma unroll
         for (int part = 0; part < PARTS; part++) biases.fetch_once(part, part * PART_KEYS, last_of_lane);
         biases.fetch(0, last_of_lane);
-        if (WANT_DQ) gradient.start_term(of_rows, first, from_query, opaque(owner.key_tile), lane);
+        if (WANT_DQ) gradient.start_term(of_rows, first, from_query, opaque(from_key) / TILE_K, lane);
 
         // Waits for a term and fetches the next one; what is known of it.
         u32 keys;
@@ -212,7 +215,7 @@ KERNEL_WITH_BLOCKS(THREADS, MIN_BLOCKS) backward_bias(const BackwardParams param
             queries.load(lane, queries_there);
             plain = queries.allows_plain_of_lane(queries_there);
             all = keeps_all_of_lane(keys);
-            return MAY_BE_PLAIN && !SEGMENTS && uncut && warp_all(plain && all);
+            return MAY_BE_PLAIN && !SEGMENTS && !BY_ELEMENT && uncut && warp_all(plain && all);
         };
         auto leave = [&](int row, const QuerySums& dq) {
             if (WANT_DQ) {
@@ -244,18 +247,19 @@ KERNEL_WITH_BLOCKS(THREADS, MIN_BLOCKS) backward_bias(const BackwardParams param
         }
         // All terms are rows of one head: nothing is kept for more.
         if (!SUMS_HEADS && !SUMS_BATCH) break;
+        from_query = notes.first_query();
+        from_key = notes.first_key();
+        key_head = notes.key_head();
+        left_terms = notes.left_terms();
+        next = notes.term(SUMS_ROWS ? rows : 0);
         if (SUMS_ROWS) {
-            next.row += rows;
             if (next.row < in.rows) continue;
             next.row = 0;
         }
         if (SUMS_HEADS) {
-            if (++of_group == in.group) {
-                of_group = 0;
-                key_head++;
-            }
-            if (++next.head < in.heads) continue;
-            next.head = key_head = of_group = 0;
+            if (++next.head == (key_head + 1) * in.group) key_head++;
+            if (next.head < in.heads) continue;
+            next.head = key_head = 0;
         }
         if (SUMS_BATCH) next.batch++;
     }

@@ -240,7 +240,7 @@ template <int channels, int m, int steps> struct ProductOverRows<float, channels
 #pragma unroll
             for (int i = 0; i < m; i++) {
 #pragma unroll
-                for (int x = 0; x < 4; x++) acc[i][c][x] = (starts ? 0.0f : acc[i][c][x]) + sum[i][x];
+                for (int x = 0; x < 4; x++) acc[i][c][x] = starts ? sum[i][x] : add_here(acc[i][c][x], sum[i][x]);
             }
         }
     }

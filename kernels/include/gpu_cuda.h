@@ -83,6 +83,12 @@ DEVICE float float_of(u32 bits) { return __uint_as_float(bits); }
 DEVICE float fused_multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 DEVICE float multiply(float a, float b) { return __fmul_rn(a, b); }
 DEVICE float add(float a, float b) { return __fadd_rn(a, b); }
+// The same where it is written: of two branches that end alike, the compiler would keep all sums until they have met.
+DEVICE float add_here(float a, float b) {
+    float y;
+    asm volatile("add.rn.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
+    return y;
+}
 
 // Two numbers, for which other vendors have instructions.
 struct Pair {

@@ -44,7 +44,7 @@ template <int index, bool may_stay> struct QueryBias {
     }
     // To the next row of the batch, or to none.
     DEVICE void next_row(const AttentionInputs& in, bool more) {
-        if constexpr (kind != ABSENT) shift(more ? in.biases[index].strides[1] : 0, 0);
+        if constexpr (kind != ABSENT) shift(!more ? 0 : sizeof(ELEMENT) == 4 ? opaque(in.biases[index].strides[1]) : in.biases[index].strides[1], 0);
     }
     DEVICE void load(int part, int keys, int last) {
 #pragma unroll

@@ -150,7 +150,7 @@ struct QueryRows {
     DEVICE void load_low(float (&low)[LANE_QUERIES], const Lane& lane) const {
 #pragma unroll
         for (int i = 0; i < LANE_QUERIES; i++)
-            low[i] = float_of(load_shared(tile + STATISTICS_AT + (TILE_Q + lane.query + Lane::further_query(i)) * 4));
+            low[i] = float_of(load_shared(tile + STATISTICS_AT + (TILE_Q + opaque(lane.query) + Lane::further_query(i)) * 4));
     }
 
     // s = q k, dp = dO v - delta, of one part of the keys; factors are in registers, or loaded for this part.

@@ -21,7 +21,7 @@ template <class T, int channels, int rows, int threads, bool pieces> struct Stag
     static constexpr int turns = (count + threads - 1) / threads;
 
     // Where registers are dear a thread computes the addresses of its turns when it needs them, not once for all.
-    static constexpr bool many = STEP_BY_STEP<T, channels> && turns > 1;
+    static constexpr bool many = turns > 1;
 
     // Calls f(turn, row, piece) for each piece of this thread.
     template <class F> static DEVICE void each(F f) {
@@ -76,7 +76,7 @@ template <class StageT, class T, int channels, int rows, int threads, bool piece
     }
     // To other rows, elements further on.
     DEVICE void shift(i64 elements) {
-        source += elements;
+        source += STEP_BY_STEP<T, channels> ? opaque(elements) : elements;
         if constexpr (pieces) source = (const T*)opaque((i64)source);
     }
     // Starts the copy of the tile, from whose first row on `left` are left; i64 or int.
@@ -86,18 +86,21 @@ template <class StageT, class T, int channels, int rows, int threads, bool piece
     // Starts the copy of the tile; rows of the operand of which `kept(turn, row)` says no become zeros.
     template <class Kept> DEVICE void fetch_kept(u32 tile, Kept kept) const {
         if constexpr (even) {
-            // From turn to turn, so that only one distance takes registers.
+            // From turn to turn, so that only one distance takes registers; where there are many, it is computed for each tile.
             const T* at = source;
+            const i64 row_stride = Stage::turns > 2 ? opaque(from.row_stride) : from.row_stride;
+            const int first = Stage::turns > 1 ? opaque(row) : row;
 #pragma unroll
             for (int turn = 0; turn < Stage::turns; turn++) {
-                if (turn > 0) at = (const T*)opaque((i64)(at + (Order()(turn * turn_rows) - Order()((turn - 1) * turn_rows)) * from.row_stride));
+                if (turn > 0) at = (const T*)opaque((i64)(at + (Order()(turn * turn_rows) - Order()((turn - 1) * turn_rows)) * row_stride));
                 if (Stage::count % threads != 0 && thread_index() + turn * threads >= Stage::count) continue;
-                const bool read = kept(turn, row + Order()(turn * turn_rows)) && (exact || thread_index() % Stage::Layout::pieces * Stage::per_piece < channels);
+                const bool read = kept(turn, first + Order()(turn * turn_rows)) && (exact || thread_index() % Stage::Layout::pieces * Stage::per_piece < channels);
                 copy_async(tile + to + turn * turn_rows * Stage::Layout::pitch, at, read ? 16 : 0);
             }
         } else {
+            const i64 row_stride = opaque(from.row_stride), channel_stride = pieces ? 1 : opaque(from.channel_stride);
             Stage::each([&](int turn, int row, int piece) {
-                const T* at = source + Order()(row) * from.row_stride;
+                const T* at = source + Order()(row) * row_stride;
                 const u32 to_piece = tile + row * Stage::Layout::pitch + piece * 16;
                 if constexpr (pieces) {
                     const bool read = kept(turn, Order()(row)) && piece * Stage::per_piece < channels;
@@ -107,7 +110,7 @@ template <class StageT, class T, int channels, int rows, int threads, bool piece
 #pragma unroll
                     for (int i = 0; i < Stage::per_piece; i++) {
                         const int channel = piece * Stage::per_piece + i;
-                        elements[i] = kept(turn, Order()(row)) && channel < channels ? at[channel * from.channel_stride] : from_f32<T>(0.0f);
+                        elements[i] = kept(turn, Order()(row)) && channel < channels ? at[channel * channel_stride] : from_f32<T>(0.0f);
                     }
                     store_shared_piece(to_piece, Stage::join(elements));
                 }

@@ -271,7 +271,8 @@ impl QueryTiles {
             // Half steps of a product take registers.
             (false, 17..=32) if work == QueryWork::Both => ((wide, 1), (2, 4), 2),
             _ if work == QueryWork::Both => return None,
-            (_, ..=32) if intricate => ((4, 1), (2, 2), 2),
+            (true, ..=32) if intricate => ((4, 1), (2, 1), 2),
+            (false, ..=32) if intricate => ((4, 1), (2, 2), 2),
             (false, 17..=31) if bias => ((4, 1), (2, 8), 2),
             (false, ..=32) if bias => ((4, 2), (2, 4), 2),
             (false, ..=32) => ((4, 2), (2, 4), 2),
@@ -279,6 +280,8 @@ impl QueryTiles {
             (false, 33..=64) => ((4, 1), (4, 2), 2),
             (false, 65..=128) if bias => ((2, 1), (2, 2), 2),
             (false, 65..=128) => ((4, 1), (4, 1), 2),
+            (true, ..=24) if bias => ((4, 1), (2, 4), 2),
+            (true, 25..=32) => ((4, 1), (2, 2), 2),
             (true, ..=32) => ((4, 1), (4, 2), 2),
             (true, 33..=64) if bias => ((2, 1), (2, 2), 1),
             (true, 33..=64) => ((4, 1), (4, 1), 2),
@@ -299,7 +302,7 @@ impl QueryTiles {
             queries + stages * keys
         } else {
             // And notes.
-            stages * (queries + keys) + 48
+            stages * (queries + keys) + 64
         };
         Some(Self { shared_bytes, ..tiles })
     }
