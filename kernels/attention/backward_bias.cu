@@ -215,7 +215,8 @@ KERNEL_WITH_BLOCKS(THREADS, MIN_BLOCKS) backward_bias(const BackwardParams param
             queries.load(lane, queries_there);
             plain = queries.allows_plain_of_lane(queries_there);
             all = keeps_all_of_lane(keys);
-            return MAY_BE_PLAIN && !SEGMENTS && !BY_ELEMENT && uncut && warp_all(plain && all);
+            // Addresses of single elements leave no registers for two ways.
+            return MAY_BE_PLAIN && !SEGMENTS && !BIASES_BY_ELEMENT && uncut && warp_all(plain && all);
         };
         auto leave = [&](int row, const QuerySums& dq) {
             if (WANT_DQ) {

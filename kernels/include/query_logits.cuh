@@ -158,7 +158,8 @@ template <bool may_stay> struct QueryBiases {
 // Whether some number of a logit follows from its key: those are opaque, so that addresses of elements are computed where they
 // are used, not ahead of all tiles.
 template <int index> constexpr bool BIAS_BY_ELEMENT = Bias<index>::kind != ABSENT && !QueryBias<index, false>::ahead;
-constexpr bool BY_ELEMENT = ALIBI || BIAS_BY_ELEMENT<0> || BIAS_BY_ELEMENT<1> || BIAS_BY_ELEMENT<2> || BIAS_BY_ELEMENT<3>;
+constexpr bool BIASES_BY_ELEMENT = BIAS_BY_ELEMENT<0> || BIAS_BY_ELEMENT<1> || BIAS_BY_ELEMENT<2> || BIAS_BY_ELEMENT<3>;
+constexpr bool BY_ELEMENT = ALIBI || BIASES_BY_ELEMENT;
 
 // How many of the keys from `first_key` on lie within the length.
 DEVICE i64 keys_left(const AttentionInputs& in, const Position& at, i64 first_key) { return greatest(kv_length(in, at) - first_key, 0); }

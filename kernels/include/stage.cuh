@@ -20,7 +20,7 @@ template <class T, int channels, int rows, int threads, bool pieces> struct Stag
     static constexpr int count = rows * Layout::pieces;
     static constexpr int turns = (count + threads - 1) / threads;
 
-    // Where registers are dear a thread computes the addresses of its turns when it needs them, not once for all.
+    // A thread of several turns computes their addresses when it needs them: kept for all tiles, they would take registers.
     static constexpr bool many = turns > 1;
 
     // Calls f(turn, row, piece) for each piece of this thread.

@@ -280,6 +280,7 @@ impl QueryTiles {
             (false, 33..=64) => ((4, 1), (4, 2), 2),
             (false, 65..=128) if bias => ((2, 1), (2, 2), 2),
             (false, 65..=128) => ((4, 1), (4, 1), 2),
+            // Two terms of each factor take registers.
             (true, ..=24) if bias => ((4, 1), (2, 4), 2),
             (true, 25..=32) => ((4, 1), (2, 2), 2),
             (true, ..=32) => ((4, 1), (4, 2), 2),
