@@ -26,6 +26,7 @@ mod relayout;
 mod source;
 mod tile;
 mod vendor;
+pub mod wgsl;
 
 pub use backward::{BackwardLaunch, BackwardOperands, backward, backward_shared_bytes, backward_workspace_bytes};
 pub use catalogue::{Entry, Pass, Scores, Walk, catalogue};

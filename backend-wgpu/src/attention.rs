@@ -1,0 +1,156 @@
+//! Attention: plan, forward, backward.
+
+use std::sync::Arc;
+
+use tilefold_core::{
+    AttentionPlan, AttentionProblem, BackwardArgs, DeviceResult, ForwardArgs, ForwardOperands, TensorView,
+    TensorViewMut,
+};
+use tilefold_kernels::params::Operand;
+use tilefold_kernels::wgsl::{self, Operands};
+use tilefold_kernels::{BackwardOperands, ForwardOutputs};
+
+use crate::context::Context;
+use crate::error::{Refused, unsupported};
+use crate::memory::{Block, write};
+use crate::module::submit;
+
+/// Tiles and workspace of a problem.
+///
+/// # Errors
+/// [`DeviceError::Unsupported`] naming the limit.
+pub(crate) fn plan(context: &Context, problem: &AttentionProblem) -> DeviceResult<AttentionPlan> {
+    let lists_bytes = Lists::of(problem).words.len() * 4;
+    let workspace = wgsl::backward_workspace_bytes(problem, &context.limits).map_err(|error| unsupported(&error))?;
+    let workspace_bytes = usize::try_from(workspace).unwrap_or(usize::MAX);
+    let tile_q = wgsl::forward_tile(problem, &context.limits);
+    Ok(AttentionPlan {
+        problem: problem.clone(),
+        device: context.id,
+        kernel: format!("wgsl-{}", problem.spec().precision()),
+        tile_q: usize::try_from(tile_q).unwrap_or(usize::MAX),
+        tile_k: 1,
+        forward_workspace_bytes: lists_bytes,
+        backward_workspace_bytes: lists_bytes.saturating_add(workspace_bytes),
+        deterministic: true,
+    })
+}
+
+/// Enqueues a forward pass.
+///
+/// # Errors
+/// [`DeviceError::Unsupported`] for a layout that no binding can show, and what wgpu reports.
+pub(crate) fn forward(context: &Arc<Context>, args: ForwardArgs<'_>) -> DeviceResult<()> {
+    let problem = &args.plan().problem;
+    let ForwardOperands { q, k, v, biases, key_mask, q_segments, k_segments, gate, out, lse, lse_low } =
+        args.into_operands();
+    let lists = Lists::of(problem).upload(context)?;
+    let of = |view: &Option<TensorView<'_>>| view.as_ref().map(Operand::of);
+    let operands = Operands {
+        q: Operand::of(&q),
+        k: Operand::of(&k),
+        v: Operand::of(&v),
+        biases: biases.iter().map(Operand::of).collect(),
+        key_mask: of(&key_mask),
+        segments: of(&q_segments).zip(of(&k_segments)).map(<[Operand; 2]>::from),
+        kv_lengths: lists.kv_lengths,
+        alibi_slopes: lists.alibi_slopes,
+        gate: of(&gate),
+    };
+    let outputs = ForwardOutputs {
+        out: Operand::of(out.as_view()),
+        lse: lse.map(|lse| Operand::of(lse.as_view())),
+        lse_low: lse_low.map(|lse_low| Operand::of(lse_low.as_view())),
+    };
+    submit(context, wgsl::forward(problem, &operands, &outputs, &context.limits))
+}
+
+/// Enqueues the launches of a backward pass.
+///
+/// # Errors
+/// As [`forward`].
+pub(crate) fn backward(context: &Arc<Context>, args: BackwardArgs<'_>) -> DeviceResult<()> {
+    let problem = &args.plan().problem;
+    let o = args.into_operands();
+    let lists = Lists::of(problem).upload(context)?;
+    let of = |view: &Option<TensorView<'_>>| view.as_ref().map(Operand::of);
+    let written = |view: &Option<TensorViewMut<'_>>| view.as_ref().map(|view| Operand::of(view.as_view()));
+    let dbias = |view: &TensorViewMut<'_>| (Operand::of(view.as_view()), view.as_view().dtype());
+    let operands = BackwardOperands {
+        inputs: Operands {
+            q: Operand::of(&o.q),
+            k: Operand::of(&o.k),
+            v: Operand::of(&o.v),
+            biases: o.biases.iter().map(Operand::of).collect(),
+            key_mask: of(&o.key_mask),
+            segments: of(&o.q_segments).zip(of(&o.k_segments)).map(<[Operand; 2]>::from),
+            kv_lengths: lists.kv_lengths,
+            alibi_slopes: lists.alibi_slopes,
+            gate: of(&o.gate),
+        },
+        out: Operand::of(&o.out),
+        lse: Operand::of(&o.lse),
+        lse_low: Operand::of(&o.lse_low),
+        d_out: Operand::of(&o.d_out),
+        dq: written(&o.dq),
+        dk: written(&o.dk),
+        dv: written(&o.dv),
+        dbiases: o.dbiases.iter().map(|view| view.as_ref().map(dbias)).collect(),
+        d_gate: written(&o.d_gate),
+    };
+    let mut blocks = Vec::new();
+    let workspace = |bytes| {
+        let block = Block::new(context, bytes).map_err(Refused)?;
+        let address = block.address();
+        blocks.push(block);
+        Ok::<_, Refused>(address)
+    };
+    let dispatches = wgsl::backward(problem, &operands, &context.limits, workspace).map_err(|refused| refused.0)?;
+    submit(context, Ok(dispatches))
+}
+
+/// Lists of a problem that the kernels read from the device.
+#[derive(Debug, Default)]
+struct Lists {
+    /// `kv_lengths`, u32, then `alibi_slopes`, f32.
+    words: Vec<u32>,
+    kv_lengths: Option<[i64; 2]>,
+    slopes_at: Option<usize>,
+}
+
+/// Lists on the device, until dropped.
+#[derive(Debug, Default)]
+struct DeviceLists {
+    kv_lengths: Option<Operand>,
+    alibi_slopes: Option<u64>,
+    _block: Option<Block>,
+}
+
+impl Lists {
+    fn of(problem: &AttentionProblem) -> Self {
+        let spec = problem.spec();
+        let mut lists = Self::default();
+        if let Some(lengths) = &spec.kv_lengths {
+            lists.words.extend(lengths.iter().map(|&length| u32::try_from(length).unwrap_or(u32::MAX)));
+            lists.kv_lengths = Some(tilefold_kernels::kv_lengths_strides(problem));
+        }
+        if let Some(slopes) = &spec.mask.alibi_slopes {
+            lists.slopes_at = Some(lists.words.len());
+            lists.words.extend(slopes.iter().map(|slope| slope.to_bits()));
+        }
+        lists
+    }
+
+    fn upload(self, context: &Arc<Context>) -> DeviceResult<DeviceLists> {
+        if self.words.is_empty() {
+            return Ok(DeviceLists::default());
+        }
+        let bytes: &[u8] = bytemuck::cast_slice(&self.words);
+        let block = Block::new(context, bytes.len() as u64)?;
+        let address = block.address();
+        write(context, bytes, address)?;
+        let alibi_slopes = self.slopes_at.map(|at| address + 4 * at as u64);
+        let kv_lengths = self.kv_lengths.map(|[batch, row]| Operand { data: address, strides: [batch, row, 0, 0, 0] });
+        Ok(DeviceLists { kv_lengths, alibi_slopes, _block: Some(block) })
+    }
+}

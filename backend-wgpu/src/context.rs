@@ -1,0 +1,187 @@
+//! A device and its queue, shared by all backends of one adapter in a process; and what has gone wrong with them.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+
+use tilefold_core::{DeviceError, DeviceId, DeviceKind, DeviceResult, OpenError};
+use tilefold_kernels::wgsl::Limits;
+
+use crate::error::{caught, driver};
+use crate::memory::Memory;
+use crate::module::Pipelines;
+
+/// What a kernel needs at least: WebGPU's defaults have fewer storage buffers than one attention has operands.
+const MIN_STORAGE_BUFFERS: u32 = 10;
+/// Bindings whose bytes 32 bits can count.
+const MAX_BINDING_BYTES: u64 = (1 << 32) - 4;
+
+/// Threads of a workgroup, which no subgroup exceeds here.
+const THREADS: u32 = 64;
+
+/// The environment variable that turns subgroups off, `off`: kernels then do without, as on devices that have none.
+pub const SUBGROUPS_VARIABLE: &str = "TILEFOLD_WGPU_SUBGROUPS";
+
+fn subgroups_wanted() -> Result<bool, OpenError> {
+    let Some(value) = std::env::var_os(SUBGROUPS_VARIABLE) else { return Ok(true) };
+    match value.to_str() {
+        Some("on") => Ok(true),
+        Some("off") => Ok(false),
+        _ => Err(OpenError::BadSetting {
+            variable: SUBGROUPS_VARIABLE,
+            value: value.to_string_lossy().into_owned(),
+            expected: "on or off".to_owned(),
+        }),
+    }
+}
+
+/// A device in use.
+#[derive(Debug)]
+pub(crate) struct Context {
+    pub(crate) id: DeviceId,
+    pub(crate) device: wgpu::Device,
+    pub(crate) queue: wgpu::Queue,
+    pub(crate) limits: Limits,
+    pub(crate) memory: Memory,
+    pub(crate) pipelines: Pipelines,
+    state: Arc<State>,
+}
+
+/// What callbacks have told.
+#[derive(Debug, Default)]
+struct State {
+    lost: OnceLock<String>,
+    /// The first error that no scope has caught, until someone is told.
+    failed: Mutex<Option<String>>,
+}
+
+/// A lock that a panic of another thread does not spoil: what it guards is replaced as a whole.
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// The adapters that can compute, best first: their numbers are those of devices.
+pub(crate) fn adapters() -> &'static [wgpu::Adapter] {
+    static ADAPTERS: OnceLock<Vec<wgpu::Adapter>> = OnceLock::new();
+    ADAPTERS.get_or_init(|| {
+        let backends = wgpu::Backends::VULKAN | wgpu::Backends::METAL | wgpu::Backends::DX12;
+        let descriptor =
+            wgpu::InstanceDescriptor { backends, ..wgpu::InstanceDescriptor::new_without_display_handle() };
+        let instance = wgpu::Instance::new(descriptor);
+        let mut adapters = pollster::block_on(instance.enumerate_adapters(backends));
+        adapters.sort_by_key(|adapter| match adapter.get_info().device_type {
+            wgpu::DeviceType::DiscreteGpu => 0,
+            wgpu::DeviceType::IntegratedGpu => 1,
+            wgpu::DeviceType::VirtualGpu => 2,
+            wgpu::DeviceType::Other => 3,
+            wgpu::DeviceType::Cpu => 4,
+        });
+        adapters
+    })
+}
+
+impl Context {
+    /// The context of an adapter: the one in use, or a new one.
+    ///
+    /// # Errors
+    /// [`DeviceError::Unsupported`] naming a limit that is too low, and what the driver reports.
+    pub(crate) fn of(ordinal: usize, adapter: &wgpu::Adapter) -> Result<Arc<Self>, OpenError> {
+        static CONTEXTS: OnceLock<Mutex<HashMap<usize, Weak<Context>>>> = OnceLock::new();
+        let mut contexts = lock(CONTEXTS.get_or_init(Mutex::default));
+        let in_use = contexts.get(&ordinal).and_then(Weak::upgrade);
+        if let Some(context) = in_use.filter(|context| context.state.lost.get().is_none()) {
+            return Ok(context);
+        }
+        let context = Arc::new(Self::open(ordinal, adapter)?);
+        contexts.insert(ordinal, Arc::downgrade(&context));
+        Ok(context)
+    }
+
+    fn open(ordinal: usize, adapter: &wgpu::Adapter) -> Result<Self, OpenError> {
+        let id = DeviceId { kind: DeviceKind::Wgpu, ordinal };
+        let (limits, info) = (adapter.limits(), adapter.get_info());
+        let found = limits.max_storage_buffers_per_shader_stage;
+        if found < MIN_STORAGE_BUFFERS {
+            let limit = format!(
+                "{id} ({}) has max_storage_buffers_per_shader_stage {found}, and the kernels need {MIN_STORAGE_BUFFERS}",
+                info.name
+            );
+            return Err(DeviceError::Unsupported { limit }.into());
+        }
+        let features =
+            if subgroups_wanted()? { adapter.features() & wgpu::Features::SUBGROUP } else { wgpu::Features::empty() };
+        let descriptor = wgpu::DeviceDescriptor {
+            label: Some("tilefold"),
+            required_features: features,
+            required_limits: limits.clone(),
+            ..wgpu::DeviceDescriptor::default()
+        };
+        let (device, queue) = pollster::block_on(adapter.request_device(&descriptor))
+            .map_err(|error| driver("requestDevice", error.to_string()))?;
+        let state = Arc::new(State::default());
+        let told = Arc::clone(&state);
+        device.set_device_lost_callback(move |reason, message| {
+            // The first message stays.
+            let _ = told.lost.set(format!("{reason:?}: {message}"));
+        });
+        let told = Arc::clone(&state);
+        device.on_uncaptured_error(Arc::new(move |error: wgpu::Error| {
+            lock(&told.failed).get_or_insert(error.to_string());
+        }));
+        let software = info.device_type == wgpu::DeviceType::Cpu;
+        let kernel_limits = Limits {
+            binding_bytes: limits.max_storage_buffer_binding_size.min(MAX_BINDING_BYTES),
+            storage_buffers: found,
+            offset_alignment: u64::from(limits.min_storage_buffer_offset_alignment),
+            workgroups: limits.max_compute_workgroups_per_dimension,
+            subgroup: if features.is_empty() { 1 } else { info.subgroup_min_size.clamp(1, THREADS) },
+            software,
+        };
+        let memory = Memory::new(limits.max_buffer_size);
+        let pipelines = Pipelines::new(u64::from(limits.min_uniform_buffer_offset_alignment));
+        Ok(Self { id, device, queue, limits: kernel_limits, memory, pipelines, state })
+    }
+
+    /// Runs `work`, and gives what it reports: errors of its own, those that wgpu has found in it, and a lost device.
+    ///
+    /// # Errors
+    /// [`DeviceError::Lost`], [`DeviceError::OutOfMemory`] with no numbers, [`DeviceError::Driver`].
+    pub(crate) fn guarded<T>(&self, call: &'static str, work: impl FnOnce() -> DeviceResult<T>) -> DeviceResult<T> {
+        self.check_lost()?;
+        let filters = [wgpu::ErrorFilter::Validation, wgpu::ErrorFilter::OutOfMemory, wgpu::ErrorFilter::Internal];
+        let scopes = filters.map(|filter| self.device.push_error_scope(filter));
+        let result = work();
+        let mut found = None;
+        for scope in scopes.into_iter().rev() {
+            // Every scope is popped, the innermost first.
+            let error = pollster::block_on(scope.pop());
+            found = found.or(error);
+        }
+        self.check_lost()?;
+        match found {
+            Some(error) => Err(caught(call, &error)),
+            None => result,
+        }
+    }
+
+    /// Waits for work that was submitted: all of it, or up to one submission.
+    ///
+    /// # Errors
+    /// [`DeviceError::Lost`], and errors that came too late for the call that caused them.
+    pub(crate) fn wait(&self, submission: Option<wgpu::SubmissionIndex>) -> DeviceResult<()> {
+        self.check_lost()?;
+        let waits = self.device.poll(wgpu::PollType::Wait { submission_index: submission, timeout: None });
+        self.check_lost()?;
+        waits.map_err(|error| driver("poll", error.to_string()))?;
+        match lock(&self.state.failed).take() {
+            Some(message) => Err(driver("an earlier launch", message)),
+            None => Ok(()),
+        }
+    }
+
+    fn check_lost(&self) -> DeviceResult<()> {
+        match self.state.lost.get() {
+            Some(message) => Err(DeviceError::Lost { message: message.clone() }),
+            None => Ok(()),
+        }
+    }
+}

@@ -1,0 +1,15 @@
+//! Merging (out, lse) pairs over disjoint keys: equations (17)-(18).
+
+use tilefold_core::{DeviceResult, MergeArgs};
+use tilefold_kernels::wgsl;
+
+use crate::context::Context;
+use crate::module::submit;
+
+/// Adds the operands' part into their accumulator.
+///
+/// # Errors
+/// [`tilefold_core::DeviceError::Unsupported`] for a layout that no binding can show, and what wgpu reports.
+pub(crate) fn merge(context: &Context, args: MergeArgs<'_>) -> DeviceResult<()> {
+    submit(context, wgsl::merge(&args.into_operands(), &context.limits))
+}

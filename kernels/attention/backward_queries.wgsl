@@ -1,0 +1,114 @@
+// Gradient of the queries, equation (13), and sums of dS over keys for biases without a key axis.
+//
+// A thread owns QUERIES queries of one head, THREADS apart, and walks over the keys; all threads of a workgroup are at the
+// same key.
+
+fn run(group: vec3<u32>, thread: u32) {
+    if (!is_work(group)) {
+        return;
+    }
+    let work = work_of(group, params.tiles, params.heads);
+    let first = work.tile * (THREADS * QUERIES);
+    let last = min(first + THREADS * QUERIES, params.seqlen_q) - 1u;
+    let kv_head = work.head / params.group;
+    let slope = slope_of(work.head);
+
+    var query: array<u32, QUERIES>;
+    var bias_row: array<vec4<u32>, QUERIES>;
+    var segment: array<i32, QUERIES>;
+    var row: array<Statistics, QUERIES>;
+    var q: array<array<vec4<f32>, Q_QUADS>, QUERIES>;
+    var d_out: array<array<vec4<f32>, V_QUADS>, QUERIES>;
+    var dq: array<array<vec4<f32>, Q_QUADS>, QUERIES>;
+    var row_sum: array<f32, QUERIES>;
+    let q_at = place_of(params.q, work, work.head);
+    let d_out_at = place_of(params.d_out, work, work.head);
+    let statistics_at = place_of(params.statistics, work, work.head);
+    let bias_origin = biases_of(work, work.head);
+    for (var r = 0u; r < QUERIES; r++) {
+        query[r] = min(first + r * THREADS + thread, last);
+        bias_row[r] = bias_origin + by_query(query[r]);
+        row[r] = statistics_of(statistics_at, query[r]);
+        if (SEGMENTS) {
+            segment[r] = load_q_segments(place_of(params.q_segments, work, 0u) + query[r] * params.q_segments.position);
+        }
+        for (var c = 0u; c < Q_QUADS; c++) {
+            q[r][c] = load4_q(q_at + query[r] * params.q.position, c);
+            dq[r][c] = vec4<f32>();
+        }
+        for (var c = 0u; c < V_QUADS; c++) {
+            d_out[r][c] = load4_d_out(d_out_at + query[r] * params.d_out.position, c);
+        }
+        row_sum[r] = 0.0;
+    }
+
+    let keys = keys_of(first, last, kv_length(work));
+    let k_origin = place_of(params.k, work, kv_head);
+    let v_origin = place_of(params.v, work, kv_head);
+    let mask_origin = place_of(params.key_mask, work, 0u);
+    let segments_origin = place_of(params.k_segments, work, 0u);
+    for (var key = keys.x; key < keys.y; key++) {
+        if (KEY_MASK) {
+            if (!load_key_mask(mask_origin + key * params.key_mask.position)) {
+                continue;
+            }
+        }
+        var key_segment = 0;
+        if (SEGMENTS) {
+            key_segment = load_k_segments(segments_origin + key * params.k_segments.position);
+        }
+        let bias_key = by_key(key);
+        let k_row = row_k(k_origin + key * params.k.position);
+        let v_row = row_v(v_origin + key * params.v.position);
+        var sum: array<vec4<f32>, QUERIES>;
+        var d_sum: array<vec4<f32>, QUERIES>;
+        for (var r = 0u; r < QUERIES; r++) {
+            sum[r] = vec4<f32>();
+            d_sum[r] = vec4<f32>();
+        }
+        for (var c = 0u; c < Q_QUADS; c++) {
+            let k = quad_k(k_row, c);
+            for (var r = 0u; r < QUERIES; r++) {
+                sum[r] = fma(q[r][c], k, sum[r]);
+            }
+        }
+        for (var c = 0u; c < V_QUADS; c++) {
+            let v = quad_v(v_row, c);
+            for (var r = 0u; r < QUERIES; r++) {
+                d_sum[r] = fma(d_out[r][c], v, d_sum[r]);
+            }
+        }
+        var ds: array<f32, QUERIES>;
+        for (var r = 0u; r < QUERIES; r++) {
+            let s = logit(sum4(sum[r]), bias_at(bias_row[r] + bias_key), slope, query[r], key);
+            var seen = !row[r].is_empty;
+            if (BAND) { seen = seen && in_band(query[r], key); }
+            if (SEGMENTS) { seen = seen && segment[r] == key_segment; }
+            if (BIASES > 0u) { seen = seen && !is_minus_infinity(s); }
+            ds[r] = select(0.0, probability(s, row[r]) * (sum4(d_sum[r]) - row[r].delta), seen);
+            row_sum[r] += ds[r];
+        }
+        for (var c = 0u; c < Q_QUADS; c++) {
+            let k = quad_k(k_row, c);
+            for (var r = 0u; r < QUERIES; r++) {
+                dq[r][c] = fma(vec4<f32>(ds[r]), k, dq[r][c]);
+            }
+        }
+    }
+
+    for (var r = 0u; r < QUERIES; r++) {
+        let index = first + r * THREADS + thread;
+        if (index > last) {
+            continue;
+        }
+        if (D_Q) {
+            let at = place_of(params.dq, work, work.head) + index * params.dq.position;
+            for (var c = 0u; c < Q_QUADS; c++) {
+                store4_dq(at, c, params.scale * dq[r][c]);
+            }
+        }
+        if (ROW_SUMS) {
+            store_row_sums(place_of(params.row_sums, work, work.head) + index * params.row_sums.position, row_sum[r]);
+        }
+    }
+}

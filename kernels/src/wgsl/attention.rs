@@ -1,0 +1,239 @@
+//! What the passes of attention share: operands, constants, scalars.
+
+use tilefold_core::{AttentionProblem, AttentionSpec, DType, EmptyRows};
+
+use crate::params::Operand;
+use crate::wgsl::dispatch::{DispatchError, Heads, Limits, Part, View, number};
+use crate::wgsl::shader::{Constant, Elements};
+
+/// Threads of a workgroup.
+pub(crate) const THREADS: u32 = 64;
+
+/// What both passes read, with addresses and strides as `tilefold_kernels::AttentionOperands` has them.
+pub type Operands = crate::AttentionOperands;
+
+/// Orders of axes from the contract's to batch, row, head, position, last.
+const ROWS: [usize; 5] = [0, 1, 3, 2, 4];
+const LOGITS: [usize; 5] = [0, 1, 2, 3, 4];
+
+/// Longest sequence: positions and their differences are 32-bit numbers.
+const MAX_SEQLEN: u64 = 1 << 30;
+
+/// Sizes of a problem.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Sizes {
+    pub(crate) batch: i64,
+    pub(crate) rows: i64,
+    pub(crate) heads: i64,
+    pub(crate) kv_heads: i64,
+    pub(crate) group: i64,
+    pub(crate) seqlen_q: i64,
+    pub(crate) seqlen_k: i64,
+    pub(crate) head_dim: i64,
+    pub(crate) head_dim_v: i64,
+}
+
+impl Sizes {
+    /// # Errors
+    /// [`DispatchError::Limit`] for a sequence that 32-bit positions do not reach.
+    pub(crate) fn of(problem: &AttentionProblem) -> Result<Self, DispatchError> {
+        let spec = problem.spec();
+        let size = |what, size: usize, limit: u64| match i64::try_from(size) {
+            Ok(size) if size.unsigned_abs() <= limit => Ok(size),
+            _ => Err(DispatchError::Limit { what, limit, got: size as u64 }),
+        };
+        let (long, any) = (MAX_SEQLEN, u64::from(u32::MAX));
+        Ok(Self {
+            batch: size("batch", spec.batch, any)?,
+            rows: size("rows", spec.rows, any)?,
+            heads: size("heads", spec.heads, any)?,
+            kv_heads: size("kv_heads", spec.kv_heads, any)?,
+            group: size("heads", problem.group(), any)?,
+            seqlen_q: size("seqlen_q", spec.seqlen_q, long)?,
+            seqlen_k: size("seqlen_k", spec.seqlen_k, long)?,
+            head_dim: size("head_dim", spec.head_dim, any)?,
+            head_dim_v: size("head_dim_v", spec.head_dim_v, any)?,
+        })
+    }
+
+    /// Sizes of the axes along which a call can be cut.
+    pub(crate) fn outer(&self) -> [i64; 3] {
+        [self.batch, self.rows, self.kv_heads]
+    }
+
+    fn view(
+        &self,
+        name: &'static str,
+        elements: Elements,
+        operand: &Operand,
+        order: [usize; 5],
+        sizes: [i64; 5],
+        heads: Heads,
+    ) -> View {
+        let strides = order.map(|axis| if axis < 5 { operand.strides[axis] } else { 0 });
+        // An axis without a stride is broadcast, or has one entry.
+        let sizes = std::array::from_fn(|axis| if strides[axis] == 0 { 1 } else { sizes[axis] });
+        View { elements, strides, sizes, heads, ..View::dense(name, operand.data, sizes) }
+    }
+
+    /// Rows of channels by query and query head.
+    pub(crate) fn by_query(&self, name: &'static str, dtype: DType, operand: &Operand, channels: i64) -> View {
+        let sizes = [self.batch, self.rows, self.heads, self.seqlen_q, channels];
+        let view = self.view(name, Elements::Numbers(dtype), operand, ROWS, sizes, Heads::Query);
+        with_channels(view, channels)
+    }
+
+    /// Rows of channels by key and key head.
+    pub(crate) fn by_key(&self, name: &'static str, dtype: DType, operand: &Operand, channels: i64) -> View {
+        let sizes = [self.batch, self.rows, self.kv_heads, self.seqlen_k, channels];
+        let view = self.view(name, Elements::Numbers(dtype), operand, ROWS, sizes, Heads::Key);
+        with_channels(view, channels)
+    }
+
+    /// One f32 by query and query head: strides by batch, row, head, query.
+    pub(crate) fn statistic(&self, name: &'static str, operand: &Operand) -> View {
+        let sizes = [self.batch, self.rows, self.heads, self.seqlen_q, 1];
+        self.view(name, Elements::Numbers(DType::F32), operand, [0, 1, 2, 3, ABSENT], sizes, Heads::Query)
+    }
+
+    /// A bias, or what has its shape.
+    pub(crate) fn bias(&self, name: &'static str, dtype: DType, operand: &Operand) -> View {
+        let sizes = [self.batch, self.rows, self.heads, self.seqlen_q, self.seqlen_k];
+        self.view(name, Elements::Numbers(dtype), operand, LOGITS, sizes, Heads::Query)
+    }
+
+    /// A list by batch, row and position.
+    fn list(&self, name: &'static str, dtype: DType, operand: &Operand, length: i64) -> View {
+        let sizes = [self.batch, self.rows, 1, length, 1];
+        self.view(name, Elements::Numbers(dtype), operand, [0, 1, ABSENT, 2, ABSENT], sizes, Heads::Query)
+    }
+}
+
+/// An axis that an operand does not have.
+const ABSENT: usize = 5;
+
+/// The last axis are channels, even if there is one.
+fn with_channels(mut view: View, channels: i64) -> View {
+    view.sizes[4] = channels;
+    if channels == 1 {
+        view.strides[4] = 1;
+    }
+    view.quads = true;
+    view
+}
+
+/// Names of biases in the texts.
+pub(crate) const BIAS_NAMES: [&str; 4] = ["bias0", "bias1", "bias2", "bias3"];
+
+/// What all passes read, in the order of the argument, with `None` for what the problem lacks.
+pub(crate) fn inputs(sizes: &Sizes, spec: &AttentionSpec, operands: &Operands) -> Vec<(&'static str, Option<View>)> {
+    let mut views = vec![
+        ("q", Some(sizes.by_query("q", spec.dtype, &operands.q, sizes.head_dim))),
+        ("k", Some(sizes.by_key("k", spec.dtype, &operands.k, sizes.head_dim))),
+        ("v", Some(sizes.by_key("v", spec.dtype, &operands.v, sizes.head_dim_v))),
+    ];
+    for (i, name) in BIAS_NAMES.into_iter().enumerate() {
+        let bias = operands.biases.get(i).zip(spec.biases.get(i));
+        views.push((name, bias.map(|(operand, bias)| sizes.bias(name, bias.dtype, operand))));
+    }
+    let mask = operands.key_mask.as_ref();
+    views.push(("key_mask", mask.map(|mask| sizes.list("key_mask", DType::Bool, mask, sizes.seqlen_k))));
+    let segments = operands.segments.as_ref();
+    let q_segments = segments.map(|[q, _]| sizes.list("q_segments", DType::I32, q, sizes.seqlen_q));
+    let k_segments = segments.map(|[_, k]| sizes.list("k_segments", DType::I32, k, sizes.seqlen_k));
+    views.extend([("q_segments", q_segments), ("k_segments", k_segments)]);
+    let lengths = operands.kv_lengths.as_ref();
+    let words = |mut view: View| {
+        view.elements = Elements::Words;
+        view
+    };
+    views.push(("kv_lengths", lengths.map(|list| words(sizes.list("kv_lengths", DType::I32, list, 1)))));
+    let slopes = operands.alibi_slopes.map(|data| {
+        let operand = Operand { data, strides: [0, 0, 1, 0, 0] };
+        let sizes_of = [1, 1, sizes.heads, 1, 1];
+        sizes.view("slopes", Elements::Words, &operand, LOGITS, sizes_of, Heads::Query)
+    });
+    views.push(("slopes", slopes));
+    views
+}
+
+/// Constants of a problem.
+pub(crate) fn constants(spec: &AttentionSpec, limits: &Limits) -> Vec<(&'static str, Constant)> {
+    let quads = |channels: usize| Constant::Number(number(channels.div_ceil(4)));
+    vec![
+        ("THREADS", Constant::Number(THREADS)),
+        ("NATIVE_EXP", Constant::Switch(limits.native_exp())),
+        ("Q_QUADS", quads(spec.head_dim)),
+        ("V_QUADS", quads(spec.head_dim_v)),
+        ("BIASES", Constant::Number(number(spec.biases.len()))),
+        ("KEY_MASK", Constant::Switch(spec.key_mask)),
+        ("KV_LENGTHS", Constant::Switch(spec.kv_lengths.is_some())),
+        ("SEGMENTS", Constant::Switch(spec.segments)),
+        ("BAND", Constant::Switch(spec.mask.restricts())),
+        ("ALIBI", Constant::Switch(spec.mask.alibi_slopes.is_some())),
+        ("GATE", Constant::Switch(spec.gate)),
+        ("UNIFORM", Constant::Switch(spec.empty_rows == EmptyRows::Uniform)),
+    ]
+}
+
+/// Fields of the argument of every pass.
+pub(crate) const SCALARS: &[(&str, &str)] = &[
+    ("groups", "u32"),
+    ("groups_x", "u32"),
+    ("tiles", "u32"),
+    ("rows", "u32"),
+    ("heads", "u32"),
+    ("group", "u32"),
+    ("seqlen_q", "u32"),
+    ("seqlen_k", "u32"),
+    ("lowest", "i32"),
+    ("highest", "i32"),
+    ("near_offset", "i32"),
+    ("far_offset", "f32"),
+    ("scale", "f32"),
+    ("minus_infinity", "f32"),
+    ("zero", "u32"),
+    ("first", "u32"),
+];
+
+/// Their values, but for the first two; `first` is for the pass's own use.
+#[allow(clippy::cast_possible_truncation, reason = "numbers that are rounded or bounded on purpose")]
+pub(crate) fn scalars(problem: &AttentionProblem, sizes: &Sizes, part: &Part, tiles: u32, first: u32) -> Vec<u32> {
+    let mask = &problem.spec().mask;
+    let offset = mask.k_offset.saturating_sub(mask.q_offset);
+    let (low, high) = mask.visible_distances();
+    // Differences of indices lie within the lengths; a bound beyond all of them is as good as any.
+    let bound = |distance: i64| {
+        let index = distance.saturating_sub(offset);
+        index.clamp(-sizes.seqlen_q - 1, sizes.seqlen_k + 1) as i32
+    };
+    let is_near = offset.unsigned_abs() <= MAX_SEQLEN / 2;
+    vec![
+        tiles,
+        number(part.rows[1]),
+        number(part.heads[1] * sizes.group),
+        number(sizes.group),
+        number(sizes.seqlen_q),
+        number(sizes.seqlen_k),
+        bound(low).cast_unsigned(),
+        bound(high).cast_unsigned(),
+        if is_near { (offset as i32).cast_unsigned() } else { 0 },
+        if is_near { 0.0_f32 } else { offset as f32 }.to_bits(),
+        (problem.softmax_scale() as f32).to_bits(),
+        f32::NEG_INFINITY.to_bits(),
+        0,
+        first,
+    ]
+}
+
+/// Positions that a thread owns: as many as its registers hold, `numbers` for each.
+pub(crate) fn per_thread(numbers: i64, software: bool) -> u32 {
+    let room = if software { 256 } else { 128 };
+    [4, 2].into_iter().find(|&count| i64::from(count) * numbers <= room).unwrap_or(1)
+}
+
+/// No more of them than a sequence has for every thread.
+pub(crate) fn needed(count: u32, positions: i64) -> u32 {
+    let threads = i64::from(THREADS);
+    [1, 2].into_iter().find(|&few| few < count && positions <= threads * i64::from(few)).unwrap_or(count)
+}

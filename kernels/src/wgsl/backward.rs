@@ -1,0 +1,547 @@
+//! The backward pass: statistics of the queries, then gradients by queries, by keys and by entries of biases.
+
+use tilefold_core::AttentionProblem;
+
+use crate::BackwardOperands;
+use crate::params::Operand;
+use crate::wgsl::attention::{self, BIAS_NAMES, SCALARS, Sizes, THREADS};
+use crate::wgsl::dispatch::{Builder, Dispatch, DispatchError, Limits, Part, View, number, parts};
+use crate::wgsl::forward::part_heads;
+use crate::wgsl::shader::{Constant, File};
+
+/// Queries of one workgroup of the pass for biases.
+const BIAS_QUERIES: i64 = 8;
+/// Workgroups that this pass should have, where a walk can be cut for it.
+const BIAS_GROUPS: i64 = 256;
+/// Least steps of a walk that is cut.
+const LEAST_CHUNK: i64 = 4;
+/// Most pieces of a walk.
+const MOST_CHUNKS: i64 = 64;
+
+/// Fields of the argument of the pass for biases.
+const BIAS_SCALARS: &[(&str, &str)] = &{
+    let mut fields = [("", ""); 25];
+    let mut i = 0;
+    while i < SCALARS.len() {
+        fields[i] = SCALARS[i];
+        i += 1;
+    }
+    let own = [
+        ("query_tiles", "u32"),
+        ("entries", "u32"),
+        ("bias_heads", "u32"),
+        ("bias_rows", "u32"),
+        ("walks", "u32"),
+        ("walk_heads", "u32"),
+        ("walk_rows", "u32"),
+        ("chunk", "u32"),
+        ("chunk_stride", "u32"),
+    ];
+    let mut i = 0;
+    while i < own.len() {
+        fields[SCALARS.len() + i] = own[i];
+        i += 1;
+    }
+    fields
+};
+
+/// Fields of the argument of sums.
+const SUM_SCALARS: &[(&str, &str)] = &[
+    ("groups", "u32"),
+    ("groups_x", "u32"),
+    ("count", "u32"),
+    ("rows", "u32"),
+    ("heads", "u32"),
+    ("positions", "u32"),
+    ("lasts", "u32"),
+    ("add_chunks", "u32"),
+    ("add_batches", "u32"),
+    ("add_rows", "u32"),
+    ("add_heads", "u32"),
+    ("add_positions", "u32"),
+    ("chunk_stride", "u32"),
+    ("zero", "u32"),
+];
+
+/// Bytes that a backward pass takes beside its operands, where these are row-major.
+///
+/// # Errors
+/// [`DispatchError`].
+pub fn backward_workspace_bytes(problem: &AttentionProblem, limits: &Limits) -> Result<u64, DispatchError> {
+    let mut next = 1 << 40;
+    let mut operand = |shape: &[usize]| {
+        let mut strides = vec![1_i64; shape.len()];
+        for axis in (0..shape.len() - 1).rev() {
+            strides[axis] = strides[axis + 1].saturating_mul(i64::try_from(shape[axis + 1]).unwrap_or(i64::MAX));
+        }
+        next += 1 << 40;
+        Operand::new(next, shape, &strides)
+    };
+    let spec = problem.spec();
+    let (q, k, v, out) = (problem.q_shape(), problem.k_shape(), problem.v_shape(), problem.out_shape());
+    let asked = spec.gradients;
+    let mut bytes = 0_u64;
+    let operands = BackwardOperands {
+        inputs: attention::Operands {
+            q: operand(&q),
+            k: operand(&k),
+            v: operand(&v),
+            biases: spec.biases.iter().map(|bias| operand(&bias.shape)).collect(),
+            gate: spec.gate.then(|| operand(&out)),
+            ..attention::Operands::default()
+        },
+        out: operand(&out),
+        lse: operand(&problem.lse_shape()),
+        lse_low: operand(&problem.lse_shape()),
+        d_out: operand(&out),
+        dq: asked.q.then(|| operand(&q)),
+        dk: asked.k.then(|| operand(&k)),
+        dv: asked.v.then(|| operand(&v)),
+        dbiases: (spec.biases.iter().zip(asked.biases))
+            .map(|(bias, asked)| asked.then(|| (operand(&bias.shape), bias.dtype)))
+            .collect(),
+        d_gate: asked.gate.then(|| operand(&out)),
+    };
+    let mut passes = Passes::new(problem, &operands, limits, |more| {
+        bytes = bytes.saturating_add(more);
+        Ok::<_, DispatchError>(1 << 20)
+    })?;
+    passes.all()?;
+    drop(passes);
+    Ok(bytes)
+}
+
+/// Dispatches of a backward pass, in order. `workspace` gives the address of so many bytes, which live until all of
+/// them are enqueued.
+///
+/// # Errors
+/// [`DispatchError`], and what `workspace` reports.
+pub fn backward<E: From<DispatchError>>(
+    problem: &AttentionProblem,
+    operands: &BackwardOperands,
+    limits: &Limits,
+    workspace: impl FnMut(u64) -> Result<u64, E>,
+) -> Result<Vec<Dispatch>, E> {
+    let mut passes = Passes::new(problem, operands, limits, workspace)?;
+    passes.all()?;
+    Ok(passes.dispatches)
+}
+
+/// A named operand of a kernel, `None` where the problem lacks it.
+type Named = (&'static str, Option<View>);
+
+struct Passes<'a, W> {
+    problem: &'a AttentionProblem,
+    operands: &'a BackwardOperands,
+    limits: &'a Limits,
+    sizes: Sizes,
+    constants: Vec<(&'static str, Constant)>,
+    workspace: W,
+    dispatches: Vec<Dispatch>,
+}
+
+impl<'a, W, E> Passes<'a, W>
+where
+    W: FnMut(u64) -> Result<u64, E>,
+    E: From<DispatchError>,
+{
+    fn new(
+        problem: &'a AttentionProblem,
+        operands: &'a BackwardOperands,
+        limits: &'a Limits,
+        workspace: W,
+    ) -> Result<Self, E> {
+        let constants = attention::constants(problem.spec(), limits);
+        let sizes = Sizes::of(problem)?;
+        Ok(Self { problem, operands, limits, sizes, constants, workspace, dispatches: Vec::new() })
+    }
+
+    fn all(&mut self) -> Result<(), E> {
+        let (spec, o) = (self.problem.spec(), self.operands);
+        let has_axis = |i: usize, axis: usize| spec.biases[i].shape[axis] > 1;
+        let asked: Vec<usize> =
+            (0..spec.biases.len()).filter(|&i| o.dbiases.get(i).is_some_and(Option::is_some)).collect();
+        // One key, or one query, is an axis as good as none.
+        let by_entry = |&i: &usize| has_axis(i, 3) && has_axis(i, 4);
+        let by_row = |&i: &usize| has_axis(i, 3) && !has_axis(i, 4);
+        let needs_rows = asked.iter().any(by_row);
+        let needs_columns = asked.iter().any(|&i| !has_axis(i, 3));
+        let by_queries = o.dq.is_some() || needs_rows;
+        let by_keys = o.dk.is_some() || o.dv.is_some() || needs_columns;
+        let needs_statistics = by_queries || by_keys || asked.iter().any(by_entry);
+        if !needs_statistics && o.d_gate.is_none() {
+            return Ok(());
+        }
+        let (statistics, d_out) = self.prepare(needs_statistics)?;
+        if by_queries {
+            let sums = self.queries(statistics, d_out, needs_rows)?;
+            for &i in asked.iter().filter(|i| by_row(i)) {
+                self.sum(i, sums)?;
+            }
+        }
+        if by_keys {
+            let sums = self.keys(statistics, d_out, needs_columns)?;
+            for &i in asked.iter().filter(|&&i| !has_axis(i, 3)) {
+                self.sum(i, sums)?;
+            }
+        }
+        for &i in asked.iter().filter(|i| by_entry(i)) {
+            self.bias(i, statistics, d_out)?;
+        }
+        Ok(())
+    }
+
+    /// A row-major f32 array in the workspace.
+    fn array(&mut self, name: &'static str, sizes: [i64; 5]) -> Result<View, E> {
+        let elements = sizes.iter().try_fold(4_i64, |bytes, &size| bytes.checked_mul(size));
+        let limit = u64::try_from(i64::MAX).unwrap_or(u64::MAX);
+        let too_many = DispatchError::Limit { what: "the size of the workspace in bytes", limit, got: u64::MAX };
+        let bytes = elements.ok_or(too_many)?.unsigned_abs();
+        Ok(View::dense(name, (self.workspace)(bytes)?, sizes))
+    }
+
+    /// Statistics of the queries, and the gradient of the ungated output.
+    fn prepare(&mut self, needs_statistics: bool) -> Result<(Option<View>, View), E> {
+        let (spec, sizes, o) = (self.problem.spec(), self.sizes, self.operands);
+        let Sizes { batch, rows, heads, seqlen_q, head_dim_v, .. } = sizes;
+        let by_query = |name, operand| sizes.by_query(name, spec.dtype, operand, head_dim_v);
+        let d_out = by_query("d_out", &o.d_out);
+        let statistics = match needs_statistics {
+            true => Some(self.array("statistics", [batch, rows, heads, seqlen_q, 4])?),
+            false => None,
+        };
+        let gated = match o.inputs.gate {
+            // Channels are neighbours, then heads, as in the contract's own order.
+            Some(_) if needs_statistics => Some(View {
+                strides: [
+                    rows * seqlen_q * heads * head_dim_v,
+                    seqlen_q * heads * head_dim_v,
+                    head_dim_v,
+                    heads * head_dim_v,
+                    1,
+                ],
+                quads: true,
+                ..self.array("gated", [batch, rows, heads, seqlen_q, head_dim_v])?
+            }),
+            _ => None,
+        };
+        let statistic = |name, operand| needs_statistics.then(|| sizes.statistic(name, operand));
+        let views: Vec<Named> = vec![
+            ("out", Some(by_query("out", &o.out))),
+            ("d_out", Some(d_out)),
+            ("gate", o.inputs.gate.as_ref().map(|gate| by_query("gate", gate))),
+            ("lse", statistic("lse", &o.lse)),
+            ("lse_low", statistic("lse_low", &o.lse_low)),
+            ("statistics", statistics.map(View::written)),
+            ("gated", gated.map(View::written)),
+            ("d_gate", o.d_gate.as_ref().map(|d_gate| by_query("d_gate", d_gate).written())),
+        ];
+        let switches = [("STATISTICS", needs_statistics), ("GATED", gated.is_some()), ("D_GATE", o.d_gate.is_some())];
+        self.pass(File::Prepare, with_absent_inputs(views), &switches, &[], seqlen_q, THREADS, sizes.group)?;
+        Ok((statistics, gated.map_or(d_out, |gated| View { name: "d_out", ..gated })))
+    }
+
+    /// Gradient of q, and sums of dS over the keys.
+    fn queries(&mut self, statistics: Option<View>, d_out: View, sums: bool) -> Result<Option<View>, E> {
+        let (spec, sizes, o) = (self.problem.spec(), self.sizes, self.operands);
+        let Sizes { batch, rows, heads, seqlen_q, head_dim, .. } = sizes;
+        let row_sums = match sums {
+            true => Some(self.array("row_sums", [batch, rows, heads, seqlen_q, 1])?),
+            false => None,
+        };
+        let mut views = attention::inputs(&sizes, spec, &o.inputs);
+        share(&mut views, ["k", "v"]);
+        views.extend([
+            ("d_out", Some(d_out)),
+            ("statistics", statistics),
+            ("dq", o.dq.as_ref().map(|dq| sizes.by_query("dq", spec.dtype, dq, head_dim).written())),
+            ("row_sums", row_sums.map(View::written)),
+        ]);
+        let queries = attention::per_thread(2 * quads(head_dim) + quads(sizes.head_dim_v), self.limits.software);
+        let queries = attention::needed(queries, seqlen_q);
+        let switches = [("D_Q", o.dq.is_some()), ("ROW_SUMS", sums)];
+        let numbers = [("QUERIES", queries)];
+        self.pass(File::Queries, views, &switches, &numbers, seqlen_q, THREADS * queries, sizes.group)?;
+        Ok(row_sums)
+    }
+
+    /// Gradients of k and v, and sums of dS over the queries.
+    fn keys(&mut self, statistics: Option<View>, d_out: View, sums: bool) -> Result<Option<View>, E> {
+        let (spec, sizes, o) = (self.problem.spec(), self.sizes, self.operands);
+        let Sizes { batch, rows, heads, seqlen_k, head_dim, head_dim_v, .. } = sizes;
+        let column_sums = match sums {
+            true => Some(self.array("column_sums", [batch, rows, heads, seqlen_k, 1])?),
+            false => None,
+        };
+        let mut views = attention::inputs(&sizes, spec, &o.inputs);
+        share(&mut views, ["q", "q"]);
+        let by_key = |name, operand, channels| sizes.by_key(name, spec.dtype, operand, channels).written();
+        views.extend([
+            ("d_out", Some(View { shared: true, ..d_out })),
+            ("statistics", statistics),
+            ("dk", o.dk.as_ref().map(|dk| by_key("dk", dk, head_dim))),
+            ("dv", o.dv.as_ref().map(|dv| by_key("dv", dv, head_dim_v))),
+            ("column_sums", column_sums.map(View::written)),
+        ]);
+        let keys = attention::per_thread(2 * (quads(head_dim) + quads(head_dim_v)), self.limits.software);
+        let keys = attention::needed(keys, seqlen_k);
+        let switches = [("D_K", o.dk.is_some()), ("D_V", o.dv.is_some()), ("COLUMN_SUMS", sums)];
+        let numbers = [("KEYS", keys)];
+        self.pass(File::Keys, views, &switches, &numbers, seqlen_k, THREADS * keys, 1)?;
+        Ok(column_sums)
+    }
+
+    /// One dispatch for each part: `group` heads of a part's key head, tiles of `tile` positions.
+    #[allow(clippy::too_many_arguments, reason = "private; each is named where it is given")]
+    fn pass(
+        &mut self,
+        file: File,
+        views: Vec<Named>,
+        switches: &[(&'static str, bool)],
+        numbers: &[(&'static str, u32)],
+        positions: i64,
+        tile: u32,
+        group: i64,
+    ) -> Result<(), E> {
+        let sizes = self.sizes;
+        let tiles = u32::try_from(positions).unwrap_or(u32::MAX).div_ceil(tile);
+        let mut constants = self.constants.clone();
+        constants.extend(switches.iter().map(|&(name, switch)| (name, Constant::Switch(switch))));
+        constants.extend(numbers.iter().map(|&(name, number)| (name, Constant::Number(number))));
+        let present: Vec<View> = views.iter().filter_map(|(_, view)| *view).collect();
+        for part in parts(sizes.outer(), sizes.group, &present, self.limits)? {
+            let builder = Builder {
+                file,
+                constants: constants.clone(),
+                scalars: SCALARS,
+                values: attention::scalars(self.problem, &sizes, &part, tiles, 0),
+                limits: self.limits,
+                operands: in_part(&views, &part, sizes.group),
+            };
+            let groups = part_heads(&part, group).unsigned_abs() * u64::from(tiles);
+            self.dispatches.push(builder.dispatch(groups)?);
+        }
+        Ok(())
+    }
+
+    /// Gradient of a bias with a query and a key axis.
+    fn bias(&mut self, index: usize, statistics: Option<View>, d_out: View) -> Result<(), E> {
+        let (spec, sizes, o) = (self.problem.spec(), self.sizes, self.operands);
+        let Some(Some((operand, dtype))) = o.dbiases.get(index) else { return Ok(()) };
+        let total = sizes.bias("dbias", *dtype, operand).written();
+        let mut views = attention::inputs(&sizes, spec, &o.inputs);
+        share(&mut views, ["q", "q"]);
+        views.extend([("d_out", Some(View { shared: true, ..d_out })), ("statistics", statistics)]);
+        let shape = spec.biases[index].shape.map(|size| i64::try_from(size).unwrap_or(i64::MAX));
+
+        // Sums in the workspace may need smaller parts than the gradient itself, if that is of a half type.
+        let largest = View { address: total.address, ..View::dense("dbias", 0, shape) };
+        let mut present: Vec<View> = views.iter().filter_map(|(_, view)| *view).collect();
+        present.extend([total, largest]);
+        let parts = parts(sizes.outer(), sizes.group, &present, self.limits)?;
+        let whole = Part { batch: [0, sizes.batch], rows: [0, sizes.rows], heads: [0, sizes.kv_heads] };
+        let first = parts.first().copied().unwrap_or(whole);
+
+        // How many parts lie side by side along axes over which the gradient sums.
+        let steps =
+            |axis: usize, [_, count]: [i64; 2], size: i64| if shape[axis] > 1 { 1 } else { (size + count - 1) / count };
+        let side_by_side = [
+            steps(0, first.batch, sizes.batch),
+            steps(1, first.rows, sizes.rows),
+            steps(2, first.heads, sizes.kv_heads),
+        ];
+        let tiles = Tiles::of(&first, &sizes, shape);
+        let chunks = tiles.chunks();
+        let copies = chunks * side_by_side.iter().product::<i64>();
+        let elements = shape.iter().product::<i64>();
+        let target = match copies {
+            1 => total,
+            _ => {
+                let array = self.array("dbias", [copies, elements, 1, 1, 1])?;
+                View { copies: [elements, chunks], ..View::dense("dbias", array.address, shape) }.written()
+            }
+        };
+        for part in parts {
+            // Copies of this part begin behind those of parts before it.
+            let rank =
+                |axis: usize, [at, _]: [i64; 2], [_, count]: [i64; 2]| if shape[axis] > 1 { 0 } else { at / count };
+            let before = (rank(0, part.batch, first.batch) * side_by_side[1] + rank(1, part.rows, first.rows))
+                * side_by_side[2]
+                + rank(2, part.heads, first.heads);
+            let offset = if copies == 1 { 0 } else { before * chunks * elements * 4 };
+            let shifted = View { address: target.address.wrapping_add_signed(offset), ..target };
+            let mut operands = views.clone();
+            operands.push(("dbias", Some(shifted)));
+            self.bias_part(&part, shape, chunks, operands, if copies == 1 { 0 } else { elements })?;
+        }
+        if copies == 1 {
+            return Ok(());
+        }
+        let source = View { copies: [elements, copies], writes: false, ..target };
+        self.add(source, View { name: "total", ..total }, shape, [copies, 1, 1, 1, 1])
+    }
+
+    fn bias_part(
+        &mut self,
+        part: &Part,
+        shape: [i64; 5],
+        chunks: i64,
+        operands: Vec<Named>,
+        chunk_stride: i64,
+    ) -> Result<(), E> {
+        let sizes = self.sizes;
+        let tiles = Tiles::of(part, &sizes, shape);
+        let mut constants = self.constants.clone();
+        constants.push(("QUERIES", Constant::Number(number(BIAS_QUERIES.min(sizes.seqlen_q)))));
+        let mut values = attention::scalars(self.problem, &sizes, part, number(tiles.keys), 0);
+        values.extend(
+            [
+                tiles.queries,
+                tiles.entries(),
+                tiles.entry[2],
+                tiles.entry[1],
+                tiles.walks(),
+                tiles.walk[2],
+                tiles.walk[1],
+                (tiles.walks() + chunks - 1) / chunks,
+                chunk_stride,
+            ]
+            .map(number),
+        );
+        let builder = Builder {
+            file: File::Bias,
+            constants,
+            scalars: BIAS_SCALARS,
+            values,
+            limits: self.limits,
+            operands: in_part(&operands, part, sizes.group),
+        };
+        self.dispatches.push(builder.dispatch((tiles.groups() * chunks).unsigned_abs())?);
+        Ok(())
+    }
+
+    /// Gradient of a bias that lacks a query or a key axis, from sums over that axis.
+    fn sum(&mut self, index: usize, sums: Option<View>) -> Result<(), E> {
+        let (spec, sizes, o) = (self.problem.spec(), self.sizes, self.operands);
+        let (Some(sums), Some(Some((operand, dtype)))) = (sums, o.dbiases.get(index)) else { return Ok(()) };
+        let total = View { name: "total", ..sizes.bias("total", *dtype, operand) }.written();
+        let shape = spec.biases[index].shape.map(|size| i64::try_from(size).unwrap_or(i64::MAX));
+        let mut source = View { name: "source", ..sums };
+        let mut add = [1; 5];
+        for (axis, size) in [sizes.batch, sizes.rows, sizes.heads].into_iter().enumerate() {
+            add[axis + 1] = if shape[axis] > 1 { 1 } else { size };
+        }
+        if shape[4] > 1 {
+            // Keys are the last axis of the gradient, and the position of the sums.
+            source.strides.swap(3, 4);
+            source.sizes.swap(3, 4);
+        } else if shape[3] == 1 {
+            // All positions of a head first, so that no thread has everything to add.
+            let [batch, rows, heads, positions, _] = source.sizes;
+            let heads_of = [batch, rows, heads, 1, 1];
+            let by_head = self.array("total", heads_of)?;
+            self.add(source, by_head.written(), heads_of, [1, 1, 1, 1, positions])?;
+            source = View { name: "source", ..by_head };
+        }
+        self.add(source, total, shape, add)
+    }
+
+    /// `total[b, n, h, i, j]` is the sum of `source` over so many copies, batches, rows, heads and positions.
+    fn add(&mut self, source: View, total: View, shape: [i64; 5], add: [i64; 5]) -> Result<(), E> {
+        let count = shape.iter().product::<i64>();
+        let values = [
+            count,
+            shape[1],
+            shape[2],
+            shape[3],
+            shape[4],
+            add[0],
+            add[1],
+            add[2],
+            add[3],
+            add[4],
+            source.copies[0],
+            0,
+        ];
+        for view in [&source, &total] {
+            let (bytes, limit) = (view.binding(self.limits).bytes, self.limits.binding_bytes);
+            if bytes > limit {
+                return Err(DispatchError::Binding { operand: view.name, bytes, limit }.into());
+            }
+        }
+        let builder = Builder {
+            file: File::Sums,
+            constants: vec![("THREADS", Constant::Number(THREADS)), ("NATIVE_EXP", Constant::Switch(false))],
+            scalars: SUM_SCALARS,
+            values: values.map(number).to_vec(),
+            limits: self.limits,
+            operands: vec![("source", Some(View { name: "source", ..source })), ("total", Some(total))],
+        };
+        self.dispatches.push(builder.dispatch(count.unsigned_abs().div_ceil(u64::from(THREADS)))?);
+        Ok(())
+    }
+}
+
+/// How the pass for a bias shares out its work in one part.
+struct Tiles {
+    queries: i64,
+    keys: i64,
+    /// Entries of the bias along batch, rows and heads.
+    entry: [i64; 3],
+    /// How many batches, rows and heads broadcast to each.
+    walk: [i64; 3],
+}
+
+impl Tiles {
+    fn of(part: &Part, sizes: &Sizes, shape: [i64; 5]) -> Self {
+        let outer = [part.batch[1], part.rows[1], part.heads[1] * sizes.group];
+        Self {
+            queries: (sizes.seqlen_q + BIAS_QUERIES - 1) / BIAS_QUERIES,
+            keys: (sizes.seqlen_k + i64::from(THREADS) - 1) / i64::from(THREADS),
+            entry: std::array::from_fn(|axis| if shape[axis] > 1 { outer[axis] } else { 1 }),
+            walk: std::array::from_fn(|axis| if shape[axis] > 1 { 1 } else { outer[axis] }),
+        }
+    }
+
+    fn entries(&self) -> i64 {
+        self.entry.iter().product()
+    }
+
+    fn walks(&self) -> i64 {
+        self.walk.iter().product()
+    }
+
+    fn groups(&self) -> i64 {
+        self.queries * self.keys * self.entries()
+    }
+
+    /// Pieces of a walk, by the sizes alone.
+    fn chunks(&self) -> i64 {
+        let wanted = (BIAS_GROUPS + self.groups() - 1) / self.groups();
+        wanted.min(self.walks() / LEAST_CHUNK).clamp(1, MOST_CHUNKS)
+    }
+}
+
+fn quads(channels: i64) -> i64 {
+    4 * ((channels + 3) / 4)
+}
+
+/// Rows of two operands are read by all threads of a workgroup together.
+fn share(views: &mut [Named], names: [&str; 2]) {
+    for (name, view) in views {
+        if let Some(view) = view {
+            view.shared = names.contains(name);
+        }
+    }
+}
+
+fn in_part(views: &[Named], part: &Part, group: i64) -> Vec<Named> {
+    views.iter().map(|(name, view)| (*name, view.map(|view| view.part(part, group)))).collect()
+}
+
+/// The shared text names inputs that this kernel has no use for.
+fn with_absent_inputs(mut views: Vec<Named>) -> Vec<Named> {
+    let names = ["key_mask", "q_segments", "k_segments", "kv_lengths", "slopes"];
+    views.extend(BIAS_NAMES.into_iter().chain(names).map(|name| (name, None)));
+    views
+}

@@ -1,0 +1,304 @@
+//! One dispatch, as plain data: shader, bindings, argument, workgroups. And how a call is cut so that bindings fit.
+
+use tilefold_core::DType;
+
+use crate::wgsl::shader::{Constant, Elements, File, OperandKey, Shader, Use};
+
+/// What a device allows, as WebGPU names it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Largest binding in bytes.
+    pub binding_bytes: u64,
+    /// Storage buffers of one shader.
+    pub storage_buffers: u32,
+    /// Bindings begin at multiples of this many bytes.
+    pub offset_alignment: u64,
+    /// Workgroups of one dispatch along an axis.
+    pub workgroups: u32,
+    /// Threads that surely run together and can read each other's registers, a power of two; 1 where the device says
+    /// nothing.
+    pub subgroup: u32,
+    /// Whether the device is a processor, which has memory for many registers and a slow exponential.
+    pub software: bool,
+}
+
+impl Limits {
+    /// Whether the device's own exponential is used: a processor's is neither fast nor right.
+    pub(crate) fn native_exp(&self) -> bool {
+        !self.software
+    }
+}
+
+/// A piece of memory that a shader sees.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Binding {
+    /// First byte.
+    pub address: u64,
+    /// Bytes, a multiple of 4.
+    pub bytes: u64,
+    /// Whether the shader writes it.
+    pub writes: bool,
+}
+
+/// One dispatch.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Dispatch {
+    /// What runs.
+    pub shader: Shader,
+    /// Bindings 1, 2, ...
+    pub bindings: Vec<Binding>,
+    /// The uniform buffer of binding 0.
+    pub params: Vec<u32>,
+    /// Workgroups along x and y.
+    pub groups: [u32; 2],
+}
+
+/// Why there is no dispatch.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum DispatchError {
+    /// One index of the axes that a call can be cut along still reaches further than a binding may.
+    #[error(
+        "{operand} spans {bytes} bytes for one head of one row, and this device binds at most {limit} \
+(max_storage_buffer_binding_size); use a layout in which a head's elements lie closer together"
+    )]
+    Binding {
+        /// The operand.
+        operand: &'static str,
+        /// Bytes from its first element to its last.
+        bytes: u64,
+        /// The most that can be bound.
+        limit: u64,
+    },
+    /// A number that kernels have no room for.
+    #[error("{what} is {got}, and kernels take at most {limit}")]
+    Limit {
+        /// What has a limit.
+        what: &'static str,
+        /// The limit.
+        limit: u64,
+        /// The number.
+        got: u64,
+    },
+}
+
+/// An operand in canonical order: batch, row, head, position, last.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct View {
+    pub(crate) name: &'static str,
+    pub(crate) elements: Elements,
+    pub(crate) address: u64,
+    /// Elements from one index to the next; 0 where it has one.
+    pub(crate) strides: [i64; 5],
+    pub(crate) sizes: [i64; 5],
+    /// Elements from one copy of it to the next, and copies: partial sums.
+    pub(crate) copies: [i64; 2],
+    /// Whether the kernel writes it.
+    pub(crate) writes: bool,
+    /// Whether the last axis are channels, taken four at a time.
+    pub(crate) quads: bool,
+    /// Whether all threads of a workgroup are at the same row of it.
+    pub(crate) shared: bool,
+    /// Heads of the operand for one head of the call's own: `Some(n)` for n query heads of a key head.
+    pub(crate) heads: Heads,
+}
+
+/// How an operand's head axis follows the call's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Heads {
+    /// It has query heads.
+    Query,
+    /// It has key heads.
+    Key,
+}
+
+impl View {
+    /// A row-major f32 array of the kernels' own.
+    pub(crate) fn dense(name: &'static str, address: u64, sizes: [i64; 5]) -> Self {
+        let mut strides = [1; 5];
+        for axis in (0..4).rev() {
+            strides[axis] = strides[axis + 1] * sizes[axis + 1];
+        }
+        for axis in 0..4 {
+            if sizes[axis] == 1 {
+                strides[axis] = 0;
+            }
+        }
+        Self {
+            name,
+            elements: Elements::Numbers(DType::F32),
+            address,
+            strides,
+            sizes,
+            copies: [0, 1],
+            writes: false,
+            quads: false,
+            shared: false,
+            heads: Heads::Query,
+        }
+    }
+
+    /// The same, written by the kernel.
+    pub(crate) fn written(self) -> Self {
+        Self { writes: true, ..self }
+    }
+
+    pub(crate) fn size_bytes(&self) -> i64 {
+        match self.elements {
+            Elements::Words => 4,
+            Elements::Bits(bytes) => i64::from(bytes),
+            Elements::Numbers(dtype) => dtype.size_bytes() as i64,
+        }
+    }
+
+    /// First byte and the byte behind the last.
+    fn reach(&self) -> (u64, u64) {
+        let (mut low, mut high) = (0_i64, 0_i64);
+        let axes = self.strides.iter().zip(&self.sizes).chain([(&self.copies[0], &self.copies[1])]);
+        for (&stride, &size) in axes {
+            let step = stride.saturating_mul(size - 1);
+            if step < 0 { low = low.saturating_add(step) } else { high = high.saturating_add(step) }
+        }
+        let bytes = self.size_bytes();
+        let at = |elements: i64| self.address.wrapping_add_signed(elements.wrapping_mul(bytes));
+        (at(low), at(high).wrapping_add(bytes.unsigned_abs()))
+    }
+
+    /// The window of memory that a binding has to show.
+    pub(crate) fn binding(&self, limits: &Limits) -> Binding {
+        let (first, end) = self.reach();
+        let address = first - first % limits.offset_alignment;
+        Binding { address, bytes: (end - address).next_multiple_of(4), writes: self.writes }
+    }
+
+    /// Whether four channels can be read at once.
+    fn in_quads(&self) -> Option<DType> {
+        let Elements::Numbers(dtype) = self.elements else { return None };
+        let whole = self.sizes[4] % 4 == 0 && self.strides[4] == 1;
+        let apart = self.strides[..4].iter().all(|stride| stride % 4 == 0);
+        let aligned = self.address.is_multiple_of(4 * dtype.size_bytes() as u64);
+        (self.quads && !self.writes && dtype.is_float() && whole && apart && aligned).then_some(dtype)
+    }
+
+    /// The part of it that a part of the call reaches; `group` query heads share a key head.
+    pub(crate) fn part(&self, part: &Part, group: i64) -> Self {
+        let heads = match self.heads {
+            Heads::Key => part.heads,
+            Heads::Query => part.heads.map(|heads| heads * group),
+        };
+        let mut view = *self;
+        for (axis, [first, count]) in [part.batch, part.rows, heads].into_iter().enumerate() {
+            let offset = first.wrapping_mul(self.strides[axis]).wrapping_mul(self.size_bytes());
+            view.address = view.address.wrapping_add_signed(offset);
+            view.sizes[axis] = if self.sizes[axis] == 1 { 1 } else { count };
+        }
+        view
+    }
+}
+
+/// A part of a call: first and count of its batches, rows and key heads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Part {
+    pub(crate) batch: [i64; 2],
+    pub(crate) rows: [i64; 2],
+    pub(crate) heads: [i64; 2],
+}
+
+/// Parts of a call of `sizes` batches, rows and key heads, in order, in which every operand fits a binding.
+///
+/// # Errors
+/// [`DispatchError::Binding`].
+pub(crate) fn parts(sizes: [i64; 3], group: i64, views: &[View], limits: &Limits) -> Result<Vec<Part>, DispatchError> {
+    let mut step = sizes;
+    loop {
+        let first = Part { batch: [0, step[0]], rows: [0, step[1]], heads: [0, step[2]] };
+        let bytes = |view: &&View| view.part(&first, group).binding(limits).bytes;
+        let Some(large) = views.iter().find(|view| bytes(view) > limits.binding_bytes) else { break };
+        // Halved along the outermost axis on which the operand has a say; else along any.
+        let has_say = |axis: &usize| step[*axis] > 1 && large.strides[*axis] != 0;
+        let Some(axis) = (0..3).find(has_say) else {
+            let (operand, limit) = (large.name, limits.binding_bytes);
+            return Err(DispatchError::Binding { operand, bytes: bytes(&large), limit });
+        };
+        step[axis] = (step[axis] + 1) / 2;
+    }
+    let ranges = |axis: usize| {
+        let (size, step) = (sizes[axis], step[axis]);
+        (0..(size + step - 1) / step).map(move |i| [i * step, step.min(size - i * step)])
+    };
+    let mut parts = Vec::new();
+    for batch in ranges(0) {
+        for rows in ranges(1) {
+            parts.extend(ranges(2).map(|heads| Part { batch, rows, heads }));
+        }
+    }
+    Ok(parts)
+}
+
+/// A number that 32 bits hold, or the largest one: what is too large is refused before, by a dispatch's limits.
+pub(crate) fn number(value: impl TryInto<u32>) -> u32 {
+    value.try_into().unwrap_or(u32::MAX)
+}
+
+/// A position or stride in elements: inside a binding of less than 2^32 bytes all of them are right modulo 2^32.
+#[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "modulo 2^32 is what is asked for")]
+pub(crate) fn wrapped(elements: i64) -> u32 {
+    elements as u32
+}
+
+/// What is put together for one dispatch.
+#[derive(Debug)]
+pub(crate) struct Builder<'a> {
+    pub(crate) file: File,
+    pub(crate) constants: Vec<(&'static str, Constant)>,
+    pub(crate) scalars: &'static [(&'static str, &'static str)],
+    pub(crate) values: Vec<u32>,
+    pub(crate) limits: &'a Limits,
+    /// Operands in the order of the argument, `None` for what the problem lacks.
+    pub(crate) operands: Vec<(&'static str, Option<View>)>,
+}
+
+impl Builder<'_> {
+    /// The dispatch. `groups` workgroups are folded; the scalars `groups` and `groups_x`, first of all, are set here.
+    ///
+    /// # Errors
+    /// [`DispatchError::Limit`] with more workgroups than two axes have.
+    pub(crate) fn dispatch(self, groups: u64) -> Result<Dispatch, DispatchError> {
+        let along_x = groups.min(u64::from(self.limits.workgroups));
+        let along_y = groups.div_ceil(along_x.max(1));
+        let limit = u64::from(self.limits.workgroups).pow(2).min(u64::from(u32::MAX));
+        if groups > limit {
+            return Err(DispatchError::Limit { what: "the number of workgroups", limit, got: groups });
+        }
+        let mut params = vec![number(groups), number(along_x)];
+        params.extend(self.values);
+        // Places begin at multiples of 16 bytes.
+        params.resize(params.len().next_multiple_of(4), 0);
+        let (mut operands, mut bindings) = (Vec::new(), Vec::<Binding>::new());
+        for (name, view) in self.operands {
+            let Some(view) = view else {
+                operands.push(OperandKey { name, usage: Use::Absent, slot: 0, channels: 0, strip: 1 });
+                params.extend([0; 8]);
+                continue;
+            };
+            // Lanes beyond a row's channels have nothing to read.
+            let most = self.limits.subgroup.min(number(view.sizes[4]).next_power_of_two());
+            let strip = if view.shared { most } else { 1 };
+            let usage = match view.in_quads() {
+                Some(dtype) if strip <= 1 => Use::ReadQuads(dtype),
+                _ if view.writes => Use::Write(view.elements),
+                _ => Use::Read(view.elements),
+            };
+            let channels = if view.quads { number(view.sizes[4]) } else { 0 };
+            operands.push(OperandKey { name, usage, slot: number(bindings.len()), channels, strip });
+            let binding = view.binding(self.limits);
+            let base = (view.address - binding.address) / view.size_bytes().unsigned_abs();
+            params.push(number(base));
+            params.extend(view.strides.map(wrapped));
+            params.extend([0; 2]);
+            bindings.push(binding);
+        }
+        let shader = Shader { file: self.file, constants: self.constants, scalars: self.scalars, operands };
+        Ok(Dispatch { shader, bindings, params, groups: [number(along_x), number(along_y)] })
+    }
+}

@@ -1,0 +1,76 @@
+//! The forward pass.
+
+use tilefold_core::AttentionProblem;
+
+use crate::forward::ForwardOutputs;
+use crate::wgsl::attention::{self, Operands, SCALARS, Sizes, THREADS};
+use crate::wgsl::dispatch::{Builder, Dispatch, DispatchError, Limits, View, parts};
+use crate::wgsl::shader::{Constant, File};
+
+/// Keys of one step.
+const KEYS: u32 = 2;
+
+/// Queries of one workgroup.
+#[must_use]
+pub fn forward_tile(problem: &AttentionProblem, limits: &Limits) -> u32 {
+    THREADS * queries(problem, limits)
+}
+
+fn queries(problem: &AttentionProblem, limits: &Limits) -> u32 {
+    let numbers = |channels: usize| 4 * channels.div_ceil(4) as i64;
+    let spec = problem.spec();
+    let room = attention::per_thread(numbers(spec.head_dim) + numbers(spec.head_dim_v), limits.software);
+    attention::needed(room, i64::try_from(spec.seqlen_q).unwrap_or(i64::MAX))
+}
+
+/// Dispatches of a forward pass, in order.
+///
+/// # Errors
+/// [`DispatchError`].
+pub fn forward(
+    problem: &AttentionProblem,
+    operands: &Operands,
+    outputs: &ForwardOutputs,
+    limits: &Limits,
+) -> Result<Vec<Dispatch>, DispatchError> {
+    let (spec, sizes) = (problem.spec(), Sizes::of(problem)?);
+    let queries = queries(problem, limits);
+    let mut constants = attention::constants(spec, limits);
+    constants.extend([
+        ("QUERIES", Constant::Number(queries)),
+        ("KEYS", Constant::Number(KEYS)),
+        ("LSE", Constant::Switch(outputs.lse.is_some())),
+        ("LSE_LOW", Constant::Switch(outputs.lse_low.is_some())),
+    ]);
+    let mut views = attention::inputs(&sizes, spec, operands);
+    for (name, view) in &mut views {
+        view.iter_mut().for_each(|view| view.shared = matches!(*name, "k" | "v"));
+    }
+    let by_query = |name, operand| sizes.by_query(name, spec.dtype, operand, sizes.head_dim_v);
+    views.push(("gate", operands.gate.as_ref().map(|gate| by_query("gate", gate))));
+    views.push(("out", Some(by_query("out", &outputs.out).written())));
+    for (name, operand) in [("lse", &outputs.lse), ("lse_low", &outputs.lse_low)] {
+        views.push((name, operand.as_ref().map(|operand| sizes.statistic(name, operand).written())));
+    }
+    let tiles = u32::try_from(sizes.seqlen_q).unwrap_or(u32::MAX).div_ceil(THREADS * queries);
+    let present: Vec<View> = views.iter().filter_map(|(_, view)| *view).collect();
+    let parts = parts(sizes.outer(), sizes.group, &present, limits)?;
+    let dispatch = |part| {
+        let groups = (part_heads(part, sizes.group) * i64::from(tiles)).unsigned_abs();
+        let builder = Builder {
+            file: File::Forward,
+            constants: constants.clone(),
+            scalars: SCALARS,
+            values: attention::scalars(problem, &sizes, part, tiles, 0),
+            limits,
+            operands: views.iter().map(|(name, view)| (*name, view.map(|view| view.part(part, sizes.group)))).collect(),
+        };
+        builder.dispatch(groups)
+    };
+    parts.iter().map(dispatch).collect()
+}
+
+/// Query heads of all rows of a part.
+pub(crate) fn part_heads(part: &crate::wgsl::dispatch::Part, group: i64) -> i64 {
+    part.batch[1] * part.rows[1] * part.heads[1] * group
+}

@@ -1,0 +1,18 @@
+//! The kernels in WGSL, for every device that wgpu drives: which shader a call runs, with which bindings and arguments.
+//!
+//! Addresses are numbers of the backend's own making; here they only tell which operands lie where in one buffer. A call
+//! whose operands exceed what a binding shows is cut along batch, rows and heads into several dispatches.
+
+mod attention;
+mod backward;
+mod dispatch;
+mod forward;
+mod moves;
+mod shader;
+
+pub use attention::Operands;
+pub use backward::{backward, backward_workspace_bytes};
+pub use dispatch::{Binding, Dispatch, DispatchError, Limits};
+pub use forward::{forward, forward_tile};
+pub use moves::{fill, merge, relayout};
+pub use shader::{Constant, Elements, File, OperandKey, Shader, Use};

@@ -1,0 +1,272 @@
+//! Strided copies, fills and merges.
+
+use tilefold_core::{DType, Element, Layout, MergeOperands, TensorView};
+
+use crate::axes::Axes;
+use crate::kernel::KernelError;
+use crate::params::{MAX_LAYOUT_AXES, Operand};
+use crate::wgsl::attention::{Sizes, THREADS};
+use crate::wgsl::dispatch::{Builder, Dispatch, DispatchError, Limits, Part, View, number, parts, wrapped};
+use crate::wgsl::shader::{Constant, Elements, File};
+
+/// Most elements of one dispatch: their numbers, rounded up to workgroups, are 32 bits.
+const MAX_ELEMENTS: i64 = 1 << 31;
+
+/// Fields of the argument of copies and fills.
+const SCALARS: &[(&str, &str)] =
+    &[("groups", "u32"), ("groups_x", "u32"), ("count", "u32"), ("value", "u32"), ("axes", "array<vec4<u32>, 8>")];
+
+/// The dispatches that copy `source` to `destination`, which a [`tilefold_core::RelayoutArgs`] has checked.
+///
+/// # Errors
+/// [`DispatchError`].
+pub fn relayout(
+    source: &TensorView<'_>,
+    destination: &TensorView<'_>,
+    limits: &Limits,
+) -> Result<Vec<Dispatch>, DispatchError> {
+    let axes = Axes::new(source.layout(), destination.layout()).map_err(too_many_axes)?;
+    let (from, to) = (source.dtype(), destination.dtype());
+    let kinds = if from == to { [0; 2] } else { [kind(from), kind(to)] };
+    let constants = vec![
+        ("THREADS", Constant::Number(THREADS)),
+        ("NATIVE_EXP", Constant::Switch(false)),
+        ("AXES", Constant::Number(number(axes.compiled()))),
+        ("SOURCE", Constant::Number(kinds[0])),
+        ("DESTINATION", Constant::Number(kinds[1])),
+    ];
+    let moves = Moves {
+        file: File::Relayout,
+        constants,
+        value: 0,
+        source: Some(Side::of("source", source, axes.source_start)),
+        destination: Side::of("destination", destination, axes.destination_start),
+        limits,
+    };
+    let mut dispatches = Vec::new();
+    moves.cut(Box::of(&axes), &mut dispatches)?;
+    Ok(dispatches)
+}
+
+/// The dispatches that set every element of a view to `value`, rounded to its dtype.
+///
+/// # Errors
+/// [`DispatchError`].
+pub fn fill(view: &TensorView<'_>, value: f64, limits: &Limits) -> Result<Vec<Dispatch>, DispatchError> {
+    // An axis whose entries share a place is written once.
+    let layout = view.layout();
+    let once = |(&size, &stride): (&usize, &i64)| if stride == 0 { 1 } else { size };
+    let shape: Vec<usize> = layout.shape().iter().zip(layout.strides()).map(once).collect();
+    let once = Layout::new(&shape, layout.strides(), 0).unwrap_or_else(|_| layout.clone());
+    let axes = Axes::new(&once, &once).map_err(too_many_axes)?;
+    let constants = vec![("THREADS", Constant::Number(THREADS)), ("AXES", Constant::Number(number(axes.compiled())))];
+    let moves = Moves {
+        file: File::Fill,
+        constants,
+        value: bits(view.dtype(), value),
+        source: None,
+        destination: Side::of("destination", view, axes.destination_start),
+        limits,
+    };
+    let mut dispatches = Vec::new();
+    moves.cut(Box::of(&axes), &mut dispatches)?;
+    Ok(dispatches)
+}
+
+fn too_many_axes(error: KernelError) -> DispatchError {
+    match error {
+        KernelError::Limit { what, limit, got } => DispatchError::Limit { what, limit, got },
+        KernelError::MissingSource { .. } => DispatchError::Limit { what: "the number of sources", limit: 0, got: 0 },
+    }
+}
+
+fn kind(dtype: DType) -> u32 {
+    match dtype {
+        DType::F16 => 2,
+        DType::BF16 => 3,
+        _ => 1,
+    }
+}
+
+fn bits(dtype: DType, value: f64) -> u32 {
+    match dtype {
+        DType::F16 => u32::from(<half::f16 as Element>::from_f64(value).to_bits()),
+        DType::BF16 => u32::from(<half::bf16 as Element>::from_f64(value).to_bits()),
+        DType::I32 => i32::from_f64(value).cast_unsigned(),
+        DType::Bool => u32::from(value != 0.0),
+        _ => f32::from_f64(value).to_bits(),
+    }
+}
+
+/// Elements of one tensor that are moved.
+struct Side {
+    name: &'static str,
+    bytes: u32,
+    /// Address of the first element of the axes.
+    address: u64,
+}
+
+impl Side {
+    fn of(name: &'static str, view: &TensorView<'_>, start: i64) -> Self {
+        let bytes = view.dtype().size_bytes();
+        Self { name, bytes: number(bytes), address: crate::axes::moved(view.origin().addr() as u64, start, bytes) }
+    }
+
+    /// Its part in a box whose first element lies `offset` elements on.
+    fn view(&self, sizes: &[i64], strides: &[i64], offset: i64) -> View {
+        // Axes beyond five lie inside the reach of one: only the reach of a binding is asked for.
+        let reach = |forwards: bool| {
+            let steps = sizes.iter().zip(strides).map(|(size, stride)| (size - 1) * stride);
+            steps.filter(|&step| (step > 0) == forwards).sum::<i64>()
+        };
+        let [forwards, backwards] = [true, false].map(reach);
+        View {
+            elements: Elements::Bits(self.bytes),
+            strides: [forwards, backwards, 0, 0, 0],
+            ..View::dense(self.name, crate::axes::moved(self.address, offset, self.bytes as usize), [2, 2, 1, 1, 1])
+        }
+    }
+}
+
+/// A part of the elements of both tensors.
+#[derive(Clone)]
+struct Box {
+    sizes: [i64; MAX_LAYOUT_AXES],
+    source: [i64; MAX_LAYOUT_AXES],
+    destination: [i64; MAX_LAYOUT_AXES],
+    /// Elements from the first ones.
+    offsets: [i64; 2],
+}
+
+impl Box {
+    fn of(axes: &Axes) -> Self {
+        Self {
+            sizes: axes.sizes(),
+            source: axes.source_strides(),
+            destination: axes.destination_strides(),
+            offsets: [0, 0],
+        }
+    }
+
+    fn count(&self) -> i64 {
+        self.sizes.iter().product()
+    }
+
+    /// Two halves along the outermost axis that has more than one entry.
+    fn halves(&self) -> Option<[Self; 2]> {
+        let axis = self.sizes.iter().position(|&size| size > 1)?;
+        let (mut first, mut second) = (self.clone(), self.clone());
+        first.sizes[axis] = self.sizes[axis] / 2;
+        second.sizes[axis] -= first.sizes[axis];
+        second.offsets[0] += first.sizes[axis] * self.source[axis];
+        second.offsets[1] += first.sizes[axis] * self.destination[axis];
+        Some([first, second])
+    }
+}
+
+struct Moves<'a> {
+    file: File,
+    constants: Vec<(&'static str, Constant)>,
+    value: u32,
+    source: Option<Side>,
+    destination: Side,
+    limits: &'a Limits,
+}
+
+impl Moves<'_> {
+    /// Dispatches for a box: one, or those of its halves where bindings cannot show it.
+    fn cut(&self, part: Box, dispatches: &mut Vec<Dispatch>) -> Result<(), DispatchError> {
+        let destination = self.destination.view(&part.sizes, &part.destination, part.offsets[1]).written();
+        let source = self.source.as_ref().map(|source| source.view(&part.sizes, &part.source, part.offsets[0]));
+        let limit = self.limits.binding_bytes;
+        let fits = |view: &View| view.binding(self.limits).bytes <= limit;
+        if part.count() > MAX_ELEMENTS || !fits(&destination) || !source.as_ref().is_none_or(fits) {
+            let halves = part.halves().ok_or(DispatchError::Binding { operand: "an element", bytes: 4, limit })?;
+            return halves.into_iter().try_for_each(|half| self.cut(half, dispatches));
+        }
+        let mut values = vec![number(part.count()), self.value];
+        for axis in 0..MAX_LAYOUT_AXES {
+            values.extend([number(part.sizes[axis]), wrapped(part.source[axis]), wrapped(part.destination[axis]), 0]);
+        }
+        let mut operands = vec![("destination", Some(destination))];
+        if let Some(source) = source {
+            operands.insert(0, ("source", Some(source)));
+        }
+        let builder = Builder {
+            file: self.file,
+            constants: self.constants.clone(),
+            scalars: SCALARS,
+            values,
+            limits: self.limits,
+            operands,
+        };
+        let groups = part.count().unsigned_abs().div_ceil(u64::from(THREADS));
+        dispatches.push(builder.dispatch(groups)?);
+        Ok(())
+    }
+}
+
+/// Fields of the argument of a merge.
+const MERGE_SCALARS: &[(&str, &str)] = &[
+    ("groups", "u32"),
+    ("groups_x", "u32"),
+    ("count", "u32"),
+    ("rows", "u32"),
+    ("heads", "u32"),
+    ("seqlen_q", "u32"),
+    ("channels", "u32"),
+    ("zero", "u32"),
+];
+
+/// The dispatches that add a part into its accumulator; a [`tilefold_core::MergeArgs`] has checked the operands.
+///
+/// # Errors
+/// [`DispatchError`].
+pub fn merge(operands: &MergeOperands<'_>, limits: &Limits) -> Result<Vec<Dispatch>, DispatchError> {
+    let shape = |axis: usize| operands.out.shape().get(axis).map_or(1, |&size| i64::try_from(size).unwrap_or(i64::MAX));
+    let sizes = Sizes {
+        batch: shape(0),
+        rows: shape(1),
+        seqlen_q: shape(2),
+        heads: shape(3),
+        kv_heads: shape(3),
+        group: 1,
+        seqlen_k: 1,
+        head_dim: shape(4),
+        head_dim_v: shape(4),
+    };
+    let out = |name, view: &TensorView<'_>| View {
+        quads: false,
+        ..sizes.by_query(name, view.dtype(), &Operand::of(view), sizes.head_dim_v)
+    };
+    let statistic = |name, view: &TensorView<'_>| sizes.statistic(name, &Operand::of(view));
+    let views = [
+        out("out", &operands.out),
+        statistic("lse", &operands.lse),
+        statistic("lse_low", &operands.lse_low),
+        out("acc_out", operands.acc_out.as_view()).written(),
+        statistic("acc_lse", operands.acc_lse.as_view()).written(),
+        statistic("acc_lse_low", operands.acc_lse_low.as_view()).written(),
+    ];
+    let dispatch = |part: &Part| {
+        let count = part.batch[1] * part.rows[1] * part.heads[1] * sizes.seqlen_q;
+        if count > MAX_ELEMENTS {
+            let (what, limit) = ("the number of queries of all heads", MAX_ELEMENTS.unsigned_abs());
+            return Err(DispatchError::Limit { what, limit, got: count.unsigned_abs() });
+        }
+        let numbers = [count, part.rows[1], part.heads[1], sizes.seqlen_q, sizes.head_dim_v, 0];
+        let builder = Builder {
+            file: File::Merge,
+            constants: vec![
+                ("THREADS", Constant::Number(THREADS)),
+                ("NATIVE_EXP", Constant::Switch(limits.native_exp())),
+            ],
+            scalars: MERGE_SCALARS,
+            values: numbers.map(number).to_vec(),
+            limits,
+            operands: views.iter().map(|view| (view.name, Some(view.part(part, 1)))).collect(),
+        };
+        builder.dispatch(count.unsigned_abs().div_ceil(u64::from(THREADS)))
+    };
+    parts(sizes.outer(), 1, &views, limits)?.iter().map(dispatch).collect()
+}

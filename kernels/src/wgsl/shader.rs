@@ -1,0 +1,424 @@
+//! One WGSL text: constants, the argument, an accessor for each operand, and the kernel's file.
+
+use std::fmt::Write;
+
+use tilefold_core::DType;
+
+/// Files that kernels are made of, by the names they are given here.
+const NUMBERS: &str = include_str!("../../include/numbers.wgsl");
+const ATTENTION: &str = include_str!("../../include/attention.wgsl");
+const BACKWARD: &str = include_str!("../../include/backward.wgsl");
+
+/// A kernel's own file, and what goes before it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum File {
+    /// `attention/forward.wgsl`
+    Forward,
+    /// `attention/backward_prepare.wgsl`
+    Prepare,
+    /// `attention/backward_queries.wgsl`
+    Queries,
+    /// `attention/backward_keys.wgsl`
+    Keys,
+    /// `attention/backward_bias.wgsl`
+    Bias,
+    /// `attention/sums.wgsl`
+    Sums,
+    /// `merge.wgsl`
+    Merge,
+    /// `relayout.wgsl`
+    Relayout,
+    /// `fill.wgsl`
+    Fill,
+}
+
+impl File {
+    /// Name of the file without its folder.
+    #[must_use]
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Forward => "forward",
+            Self::Prepare => "backward_prepare",
+            Self::Queries => "backward_queries",
+            Self::Keys => "backward_keys",
+            Self::Bias => "backward_bias",
+            Self::Sums => "sums",
+            Self::Merge => "merge",
+            Self::Relayout => "relayout",
+            Self::Fill => "fill",
+        }
+    }
+
+    fn texts(self) -> &'static [&'static str] {
+        match self {
+            Self::Forward => &[NUMBERS, ATTENTION, include_str!("../../attention/forward.wgsl")],
+            Self::Prepare => &[NUMBERS, ATTENTION, include_str!("../../attention/backward_prepare.wgsl")],
+            Self::Queries => &[NUMBERS, ATTENTION, BACKWARD, include_str!("../../attention/backward_queries.wgsl")],
+            Self::Keys => &[NUMBERS, ATTENTION, BACKWARD, include_str!("../../attention/backward_keys.wgsl")],
+            Self::Bias => &[NUMBERS, ATTENTION, BACKWARD, include_str!("../../attention/backward_bias.wgsl")],
+            Self::Sums => &[NUMBERS, include_str!("../../attention/sums.wgsl")],
+            Self::Merge => &[NUMBERS, include_str!("../../merge.wgsl")],
+            Self::Relayout => &[NUMBERS, include_str!("../../relayout.wgsl")],
+            Self::Fill => &[include_str!("../../fill.wgsl")],
+        }
+    }
+}
+
+/// A compile-time constant.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Constant {
+    /// An unsigned number.
+    Number(u32),
+    /// A switch.
+    Switch(bool),
+}
+
+/// How the elements of an operand are stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Elements {
+    /// Numbers of one dtype.
+    Numbers(DType),
+    /// Words of 32 bits as they are.
+    Words,
+    /// Elements of so many bytes as they are.
+    Bits(u32),
+}
+
+/// How an operand is used.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Use {
+    /// The problem has none: what reads it gets 0 and is never reached.
+    Absent,
+    /// It is read.
+    Read(Elements),
+    /// It is read four neighbouring channels at a time: they begin at multiples of four elements.
+    ReadQuads(DType),
+    /// It is written, and read where `reads` says so.
+    Write(Elements),
+}
+
+/// One operand of a kernel as its text knows it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct OperandKey {
+    /// Its name in the text.
+    pub name: &'static str,
+    /// How it is used.
+    pub usage: Use,
+    /// Number of the binding it is in; operands may share one.
+    pub slot: u32,
+    /// Channels of a row, where it is read or written in quads; 0 elsewhere.
+    pub channels: u32,
+    /// How many neighbouring threads share the reading of a row that all of them want; 1 where each reads it for itself.
+    pub strip: u32,
+}
+
+/// A kernel specialised: equal values are equal texts.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Shader {
+    /// The kernel.
+    pub file: File,
+    /// Constants in the order of the text.
+    pub constants: Vec<(&'static str, Constant)>,
+    /// Fields of the argument before the places of the operands, with their types.
+    pub scalars: &'static [(&'static str, &'static str)],
+    /// Operands in the order of the argument.
+    pub operands: Vec<OperandKey>,
+}
+
+impl Shader {
+    /// The text. Bindings whose bit is set in `written` lie in a buffer that the dispatch writes through another one,
+    /// and must be declared so.
+    #[must_use]
+    pub fn source(&self, written: u32) -> String {
+        let mut text = String::new();
+        self.write(written, &mut text).unwrap_or_default(); // Writing to a string does not fail.
+        self.file.texts().iter().for_each(|part| text.push_str(part));
+        text.push_str(if self.has_subgroups() { ENTRY_WITH_SUBGROUPS } else { ENTRY });
+        text
+    }
+
+    /// Whether threads read each other's registers: the device must have the feature `subgroups`.
+    #[must_use]
+    pub fn has_subgroups(&self) -> bool {
+        self.operands.iter().any(|operand| operand.strip > 1)
+    }
+
+    fn write(&self, written: u32, text: &mut String) -> std::fmt::Result {
+        for &(name, constant) in &self.constants {
+            match constant {
+                Constant::Number(number) => writeln!(text, "const {name}: u32 = {number}u;")?,
+                Constant::Switch(switch) => writeln!(text, "const {name}: bool = {switch};")?,
+            }
+        }
+        if !self.operands.is_empty() {
+            writeln!(text, "struct Place {{")?;
+            for field in PLACE {
+                writeln!(text, "    {field}: u32,")?;
+            }
+            writeln!(text, "}}")?;
+        }
+        writeln!(text, "struct Params {{")?;
+        for (name, kind) in self.scalars {
+            writeln!(text, "    {name}: {kind},")?;
+        }
+        for unused in self.scalars.len()..self.scalars.len().next_multiple_of(4) {
+            writeln!(text, "    unused{unused}: u32,")?;
+        }
+        for operand in &self.operands {
+            writeln!(text, "    {}: Place,", operand.name)?;
+        }
+        writeln!(text, "}}\n@group(0) @binding(0) var<uniform> params: Params;")?;
+        if self.has_subgroups() {
+            writeln!(text, "var<private> lane: u32;")?;
+        }
+        let mut declared = 0_u32;
+        for operand in &self.operands {
+            let bit = 1 << operand.slot;
+            if operand.usage != Use::Absent && declared & bit == 0 {
+                declared |= bit;
+                operand.declare(written & bit != 0, text)?;
+            }
+            operand.accessors(text)?;
+        }
+        Ok(())
+    }
+}
+
+/// The entry point: `run` of the kernel's file.
+const ENTRY: &str = "
+@compute @workgroup_size(THREADS)
+fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) thread: u32) {
+    run(group, thread);
+}
+";
+
+/// The same where threads read each other's registers: each must know its number in its subgroup.
+const ENTRY_WITH_SUBGROUPS: &str = "
+@compute @workgroup_size(THREADS)
+fn main(
+    @builtin(workgroup_id) group: vec3<u32>,
+    @builtin(local_invocation_index) thread: u32,
+    @builtin(subgroup_invocation_id) own_lane: u32,
+) {
+    lane = own_lane;
+    run(group, thread);
+}
+";
+
+/// Fields of an operand's place: where its element with all indices 0 lies in the binding, and strides, in elements.
+const PLACE: [&str; 8] = ["base", "batch", "row", "head", "position", "last", "unused0", "unused1"];
+
+impl OperandKey {
+    /// The binding.
+    fn declare(&self, written: bool, text: &mut String) -> std::fmt::Result {
+        let kind = match self.usage {
+            Use::ReadQuads(DType::F32) => "vec4<u32>",
+            Use::ReadQuads(_) => "vec2<u32>",
+            Use::Write(Elements::Numbers(dtype)) if dtype.size_bytes() < 4 => "atomic<u32>",
+            Use::Write(Elements::Bits(bytes)) if bytes < 4 => "atomic<u32>",
+            _ => "u32",
+        };
+        let access = if written || matches!(self.usage, Use::Write(_)) { "read_write" } else { "read" };
+        let (slot, binding) = (self.slot, self.slot + 1);
+        writeln!(text, "@group(0) @binding({binding}) var<storage, {access}> words{slot}: array<{kind}>;")
+    }
+
+    fn accessors(&self, text: &mut String) -> std::fmt::Result {
+        let Self { name, slot, .. } = *self;
+        let words = format!("words{slot}");
+        match self.usage {
+            Use::Absent => {
+                let result = match name {
+                    "key_mask" => "bool",
+                    "q_segments" | "k_segments" => "i32",
+                    "kv_lengths" | "slopes" => "u32",
+                    _ => "f32",
+                };
+                writeln!(text, "fn load_{name}(at: u32) -> {result} {{ return {result}(); }}")?;
+                writeln!(text, "fn store_{name}(at: u32, x: f32) {{}}")?;
+                writeln!(text, "fn load4_{name}(at: u32, quad: u32) -> vec4<f32> {{ return vec4<f32>(); }}")?;
+                writeln!(text, "fn store4_{name}(at: u32, quad: u32, x: vec4<f32>) {{}}")
+            }
+            Use::Read(elements) => {
+                self.load(elements, &words, text)?;
+                self.load4(text)?;
+                self.row(text)
+            }
+            Use::ReadQuads(dtype) => {
+                let body = match dtype {
+                    DType::F32 => format!("return bitcast<vec4<f32>>({words}[(at >> 2u) + quad]);"),
+                    _ => {
+                        let from = from(dtype);
+                        format!(
+                            "let w = {words}[(at >> 2u) + quad]; \
+return vec4<f32>({from}(w.x), {from}(w.x >> 16u), {from}(w.y), {from}(w.y >> 16u));"
+                        )
+                    }
+                };
+                let body = if dtype == DType::BF16 { body.replace("from_bf16(w.x >> 16u)", HIGH_X) } else { body };
+                let body = if dtype == DType::BF16 { body.replace("from_bf16(w.y >> 16u)", HIGH_Y) } else { body };
+                writeln!(text, "fn load4_{name}(at: u32, quad: u32) -> vec4<f32> {{ {body} }}")?;
+                self.row(text)
+            }
+            Use::Write(elements) => {
+                self.store(elements, &words, text)?;
+                self.store4(elements, &words, text)?;
+                match elements {
+                    Elements::Numbers(dtype) if dtype.size_bytes() == 2 => {
+                        let (name, from) = (self.name, from(dtype));
+                        let word = format!("atomicLoad(&{words}[at >> 1u]) >> ((at & 1u) * 16u)");
+                        writeln!(text, "fn load_{name}(at: u32) -> f32 {{ return {from}({word}); }}")
+                    }
+                    Elements::Bits(_) => Ok(()),
+                    _ => self.load(elements, &words, text),
+                }
+            }
+        }
+    }
+
+    fn load(&self, elements: Elements, words: &str, text: &mut String) -> std::fmt::Result {
+        let name = self.name;
+        let (result, body) = match elements {
+            Elements::Words | Elements::Bits(4) => ("u32", format!("{words}[at]")),
+            Elements::Bits(2) => ("u32", format!("({words}[at >> 1u] >> ((at & 1u) * 16u)) & 0xffffu")),
+            Elements::Bits(_) => ("u32", format!("({words}[at >> 2u] >> ((at & 3u) * 8u)) & 0xffu")),
+            Elements::Numbers(DType::F32) => ("f32", format!("bitcast<f32>({words}[at])")),
+            Elements::Numbers(DType::I32) => ("i32", format!("bitcast<i32>({words}[at])")),
+            Elements::Numbers(DType::Bool) => {
+                ("bool", format!("(({words}[at >> 2u] >> ((at & 3u) * 8u)) & 0xffu) != 0u"))
+            }
+            Elements::Numbers(dtype) => ("f32", format!("{}({words}[at >> 1u] >> ((at & 1u) * 16u))", from(dtype))),
+        };
+        writeln!(text, "fn load_{name}(at: u32) -> {result} {{ return {body}; }}")
+    }
+
+    /// Four channels by their stride.
+    fn load4(&self, text: &mut String) -> std::fmt::Result {
+        let Self { name, channels, .. } = *self;
+        if channels == 0 {
+            return Ok(());
+        }
+        writeln!(text, "fn load4_{name}(at: u32, quad: u32) -> vec4<f32> {{")?;
+        writeln!(text, "    let step = params.{name}.last;\n    let start = at + quad * 4u * step;")?;
+        if channels.is_multiple_of(4) {
+            let at = |i: u32| format!("load_{name}(start + {i}u * step)");
+            writeln!(text, "    return vec4<f32>({}, {}, {}, {});\n}}", at(0), at(1), at(2), at(3))
+        } else {
+            writeln!(text, "    var x = vec4<f32>();")?;
+            for i in 0..4 {
+                writeln!(
+                    text,
+                    "    if (quad * 4u + {i}u < {channels}u) {{ x[{i}] = load_{name}(start + {i}u * step); }}"
+                )?;
+            }
+            writeln!(text, "    return x;\n}}")
+        }
+    }
+
+    /// A row that all threads of a workgroup are at: `row_x` begins reading it, `quad_x` gives its channels.
+    fn row(&self, text: &mut String) -> std::fmt::Result {
+        let Self { name, channels, strip, .. } = *self;
+        if channels == 0 {
+            return Ok(());
+        }
+        if strip <= 1 {
+            writeln!(text, "struct Row_{name} {{ at: u32 }}")?;
+            writeln!(text, "fn row_{name}(at: u32) -> Row_{name} {{ return Row_{name}(at); }}")?;
+            return writeln!(
+                text,
+                "fn quad_{name}(row: Row_{name}, c: u32) -> vec4<f32> {{ return load4_{name}(row.at, c); }}"
+            );
+        }
+        // Each lane of a subgroup reads some channels, and the others get them from it.
+        let strips = channels.div_ceil(strip);
+        writeln!(text, "struct Row_{name} {{ strips: array<f32, {strips}> }}")?;
+        writeln!(text, "fn row_{name}(at: u32) -> Row_{name} {{\n    var row: Row_{name};")?;
+        writeln!(text, "    let own = lane % {strip}u;")?;
+        for i in 0..strips {
+            let channel = if (i + 1) * strip <= channels {
+                format!("{}u + own", i * strip)
+            } else {
+                format!("min({}u + own, {}u)", i * strip, channels - 1)
+            };
+            writeln!(text, "    row.strips[{i}] = load_{name}(at + ({channel}) * params.{name}.last);")?;
+        }
+        writeln!(text, "    return row;\n}}")?;
+        writeln!(text, "fn quad_{name}(row: Row_{name}, c: u32) -> vec4<f32> {{\n    switch (c) {{")?;
+        for quad in 0..channels.div_ceil(4) {
+            let channel = |i: u32| match quad * 4 + i {
+                channel if channel < channels => {
+                    format!("subgroupBroadcast(row.strips[{}], {}u)", channel / strip, channel % strip)
+                }
+                _ => "0.0".to_owned(),
+            };
+            let [x, y, z, w] = [0, 1, 2, 3].map(channel);
+            writeln!(text, "        case {quad}u: {{ return vec4<f32>({x}, {y}, {z}, {w}); }}")?;
+        }
+        writeln!(text, "        default: {{ return vec4<f32>(); }}\n    }}\n}}")
+    }
+
+    fn store(&self, elements: Elements, words: &str, text: &mut String) -> std::fmt::Result {
+        let name = self.name;
+        let body = match elements {
+            Elements::Words | Elements::Bits(4) => {
+                return writeln!(text, "fn store_{name}(at: u32, x: u32) {{ {words}[at] = x; }}");
+            }
+            Elements::Bits(bytes) => {
+                let (at, within, mask) = if bytes == 2 { (1, 1, 0xffff) } else { (2, 3, 0xff) };
+                return writeln!(
+                    text,
+                    "fn store_{name}(at: u32, x: u32) {{ let shift = (at & {within}u) * {}u; \
+atomicAnd(&{words}[at >> {at}u], ~({mask}u << shift)); atomicOr(&{words}[at >> {at}u], x << shift); }}",
+                    8 * bytes
+                );
+            }
+            Elements::Numbers(dtype) if dtype.size_bytes() == 4 => format!("{words}[at] = bitcast<u32>(x);"),
+            // The word's other half belongs to another thread, or to another tensor.
+            Elements::Numbers(dtype) => format!(
+                "let shift = (at & 1u) * 16u; atomicAnd(&{words}[at >> 1u], ~(0xffffu << shift)); \
+atomicOr(&{words}[at >> 1u], {}(x) << shift);",
+                to(dtype)
+            ),
+        };
+        writeln!(text, "fn store_{name}(at: u32, x: f32) {{ {body} }}")
+    }
+
+    fn store4(&self, elements: Elements, words: &str, text: &mut String) -> std::fmt::Result {
+        let Self { name, channels, .. } = *self;
+        let Elements::Numbers(dtype) = elements else { return Ok(()) };
+        if channels == 0 {
+            return Ok(());
+        }
+        writeln!(text, "fn store4_{name}(at: u32, quad: u32, x: vec4<f32>) {{")?;
+        writeln!(text, "    let step = params.{name}.last;\n    let start = at + quad * 4u * step;")?;
+        if dtype.size_bytes() == 2 {
+            let to = to(dtype);
+            writeln!(text, "    if (step == 1u && (start & 1u) == 0u && quad * 4u + 4u <= {channels}u) {{")?;
+            for (word, low, high) in [(0, "x.x", "x.y"), (1, "x.z", "x.w")] {
+                writeln!(
+                    text,
+                    "        atomicStore(&{words}[(start >> 1u) + {word}u], {to}({low}) | ({to}({high}) << 16u));"
+                )?;
+            }
+            writeln!(text, "        return;\n    }}")?;
+        }
+        for i in 0..4 {
+            writeln!(text, "    if (quad * 4u + {i}u < {channels}u) {{ store_{name}(start + {i}u * step, x[{i}]); }}")?;
+        }
+        writeln!(text, "}}")
+    }
+}
+
+/// The bfloat16 in a word's high half needs no shift.
+const HIGH_X: &str = "bitcast<f32>(w.x & 0xffff0000u)";
+const HIGH_Y: &str = "bitcast<f32>(w.y & 0xffff0000u)";
+
+/// The function that reads half a word.
+fn from(dtype: DType) -> &'static str {
+    if dtype == DType::F16 { "from_f16" } else { "from_bf16" }
+}
+
+/// The function that writes half a word.
+fn to(dtype: DType) -> &'static str {
+    if dtype == DType::F16 { "to_f16" } else { "to_bf16" }
+}
