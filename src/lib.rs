@@ -13,7 +13,7 @@ pub use tilefold_backend_cpu::{Arch, CpuBackend, HostMemory, host_memory};
 #[cfg(feature = "cuda")]
 pub use tilefold_backend_cuda::CudaBackend;
 #[cfg(feature = "wgpu")]
-pub use tilefold_backend_wgpu::WgpuBackend;
+pub use tilefold_backend_wgpu::{WgpuBackend, WgpuOptions};
 pub use tilefold_core::attention::reference;
 pub use tilefold_core::{
     AttentionPlan, AttentionProblem, AttentionSpec, Backend, BackwardArgs, BackwardOperands, BiasSpec, DType,

@@ -62,7 +62,10 @@ pub(crate) fn forward(context: &Arc<Context>, args: ForwardArgs<'_>) -> DeviceRe
         lse: lse.map(|lse| Operand::of(lse.as_view())),
         lse_low: lse_low.map(|lse_low| Operand::of(lse_low.as_view())),
     };
-    submit(context, wgsl::forward(problem, &operands, &outputs, &context.limits))
+    let mut blocks = Vec::new();
+    let workspace = |bytes| workspace(context, bytes, &mut blocks);
+    let dispatches = wgsl::forward(problem, &operands, &outputs, &context.limits, workspace);
+    submit(context, dispatches.map_err(|refused| refused.0)?)
 }
 
 /// Enqueues the launches of a backward pass.
@@ -99,14 +102,17 @@ pub(crate) fn backward(context: &Arc<Context>, args: BackwardArgs<'_>) -> Device
         d_gate: written(&o.d_gate),
     };
     let mut blocks = Vec::new();
-    let workspace = |bytes| {
-        let block = Block::new(context, bytes).map_err(Refused)?;
-        let address = block.address();
-        blocks.push(block);
-        Ok::<_, Refused>(address)
-    };
-    let dispatches = wgsl::backward(problem, &operands, &context.limits, workspace).map_err(|refused| refused.0)?;
-    submit(context, Ok(dispatches))
+    let workspace = |bytes| workspace(context, bytes, &mut blocks);
+    let dispatches = wgsl::backward(problem, &operands, &context.limits, workspace);
+    submit(context, dispatches.map_err(|refused| refused.0)?)
+}
+
+/// The address of memory that lives as long as `blocks`.
+fn workspace(context: &Arc<Context>, bytes: u64, blocks: &mut Vec<Block>) -> Result<u64, Refused> {
+    let block = Block::new(context, bytes).map_err(Refused)?;
+    let address = block.address();
+    blocks.push(block);
+    Ok(address)
 }
 
 /// Lists of a problem that the kernels read from the device.

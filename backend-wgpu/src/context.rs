@@ -18,19 +18,29 @@ const MAX_BINDING_BYTES: u64 = (1 << 32) - 4;
 /// Threads of a workgroup, which no subgroup exceeds here.
 const THREADS: u32 = 64;
 
-/// The environment variable that turns subgroups off, `off`: kernels then do without, as on devices that have none.
-pub const SUBGROUPS_VARIABLE: &str = "TILEFOLD_WGPU_SUBGROUPS";
+/// What a device is asked for: less than it has, to see what happens where there is less.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct WgpuOptions {
+    /// Whether kernels use subgroups where the device has them.
+    pub subgroups: bool,
+    /// Storage buffers of one shader, at most; no fewer than 10 are enough.
+    pub max_storage_buffers: u32,
+    /// Bytes of one binding, at most.
+    pub max_binding_bytes: u64,
+}
 
-fn subgroups_wanted() -> Result<bool, OpenError> {
-    let Some(value) = std::env::var_os(SUBGROUPS_VARIABLE) else { return Ok(true) };
-    match value.to_str() {
-        Some("on") => Ok(true),
-        Some("off") => Ok(false),
-        _ => Err(OpenError::BadSetting {
-            variable: SUBGROUPS_VARIABLE,
-            value: value.to_string_lossy().into_owned(),
-            expected: "on or off".to_owned(),
-        }),
+impl Default for WgpuOptions {
+    fn default() -> Self {
+        Self { subgroups: true, max_storage_buffers: u32::MAX, max_binding_bytes: u64::MAX }
+    }
+}
+
+impl WgpuOptions {
+    /// What every browser has: no subgroups, 10 storage buffers, bindings of 128 MiB.
+    #[must_use]
+    pub fn portable() -> Self {
+        Self { subgroups: false, max_storage_buffers: 10, max_binding_bytes: 128 << 20 }
     }
 }
 
@@ -91,14 +101,22 @@ impl Context {
         if let Some(context) = in_use.filter(|context| context.state.lost.get().is_none()) {
             return Ok(context);
         }
-        let context = Arc::new(Self::open(ordinal, adapter)?);
+        let context = Arc::new(Self::open(ordinal, adapter, WgpuOptions::default())?);
         contexts.insert(ordinal, Arc::downgrade(&context));
         Ok(context)
     }
 
-    fn open(ordinal: usize, adapter: &wgpu::Adapter) -> Result<Self, OpenError> {
+    /// A context of its own.
+    ///
+    /// # Errors
+    /// As [`Context::of`].
+    pub(crate) fn open(ordinal: usize, adapter: &wgpu::Adapter, options: WgpuOptions) -> Result<Self, OpenError> {
         let id = DeviceId { kind: DeviceKind::Wgpu, ordinal };
-        let (limits, info) = (adapter.limits(), adapter.get_info());
+        let (mut limits, info) = (adapter.limits(), adapter.get_info());
+        let buffers = &mut limits.max_storage_buffers_per_shader_stage;
+        *buffers = options.max_storage_buffers.min(*buffers);
+        let bytes = &mut limits.max_storage_buffer_binding_size;
+        *bytes = options.max_binding_bytes.min(*bytes);
         let found = limits.max_storage_buffers_per_shader_stage;
         if found < MIN_STORAGE_BUFFERS {
             let limit = format!(
@@ -107,8 +125,8 @@ impl Context {
             );
             return Err(DeviceError::Unsupported { limit }.into());
         }
-        let features =
-            if subgroups_wanted()? { adapter.features() & wgpu::Features::SUBGROUP } else { wgpu::Features::empty() };
+        let wanted = if options.subgroups { wgpu::Features::SUBGROUP } else { wgpu::Features::empty() };
+        let features = adapter.features() & wanted;
         let descriptor = wgpu::DeviceDescriptor {
             label: Some("tilefold"),
             required_features: features,

@@ -7,7 +7,7 @@ use tilefold_core::{
     DeviceResult, Event, ForwardArgs, MergeArgs, OpenError, RelayoutArgs, Storage, Stream, TensorViewMut,
 };
 
-use crate::context::{Context, adapters};
+use crate::context::{Context, WgpuOptions, adapters};
 use crate::stream::WgpuStream;
 use crate::{attention, event, memory, merge, relayout};
 
@@ -34,15 +34,19 @@ impl WgpuBackend {
     /// [`OpenError::NoDriver`] where no driver offers a device, [`OpenError::NoSuchDevice`], [`DeviceError::Unsupported`]
     /// naming a limit that is too low, and what the driver reports.
     pub fn new(ordinal: usize) -> Result<Self, OpenError> {
-        let adapters = adapters();
-        if adapters.is_empty() {
-            return Err(OpenError::NoDriver { library: LIBRARY.to_owned(), hint: HINT.to_owned() });
-        }
-        let adapter = adapters.get(ordinal).ok_or_else(|| {
-            let names: Vec<_> = (0..adapters.len()).map(|ordinal| format!("wgpu:{ordinal}")).collect();
-            OpenError::NoSuchDevice { name: format!("wgpu:{ordinal}"), known: names.join(", ") }
-        })?;
+        let adapter = adapter(ordinal)?;
         let context = Context::of(ordinal, adapter)?;
+        Ok(Self { info: describe(ordinal, adapter), context })
+    }
+
+    /// Device number `ordinal` with less than it has. Its memory, streams and kernels are its own: those of other backends
+    /// of the device are refused.
+    ///
+    /// # Errors
+    /// As [`WgpuBackend::new`].
+    pub fn with_options(ordinal: usize, options: WgpuOptions) -> Result<Self, OpenError> {
+        let adapter = adapter(ordinal)?;
+        let context = Arc::new(Context::open(ordinal, adapter, options)?);
         Ok(Self { info: describe(ordinal, adapter), context })
     }
 
@@ -63,6 +67,17 @@ impl WgpuBackend {
         let expected = self.context.id;
         if device == expected { Ok(()) } else { Err(DeviceError::WrongDevice { what, expected, got: device }) }
     }
+}
+
+fn adapter(ordinal: usize) -> Result<&'static wgpu::Adapter, OpenError> {
+    let adapters = adapters();
+    if adapters.is_empty() {
+        return Err(OpenError::NoDriver { library: LIBRARY.to_owned(), hint: HINT.to_owned() });
+    }
+    adapters.get(ordinal).ok_or_else(|| {
+        let names: Vec<_> = (0..adapters.len()).map(|ordinal| format!("wgpu:{ordinal}")).collect();
+        OpenError::NoSuchDevice { name: format!("wgpu:{ordinal}"), known: names.join(", ") }
+    })
 }
 
 /// What is missing where there is no device.

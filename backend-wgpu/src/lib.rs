@@ -14,5 +14,5 @@ mod module;
 mod relayout;
 mod stream;
 
-pub use context::SUBGROUPS_VARIABLE;
+pub use context::WgpuOptions;
 pub use device::WgpuBackend;

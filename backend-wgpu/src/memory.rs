@@ -1,10 +1,11 @@
 //! Memory of a device: buffers under addresses of our own making, zeroed, used again once nothing holds them.
 //!
 //! WebGPU has no addresses, and the contract's tensors have. Each buffer gets a range of numbers that no other buffer of the
-//! device ever has; a launch finds the buffer again by the address of its operand. Work of one queue runs in order, so a
+//! process ever has; a launch finds the buffer again by the address of its operand. Work of one queue runs in order, so a
 //! buffer may be handed out again as soon as its owner is dropped: what comes later is enqueued later.
 
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 
 use tilefold_core::{DeviceError, DeviceResult, Storage};
@@ -14,6 +15,8 @@ use crate::error::driver;
 
 /// Addresses of buffers are multiples of this, which no alignment of bindings exceeds.
 const ALIGNMENT: u64 = 4096;
+/// The next address that no buffer of this process has had, whatever its device.
+static NEXT_ADDRESS: AtomicU64 = AtomicU64::new(ALIGNMENT);
 /// Idle buffers kept for later, in bytes.
 const MAX_IDLE_BYTES: u64 = 1 << 29;
 /// Bytes of one copy to or from the host.
@@ -30,7 +33,6 @@ pub(crate) struct Memory {
 
 #[derive(Debug)]
 struct Lists {
-    next_address: u64,
     /// By first address.
     in_use: BTreeMap<u64, wgpu::Buffer>,
     /// By size.
@@ -43,14 +45,7 @@ struct Lists {
 
 impl Memory {
     pub(crate) fn new(max_buffer_bytes: u64) -> Self {
-        let lists = Lists {
-            next_address: ALIGNMENT,
-            in_use: BTreeMap::new(),
-            idle: BTreeMap::new(),
-            idle_bytes: 0,
-            bytes: 0,
-            peak_bytes: 0,
-        };
+        let lists = Lists { in_use: BTreeMap::new(), idle: BTreeMap::new(), idle_bytes: 0, bytes: 0, peak_bytes: 0 };
         Self { max_buffer_bytes, lists: Mutex::new(lists), staging: Mutex::default() }
     }
 
@@ -137,8 +132,8 @@ impl Block {
             })?,
         };
         let mut lists = lock(&memory.lists);
-        let address = lists.next_address;
-        lists.next_address = (address + size + ALIGNMENT).next_multiple_of(ALIGNMENT);
+        let taken = (size + ALIGNMENT).next_multiple_of(ALIGNMENT);
+        let address = NEXT_ADDRESS.fetch_add(taken, Ordering::Relaxed);
         lists.bytes += buffer.size();
         lists.peak_bytes = lists.peak_bytes.max(lists.bytes);
         lists.in_use.insert(address, buffer);

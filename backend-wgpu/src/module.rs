@@ -4,10 +4,9 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 
 use tilefold_core::DeviceResult;
-use tilefold_kernels::wgsl::{Dispatch, DispatchError, Shader};
+use tilefold_kernels::wgsl::{Dispatch, Shader};
 
 use crate::context::{Context, lock};
-use crate::error::unsupported;
 
 /// Pipelines of a device.
 #[derive(Debug)]
@@ -41,9 +40,8 @@ struct Found {
 /// Enqueues dispatches, in order, as one submission.
 ///
 /// # Errors
-/// What the launch's own arithmetic and wgpu report.
-pub(crate) fn submit(context: &Context, dispatches: Result<Vec<Dispatch>, DispatchError>) -> DeviceResult<()> {
-    let dispatches = dispatches.map_err(|error| unsupported(&error))?;
+/// What wgpu reports.
+pub(crate) fn submit(context: &Context, dispatches: Vec<Dispatch>) -> DeviceResult<()> {
     if dispatches.is_empty() {
         return Ok(());
     }

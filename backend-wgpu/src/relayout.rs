@@ -4,6 +4,7 @@ use tilefold_core::{DeviceResult, RelayoutArgs, TensorViewMut};
 use tilefold_kernels::wgsl;
 
 use crate::context::Context;
+use crate::error::unsupported;
 use crate::module::submit;
 
 /// Copies source to destination element by element, rounding where the dtypes differ.
@@ -12,7 +13,9 @@ use crate::module::submit;
 /// [`tilefold_core::DeviceError::Unsupported`] for more axes than kernels take, and what wgpu reports.
 pub(crate) fn relayout(context: &Context, args: RelayoutArgs<'_>) -> DeviceResult<()> {
     let (source, destination) = args.into_parts();
-    submit(context, wgsl::relayout(&source, destination.as_view(), &context.limits))
+    let dispatches =
+        wgsl::relayout(&source, destination.as_view(), &context.limits).map_err(|error| unsupported(&error))?;
+    submit(context, dispatches)
 }
 
 /// Sets every element to `value`.
@@ -20,5 +23,6 @@ pub(crate) fn relayout(context: &Context, args: RelayoutArgs<'_>) -> DeviceResul
 /// # Errors
 /// As [`relayout`].
 pub(crate) fn fill(context: &Context, destination: &TensorViewMut<'_>, value: f64) -> DeviceResult<()> {
-    submit(context, wgsl::fill(destination.as_view(), value, &context.limits))
+    let dispatches = wgsl::fill(destination.as_view(), value, &context.limits).map_err(|error| unsupported(&error))?;
+    submit(context, dispatches)
 }

@@ -147,7 +147,7 @@ fn run(group: vec3<u32>, thread: u32) {
         }
         if (LSE || LSE_LOW) {
             // Two-sum: equation (5a).
-            let t = log_of(total[r]);
+            let t = select(total[r], log_of(total[r]), is_finite(total[r]));
             let lse = opaque(highest[r] + t);
             let u = opaque(lse - highest[r]);
             let low = opaque(highest[r] - opaque(lse - u)) + opaque(t - u);

@@ -1,4 +1,6 @@
 // Sums over axes: a thread has one element of the result, and adds in ascending order, 64 at a time.
+//
+// Constants: THREADS, ACCUMULATES (whether it is added to what was there).
 
 fn run(group: vec3<u32>, thread: u32) {
     var rest = (group.x + group.y * params.groups_x) * THREADS + thread;
@@ -39,6 +41,10 @@ fn run(group: vec3<u32>, thread: u32) {
         }
     }
     let to = params.total;
-    store_total(to.base + batch * to.batch + row * to.row + head * to.head + position * to.position + last * to.last,
-        total + part);
+    let to_at =
+        to.base + batch * to.batch + row * to.row + head * to.head + position * to.position + last * to.last;
+    if (ACCUMULATES) {
+        total += load_total(to_at);
+    }
+    store_total(to_at, total + part);
 }

@@ -157,6 +157,11 @@ pub(crate) fn inputs(sizes: &Sizes, spec: &AttentionSpec, operands: &Operands) -
     views
 }
 
+/// Inputs that are copied into one array where a device has too few storage buffers.
+pub(crate) fn is_small(name: &str) -> bool {
+    !matches!(name, "q" | "k" | "v")
+}
+
 /// Constants of a problem.
 pub(crate) fn constants(spec: &AttentionSpec, limits: &Limits) -> Vec<(&'static str, Constant)> {
     let quads = |channels: usize| Constant::Number(number(channels.div_ceil(4)));

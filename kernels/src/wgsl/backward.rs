@@ -5,14 +5,17 @@ use tilefold_core::AttentionProblem;
 use crate::BackwardOperands;
 use crate::params::Operand;
 use crate::wgsl::attention::{self, BIAS_NAMES, SCALARS, Sizes, THREADS};
-use crate::wgsl::dispatch::{Builder, Dispatch, DispatchError, Limits, Part, View, number, parts};
+use crate::wgsl::dispatch::{Builder, Dispatch, DispatchError, Limits, Part, View, gather, number, parts};
 use crate::wgsl::forward::part_heads;
+use crate::wgsl::moves::copy_view;
 use crate::wgsl::shader::{Constant, File};
 
 /// Queries of one workgroup of the pass for biases.
 const BIAS_QUERIES: i64 = 8;
 /// Workgroups that this pass should have, where a walk can be cut for it.
 const BIAS_GROUPS: i64 = 256;
+/// Operands of a pass beside its inputs, at most: gradient and statistics of the output, and three results.
+const OTHERS: usize = 5;
 /// Least steps of a walk that is cut.
 const LEAST_CHUNK: i64 = 4;
 /// Most pieces of a walk.
@@ -87,8 +90,13 @@ pub fn backward_workspace_bytes(problem: &AttentionProblem, limits: &Limits) -> 
             k: operand(&k),
             v: operand(&v),
             biases: spec.biases.iter().map(|bias| operand(&bias.shape)).collect(),
+            key_mask: spec.key_mask.then(|| operand(&[spec.batch, spec.rows, spec.seqlen_k])),
+            segments: spec
+                .segments
+                .then(|| [spec.seqlen_q, spec.seqlen_k].map(|length| operand(&[spec.batch, spec.rows, length]))),
+            kv_lengths: spec.kv_lengths.as_ref().map(|_| operand(&[spec.batch, spec.rows])),
+            alibi_slopes: spec.mask.alibi_slopes.as_ref().map(|slopes| operand(&[slopes.len()]).data),
             gate: spec.gate.then(|| operand(&out)),
-            ..attention::Operands::default()
         },
         out: operand(&out),
         lse: operand(&problem.lse_shape()),
@@ -136,6 +144,8 @@ struct Passes<'a, W> {
     limits: &'a Limits,
     sizes: Sizes,
     constants: Vec<(&'static str, Constant)>,
+    /// What all passes but the first read.
+    inputs: Vec<Named>,
     workspace: W,
     dispatches: Vec<Dispatch>,
 }
@@ -149,11 +159,13 @@ where
         problem: &'a AttentionProblem,
         operands: &'a BackwardOperands,
         limits: &'a Limits,
-        workspace: W,
+        mut workspace: W,
     ) -> Result<Self, E> {
         let constants = attention::constants(problem.spec(), limits);
         let sizes = Sizes::of(problem)?;
-        Ok(Self { problem, operands, limits, sizes, constants, workspace, dispatches: Vec::new() })
+        let mut inputs = attention::inputs(&sizes, problem.spec(), &operands.inputs);
+        let dispatches = gather(&mut inputs, OTHERS, limits, attention::is_small, &mut workspace)?;
+        Ok(Self { problem, operands, limits, sizes, constants, inputs, workspace, dispatches })
     }
 
     fn all(&mut self) -> Result<(), E> {
@@ -249,7 +261,7 @@ where
             true => Some(self.array("row_sums", [batch, rows, heads, seqlen_q, 1])?),
             false => None,
         };
-        let mut views = attention::inputs(&sizes, spec, &o.inputs);
+        let mut views = self.inputs.clone();
         share(&mut views, ["k", "v"]);
         views.extend([
             ("d_out", Some(d_out)),
@@ -273,7 +285,7 @@ where
             true => Some(self.array("column_sums", [batch, rows, heads, seqlen_k, 1])?),
             false => None,
         };
-        let mut views = attention::inputs(&sizes, spec, &o.inputs);
+        let mut views = self.inputs.clone();
         share(&mut views, ["q", "q"]);
         let by_key = |name, operand, channels| sizes.by_key(name, spec.dtype, operand, channels).written();
         views.extend([
@@ -329,7 +341,7 @@ where
         let (spec, sizes, o) = (self.problem.spec(), self.sizes, self.operands);
         let Some(Some((operand, dtype))) = o.dbiases.get(index) else { return Ok(()) };
         let total = sizes.bias("dbias", *dtype, operand).written();
-        let mut views = attention::inputs(&sizes, spec, &o.inputs);
+        let mut views = self.inputs.clone();
         share(&mut views, ["q", "q"]);
         views.extend([("d_out", Some(View { shared: true, ..d_out })), ("statistics", statistics)]);
         let shape = spec.biases[index].shape.map(|size| i64::try_from(size).unwrap_or(i64::MAX));
@@ -351,7 +363,9 @@ where
             steps(2, first.heads, sizes.kv_heads),
         ];
         let tiles = Tiles::of(&first, &sizes, shape);
-        let chunks = tiles.chunks();
+        // All pieces of one walk are written through one binding.
+        let room = self.limits.binding_bytes / (4 * shape.iter().product::<i64>().unsigned_abs()).max(1);
+        let chunks = tiles.chunks().min(i64::try_from(room).unwrap_or(i64::MAX)).max(1);
         let copies = chunks * side_by_side.iter().product::<i64>();
         let elements = shape.iter().product::<i64>();
         let target = match copies {
@@ -378,7 +392,20 @@ where
             return Ok(());
         }
         let source = View { copies: [elements, copies], writes: false, ..target };
-        self.add(source, View { name: "total", ..total }, shape, [copies, 1, 1, 1, 1])
+        if source.binding(self.limits).bytes <= self.limits.binding_bytes {
+            return self.add(source, total, shape, [copies, 1, 1, 1, 1], false);
+        }
+        // One copy after the other, since no binding shows them all.
+        let sum = self.array("total", shape)?.written();
+        for copy in 0..copies {
+            let address = source.address.wrapping_add_signed(4 * copy * elements);
+            let source = View { address, copies: [0, 1], ..source };
+            self.add(source, sum, shape, [1; 5], copy > 0)?;
+        }
+        let sum = View { writes: false, ..sum };
+        let total = View { sizes: shape, ..total };
+        self.dispatches.extend(copy_view(&sum, &total, self.limits)?);
+        Ok(())
     }
 
     fn bias_part(
@@ -440,14 +467,43 @@ where
             let [batch, rows, heads, positions, _] = source.sizes;
             let heads_of = [batch, rows, heads, 1, 1];
             let by_head = self.array("total", heads_of)?;
-            self.add(source, by_head.written(), heads_of, [1, 1, 1, 1, positions])?;
+            self.add(source, by_head.written(), heads_of, [1, 1, 1, 1, positions], false)?;
             source = View { name: "source", ..by_head };
         }
-        self.add(source, total, shape, add)
+        self.add(source, total, shape, add, false)
     }
 
-    /// `total[b, n, h, i, j]` is the sum of `source` over so many copies, batches, rows, heads and positions.
-    fn add(&mut self, source: View, total: View, shape: [i64; 5], add: [i64; 5]) -> Result<(), E> {
+    /// `total[b, n, h, i, j]` is the sum of `source` over so many copies, batches, rows, heads and positions, added to
+    /// what it was if `accumulates`.
+    fn add(&mut self, source: View, total: View, shape: [i64; 5], add: [i64; 5], accumulates: bool) -> Result<(), E> {
+        let limit = self.limits.binding_bytes;
+        let part = |view: &View| {
+            let sizes = std::array::from_fn(|axis| if shape[axis] > 1 { shape[axis] } else { view.sizes[axis] });
+            View { sizes, ..*view }
+        };
+        let large = [source, total].map(|view| part(&view)).into_iter().find(|v| v.binding(self.limits).bytes > limit);
+        if let Some(large) = large {
+            let Some(axis) = (0..3).find(|&axis| shape[axis] > 1) else {
+                let (operand, bytes) = (large.name, large.binding(self.limits).bytes);
+                return Err(DispatchError::Binding { operand, bytes, limit }.into());
+            };
+            let half = shape[axis] / 2;
+            for [first, count] in [[0, half], [half, shape[axis] - half]] {
+                let moved = |view: View| {
+                    let offset = first * view.strides[axis] * view.size_bytes();
+                    View { address: view.address.wrapping_add_signed(offset), ..view }
+                };
+                let mut shape = shape;
+                shape[axis] = count;
+                // An axis of one entry would count as one that is added over.
+                let whole = |mut view: View| {
+                    view.sizes[axis] = count;
+                    view
+                };
+                self.add(whole(moved(source)), whole(moved(total)), shape, add, accumulates)?;
+            }
+            return Ok(());
+        }
         let count = shape.iter().product::<i64>();
         let values = [
             count,
@@ -463,19 +519,20 @@ where
             source.copies[0],
             0,
         ];
-        for view in [&source, &total] {
-            let (bytes, limit) = (view.binding(self.limits).bytes, self.limits.binding_bytes);
-            if bytes > limit {
-                return Err(DispatchError::Binding { operand: view.name, bytes, limit }.into());
-            }
-        }
         let builder = Builder {
             file: File::Sums,
-            constants: vec![("THREADS", Constant::Number(THREADS)), ("NATIVE_EXP", Constant::Switch(false))],
+            constants: vec![
+                ("THREADS", Constant::Number(THREADS)),
+                ("NATIVE_EXP", Constant::Switch(false)),
+                ("ACCUMULATES", Constant::Switch(accumulates)),
+            ],
             scalars: SUM_SCALARS,
             values: values.map(number).to_vec(),
             limits: self.limits,
-            operands: vec![("source", Some(View { name: "source", ..source })), ("total", Some(total))],
+            operands: vec![
+                ("source", Some(View { name: "source", ..part(&source) })),
+                ("total", Some(View { name: "total", ..part(&total) })),
+            ],
         };
         self.dispatches.push(builder.dispatch(count.unsigned_abs().div_ceil(u64::from(THREADS)))?);
         Ok(())

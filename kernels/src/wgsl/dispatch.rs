@@ -2,6 +2,7 @@
 
 use tilefold_core::DType;
 
+use crate::wgsl::moves::copy_view;
 use crate::wgsl::shader::{Constant, Elements, File, OperandKey, Shader, Use};
 
 /// What a device allows, as WebGPU names it.
@@ -38,6 +39,15 @@ pub struct Binding {
     pub bytes: u64,
     /// Whether the shader writes it.
     pub writes: bool,
+}
+
+impl Binding {
+    /// Both of them, and what lies between.
+    fn and(self, other: Self) -> Self {
+        let address = self.address.min(other.address);
+        let end = (self.address + self.bytes).max(other.address + other.bytes);
+        Self { address, bytes: end - address, writes: self.writes || other.writes }
+    }
 }
 
 /// One dispatch.
@@ -99,7 +109,9 @@ pub(crate) struct View {
     pub(crate) quads: bool,
     /// Whether all threads of a workgroup are at the same row of it.
     pub(crate) shared: bool,
-    /// Heads of the operand for one head of the call's own: `Some(n)` for n query heads of a key head.
+    /// Whether it lies in one array with others, and shares their binding.
+    pub(crate) gathered: bool,
+    /// How its head axis follows the call's.
     pub(crate) heads: Heads,
 }
 
@@ -134,6 +146,7 @@ impl View {
             writes: false,
             quads: false,
             shared: false,
+            gathered: false,
             heads: Heads::Query,
         }
     }
@@ -177,7 +190,7 @@ impl View {
         let whole = self.sizes[4] % 4 == 0 && self.strides[4] == 1;
         let apart = self.strides[..4].iter().all(|stride| stride % 4 == 0);
         let aligned = self.address.is_multiple_of(4 * dtype.size_bytes() as u64);
-        (self.quads && !self.writes && dtype.is_float() && whole && apart && aligned).then_some(dtype)
+        (self.quads && !self.writes && !self.gathered && dtype.is_float() && whole && apart && aligned).then_some(dtype)
     }
 
     /// The part of it that a part of the call reaches; `group` query heads share a key head.
@@ -235,6 +248,49 @@ pub(crate) fn parts(sizes: [i64; 3], group: i64, views: &[View], limits: &Limits
     Ok(parts)
 }
 
+/// Where a kernel has more operands than a shader of the device may have storage buffers, lets those that `is_small` names
+/// lie in one array of the workspace, which the dispatches given back fill.
+///
+/// # Errors
+/// [`DispatchError::Limit`] where that is not enough, and what `workspace` reports.
+pub(crate) fn gather<E: From<DispatchError>>(
+    views: &mut [(&'static str, Option<View>)],
+    others: usize,
+    limits: &Limits,
+    is_small: impl Fn(&str) -> bool,
+    workspace: &mut impl FnMut(u64) -> Result<u64, E>,
+) -> Result<Vec<Dispatch>, E> {
+    let limit = limits.storage_buffers as usize;
+    let present = views.iter().filter(|(_, view)| view.is_some()).count();
+    if present + others <= limit {
+        return Ok(Vec::new());
+    }
+    let mut small: Vec<&mut View> =
+        views.iter_mut().filter(|(name, _)| is_small(name)).filter_map(|(_, view)| view.as_mut()).collect();
+    let got = present + others - small.len() + 1;
+    if got > limit {
+        let what = "the number of storage buffers (max_storage_buffers_per_shader_stage)";
+        return Err(DispatchError::Limit { what, limit: limit as u64, got: got as u64 }.into());
+    }
+    let bytes = |view: &View| view.sizes.iter().product::<i64>() * view.size_bytes();
+    let mut offsets = vec![0_u64];
+    for view in &small {
+        let end = offsets[offsets.len() - 1] + bytes(view).unsigned_abs();
+        offsets.push(end.next_multiple_of(16));
+    }
+    let address = workspace(offsets[offsets.len() - 1])?;
+    let mut dispatches = Vec::new();
+    for (view, offset) in small.iter_mut().zip(offsets) {
+        let dense = View::dense(view.name, address + offset, view.sizes);
+        // What is broadcast stays so.
+        let strides = std::array::from_fn(|axis| if view.strides[axis] == 0 { 0 } else { dense.strides[axis] });
+        let copy = View { strides, elements: view.elements, heads: view.heads, gathered: true, ..dense };
+        dispatches.extend(copy_view(view, &copy, limits)?);
+        **view = copy;
+    }
+    Ok(dispatches)
+}
+
 /// A number that 32 bits hold, or the largest one: what is too large is refused before, by a dispatch's limits.
 pub(crate) fn number(value: impl TryInto<u32>) -> u32 {
     value.try_into().unwrap_or(u32::MAX)
@@ -275,6 +331,15 @@ impl Builder<'_> {
         // Places begin at multiples of 16 bytes.
         params.resize(params.len().next_multiple_of(4), 0);
         let (mut operands, mut bindings) = (Vec::new(), Vec::<Binding>::new());
+        let gathered: Vec<View> = self.operands.iter().filter_map(|(_, view)| view.filter(|v| v.gathered)).collect();
+        let together = gathered.iter().map(|view| view.binding(self.limits)).reduce(Binding::and);
+        if let Some(binding) = together {
+            if binding.bytes > self.limits.binding_bytes {
+                let (operand, bytes) = ("masks and biases together", binding.bytes);
+                return Err(DispatchError::Binding { operand, bytes, limit: self.limits.binding_bytes });
+            }
+            bindings.push(binding);
+        }
         for (name, view) in self.operands {
             let Some(view) = view else {
                 operands.push(OperandKey { name, usage: Use::Absent, slot: 0, channels: 0, strip: 1 });
@@ -290,13 +355,18 @@ impl Builder<'_> {
                 _ => Use::Read(view.elements),
             };
             let channels = if view.quads { number(view.sizes[4]) } else { 0 };
-            operands.push(OperandKey { name, usage, slot: number(bindings.len()), channels, strip });
-            let binding = view.binding(self.limits);
+            let (slot, binding) = match together {
+                Some(together) if view.gathered => (0, together),
+                _ => {
+                    bindings.push(view.binding(self.limits));
+                    (bindings.len() - 1, view.binding(self.limits))
+                }
+            };
+            operands.push(OperandKey { name, usage, slot: number(slot), channels, strip });
             let base = (view.address - binding.address) / view.size_bytes().unsigned_abs();
             params.push(number(base));
             params.extend(view.strides.map(wrapped));
             params.extend([0; 2]);
-            bindings.push(binding);
         }
         let shader = Shader { file: self.file, constants: self.constants, scalars: self.scalars, operands };
         Ok(Dispatch { shader, bindings, params, groups: [number(along_x), number(along_y)] })

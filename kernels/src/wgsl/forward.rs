@@ -4,7 +4,7 @@ use tilefold_core::AttentionProblem;
 
 use crate::forward::ForwardOutputs;
 use crate::wgsl::attention::{self, Operands, SCALARS, Sizes, THREADS};
-use crate::wgsl::dispatch::{Builder, Dispatch, DispatchError, Limits, View, parts};
+use crate::wgsl::dispatch::{Builder, Dispatch, DispatchError, Limits, View, gather, parts};
 use crate::wgsl::shader::{Constant, File};
 
 /// Keys of one step.
@@ -23,16 +23,18 @@ fn queries(problem: &AttentionProblem, limits: &Limits) -> u32 {
     attention::needed(room, i64::try_from(spec.seqlen_q).unwrap_or(i64::MAX))
 }
 
-/// Dispatches of a forward pass, in order.
+/// Dispatches of a forward pass, in order. `workspace` gives the address of so many bytes, which live until all of them
+/// are enqueued.
 ///
 /// # Errors
-/// [`DispatchError`].
-pub fn forward(
+/// [`DispatchError`], and what `workspace` reports.
+pub fn forward<E: From<DispatchError>>(
     problem: &AttentionProblem,
     operands: &Operands,
     outputs: &ForwardOutputs,
     limits: &Limits,
-) -> Result<Vec<Dispatch>, DispatchError> {
+    mut workspace: impl FnMut(u64) -> Result<u64, E>,
+) -> Result<Vec<Dispatch>, E> {
     let (spec, sizes) = (problem.spec(), Sizes::of(problem)?);
     let queries = queries(problem, limits);
     let mut constants = attention::constants(spec, limits);
@@ -46,6 +48,8 @@ pub fn forward(
     for (name, view) in &mut views {
         view.iter_mut().for_each(|view| view.shared = matches!(*name, "k" | "v"));
     }
+    // Gate, out, lse and its low part.
+    let mut dispatches = gather(&mut views, 4, limits, attention::is_small, &mut workspace)?;
     let by_query = |name, operand| sizes.by_query(name, spec.dtype, operand, sizes.head_dim_v);
     views.push(("gate", operands.gate.as_ref().map(|gate| by_query("gate", gate))));
     views.push(("out", Some(by_query("out", &outputs.out).written())));
@@ -55,7 +59,7 @@ pub fn forward(
     let tiles = u32::try_from(sizes.seqlen_q).unwrap_or(u32::MAX).div_ceil(THREADS * queries);
     let present: Vec<View> = views.iter().filter_map(|(_, view)| *view).collect();
     let parts = parts(sizes.outer(), sizes.group, &present, limits)?;
-    let dispatch = |part| {
+    for part in &parts {
         let groups = (part_heads(part, sizes.group) * i64::from(tiles)).unsigned_abs();
         let builder = Builder {
             file: File::Forward,
@@ -65,9 +69,9 @@ pub fn forward(
             limits,
             operands: views.iter().map(|(name, view)| (*name, view.map(|view| view.part(part, sizes.group)))).collect(),
         };
-        builder.dispatch(groups)
-    };
-    parts.iter().map(dispatch).collect()
+        dispatches.push(builder.dispatch(groups)?);
+    }
+    Ok(dispatches)
 }
 
 /// Query heads of all rows of a part.

@@ -12,8 +12,12 @@ use crate::wgsl::shader::{Constant, Elements, File};
 /// Most elements of one dispatch: their numbers, rounded up to workgroups, are 32 bits.
 const MAX_ELEMENTS: i64 = 1 << 31;
 
-/// Fields of the argument of copies and fills.
-const SCALARS: &[(&str, &str)] =
+/// Fields of the argument of copies.
+const RELAYOUT_SCALARS: &[(&str, &str)] =
+    &[("groups", "u32"), ("groups_x", "u32"), ("count", "u32"), ("zero", "u32"), ("axes", "array<vec4<u32>, 8>")];
+
+/// Fields of the argument of fills.
+const FILL_SCALARS: &[(&str, &str)] =
     &[("groups", "u32"), ("groups_x", "u32"), ("count", "u32"), ("value", "u32"), ("axes", "array<vec4<u32>, 8>")];
 
 /// The dispatches that copy `source` to `destination`, which a [`tilefold_core::RelayoutArgs`] has checked.
@@ -70,6 +74,48 @@ pub fn fill(view: &TensorView<'_>, value: f64, limits: &Limits) -> Result<Vec<Di
     };
     let mut dispatches = Vec::new();
     moves.cut(Box::of(&axes), &mut dispatches)?;
+    Ok(dispatches)
+}
+
+/// The dispatches that copy one view to another of the same sizes, rounding where the dtypes differ.
+///
+/// # Errors
+/// [`DispatchError`].
+pub(crate) fn copy_view(source: &View, destination: &View, limits: &Limits) -> Result<Vec<Dispatch>, DispatchError> {
+    let kinds = match (source.elements, destination.elements) {
+        (Elements::Numbers(from), Elements::Numbers(to)) if from != to => [kind(from), kind(to)],
+        _ => [0; 2],
+    };
+    let constants = vec![
+        ("THREADS", Constant::Number(THREADS)),
+        ("NATIVE_EXP", Constant::Switch(false)),
+        ("AXES", Constant::Number(number(MAX_LAYOUT_AXES))),
+        ("SOURCE", Constant::Number(kinds[0])),
+        ("DESTINATION", Constant::Number(kinds[1])),
+    ];
+    let side = |name, view: &View| Side { name, bytes: number(view.size_bytes()), address: view.address };
+    let moves = Moves {
+        file: File::Relayout,
+        constants,
+        value: 0,
+        source: Some(side("source", source)),
+        destination: side("destination", destination),
+        limits,
+    };
+    // Axes that are not there are outermost.
+    let padded = |fill, values: [i64; 5]| {
+        let mut array = [fill; MAX_LAYOUT_AXES];
+        array[MAX_LAYOUT_AXES - 5..].copy_from_slice(&values);
+        array
+    };
+    let part = Box {
+        sizes: padded(1, source.sizes),
+        source: padded(0, source.strides),
+        destination: padded(0, destination.strides),
+        offsets: [0, 0],
+    };
+    let mut dispatches = Vec::new();
+    moves.cut(part, &mut dispatches)?;
     Ok(dispatches)
 }
 
@@ -195,7 +241,7 @@ impl Moves<'_> {
         let builder = Builder {
             file: self.file,
             constants: self.constants.clone(),
-            scalars: SCALARS,
+            scalars: if self.file == File::Fill { FILL_SCALARS } else { RELAYOUT_SCALARS },
             values,
             limits: self.limits,
             operands,

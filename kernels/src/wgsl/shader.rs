@@ -161,7 +161,9 @@ impl Shader {
         for (name, kind) in self.scalars {
             writeln!(text, "    {name}: {kind},")?;
         }
-        for unused in self.scalars.len()..self.scalars.len().next_multiple_of(4) {
+        // Arrays of vectors fill whole lines of four words.
+        let words = self.scalars.iter().filter(|(_, kind)| !kind.starts_with("array")).count();
+        for unused in words..words.next_multiple_of(4) {
             writeln!(text, "    unused{unused}: u32,")?;
         }
         for operand in &self.operands {

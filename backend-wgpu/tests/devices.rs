@@ -1,0 +1,227 @@
+//! The backend on the devices of this machine, with less than they have, and when something goes wrong.
+//!
+//! Without a device everything is ignored, with the reason, unless `TILEFOLD_REQUIRE` names `wgpu`.
+
+#![allow(
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::print_stdout,
+    reason = "a panic here is a failed test, which lints see only in the usual harness"
+)]
+
+use std::process::ExitCode;
+use std::sync::Arc;
+
+use libtest_mimic::{Arguments, Completion, Trial};
+use tilefold_backend_wgpu::{WgpuBackend, WgpuOptions};
+use tilefold_conformance::case::Case;
+use tilefold_conformance::oracle::check_case;
+use tilefold_conformance::report::Report;
+use tilefold_conformance::suite::{Filter, Subject, trials};
+use tilefold_core::{
+    AttentionProblem, AttentionSpec, Backend, BiasSpec, DType, DeviceError, DeviceId, DeviceKind, Event, Layout,
+    OpenError, Precision, Stream, StructuralMask, Tensor,
+};
+
+type Test = (&'static str, fn());
+
+const TESTS: &[Test] = &[
+    ("devices_that_are_not_there_are_named", bad_ordinal),
+    ("with_what_browsers_have_everything_works", portable),
+    ("calls_are_cut_where_bindings_are_small", small_bindings),
+    ("a_head_that_no_binding_shows_is_refused", too_small_bindings),
+    ("too_few_storage_buffers_are_refused", few_buffers),
+    ("backends_of_one_device_share_its_memory", shared),
+    ("streams_and_events_of_another_maker_are_refused", foreign_handles),
+    ("memory_of_another_device_is_refused", foreign_memory),
+    ("memory_is_given_out_again_and_zeroed", memory_returns),
+    ("threads_share_a_device", threads),
+    ("all_devices_compute_at_once", all_devices),
+];
+
+fn main() -> ExitCode {
+    let arguments = Arguments::from_args();
+    let trials = TESTS.iter().map(|&(name, test)| {
+        Trial::ignorable_test(name, move || match missing()? {
+            Some(reason) => {
+                println!("\nskipped {name}: {reason}");
+                Ok(Completion::ignored_with(reason))
+            }
+            None => {
+                test();
+                Ok(Completion::Completed)
+            }
+        })
+    });
+    libtest_mimic::run(&arguments, trials.collect()).exit_code()
+}
+
+/// Why there is no device, where that is allowed.
+fn missing() -> Result<Option<String>, String> {
+    let Err(error @ OpenError::NoDriver { .. }) = WgpuBackend::new(0) else { return Ok(None) };
+    let required = std::env::var("TILEFOLD_REQUIRE").unwrap_or_default();
+    if required.split(',').any(|name| name.trim() == "wgpu") {
+        Err(error.to_string())
+    } else {
+        Ok(Some(error.to_string()))
+    }
+}
+
+fn with(edit: impl FnOnce(&mut WgpuOptions)) -> WgpuBackend {
+    let mut options = WgpuOptions::default();
+    edit(&mut options);
+    WgpuBackend::with_options(0, options).unwrap()
+}
+
+/// Runs the conformance trials whose names contain this.
+fn conforms(device: WgpuBackend, contains: &str) {
+    let subject = Subject { device: Arc::new(device), twins: Vec::new() };
+    let filter = Filter { contains: Some(contains.to_owned()), large: false, ..Filter::default() };
+    let report = Report::of(trials(&subject, &filter), |_| ());
+    let failures: Vec<_> = report.failures().collect();
+    assert!(failures.is_empty(), "{failures:#?}");
+}
+
+fn bad_ordinal() {
+    let count = WgpuBackend::count();
+    for ordinal in [count, usize::MAX] {
+        let error = WgpuBackend::new(ordinal).unwrap_err();
+        let OpenError::NoSuchDevice { name, known } = error else { panic!("{error}") };
+        assert_eq!(name, format!("wgpu:{ordinal}"));
+        assert!(known.starts_with("wgpu:0"), "{known}");
+    }
+}
+
+/// No subgroups, and so few storage buffers that masks and biases are gathered.
+fn portable() {
+    for dtype in ["f32", "f16", "bf16"] {
+        let device = WgpuBackend::with_options(0, WgpuOptions::portable()).unwrap();
+        conforms(device, &format!("{dtype}/everything"));
+    }
+}
+
+/// Batches, rows and heads that do not share out evenly, with a bias of every kind.
+fn cut_case(dtype: DType) -> Case {
+    let mut spec = AttentionSpec::new(dtype, 3, 5, 21, 6, 8);
+    (spec.kv_heads, spec.seqlen_k) = (3, 35);
+    let shapes = [[3, 5, 1, 1, 35], [3, 1, 6, 21, 35], [1, 5, 6, 21, 1], [1, 1, 1, 21, 35]];
+    spec.biases = shapes.map(|shape| BiasSpec { shape, dtype }).to_vec();
+    spec.key_mask = true;
+    spec.gate = true;
+    spec.segments = true;
+    spec.mask = StructuralMask { causal: true, k_offset: -9, alibi_slopes: Some(vec![0.1; 6]), ..Default::default() };
+    Case::new("cut", "every_bias", spec.with_all_gradients())
+}
+
+fn small_bindings() {
+    for dtype in [DType::F32, DType::F16, DType::BF16] {
+        let case = cut_case(dtype);
+        // From parts of several rows down to one head of one row.
+        for bytes in [1 << 20, 40_000, 20_000, 9_000] {
+            let device = with(|options| options.max_binding_bytes = bytes);
+            let worst = check_case(&device, &case);
+            assert!(worst.is_ok(), "{dtype} {bytes}: {worst:?}");
+        }
+    }
+}
+
+fn too_small_bindings() {
+    let device = with(|options| options.max_binding_bytes = 1024);
+    let error = check_case(&device, &cut_case(DType::F32)).unwrap_err();
+    assert!(error.contains("max_storage_buffer_binding_size") && error.contains("at most 1024"), "{error}");
+}
+
+fn few_buffers() {
+    let mut options = WgpuOptions::default();
+    options.max_storage_buffers = 8;
+    let error = WgpuBackend::with_options(0, options).unwrap_err();
+    assert!(error.to_string().contains("max_storage_buffers_per_shader_stage 8"), "{error}");
+}
+
+fn shared() {
+    let (first, second) = (WgpuBackend::new(0).unwrap(), WgpuBackend::new(0).unwrap());
+    let mut storage = first.alloc(&first.stream().unwrap(), 100).unwrap();
+    let stream = second.stream().unwrap();
+    second.upload(&stream, &[7; 99], &mut storage).unwrap();
+    let mut bytes = [1; 100];
+    first.download(&stream, &storage, &mut bytes).unwrap();
+    assert_eq!((bytes[98], bytes[99]), (7, 0));
+}
+
+fn foreign_handles() {
+    let device = WgpuBackend::new(0).unwrap();
+    let id = device.info().id;
+    let unsupported = |result: Result<(), DeviceError>| matches!(result, Err(DeviceError::Unsupported { .. }));
+    assert!(unsupported(device.synchronize(&Stream::new(id, Arc::new(())))));
+    let own = device.stream().unwrap();
+    assert!(unsupported(device.wait(&own, &Event::new(id, Arc::new(())))));
+    // Another backend of the same device, with a queue of its own.
+    assert!(unsupported(device.synchronize(&with(|_| ()).stream().unwrap())));
+    let elsewhere = DeviceId { kind: DeviceKind::Wgpu, ordinal: 77 };
+    let expected = Err(DeviceError::WrongDevice { what: "stream", expected: id, got: elsewhere });
+    assert_eq!(device.synchronize(&Stream::new(elsewhere, Arc::new(()))), expected);
+    let expected = Err(DeviceError::WrongDevice { what: "event", expected: id, got: elsewhere });
+    assert_eq!(device.wait(&own, &Event::new(elsewhere, Arc::new(()))), expected);
+}
+
+fn foreign_memory() {
+    let (device, other) = (WgpuBackend::new(0).unwrap(), with(|_| ()));
+    let storage = other.alloc(&other.stream().unwrap(), 64).unwrap();
+    let mut tensor = Tensor::new(storage, DType::F32, Layout::contiguous(&[16]).unwrap()).unwrap();
+    let error = device.fill(&device.stream().unwrap(), tensor.view_mut(), 1.0).unwrap_err();
+    assert!(error.to_string().contains("is of no memory in use on this device"), "{error}");
+}
+
+fn memory_returns() {
+    let device = with(|_| ());
+    let stream = device.stream().unwrap();
+    let bytes = 1 << 20;
+    for _ in 0..5 {
+        let mut storage = device.alloc(&stream, bytes).unwrap();
+        let mut read = vec![1; bytes];
+        device.download(&stream, &storage, &mut read).unwrap();
+        assert!(read.iter().all(|&byte| byte == 0));
+        device.upload(&stream, &vec![9; bytes], &mut storage).unwrap();
+    }
+    let [in_use, peak] = device.memory_bytes();
+    assert_eq!((in_use, peak), (0, 1 << 20));
+}
+
+fn threads() {
+    let device = Arc::new(WgpuBackend::new(0).unwrap());
+    let handles: Vec<_> = (0..4_u32)
+        .map(|number| {
+            let device = Arc::clone(&device);
+            std::thread::spawn(move || {
+                let mut case = cut_case(DType::F32);
+                case.seed += u64::from(number);
+                check_case(&*device, &case)
+            })
+        })
+        .collect();
+    for handle in handles {
+        let worst = handle.join().unwrap();
+        assert!(worst.is_ok(), "{worst:?}");
+    }
+}
+
+fn all_devices() {
+    let handles: Vec<_> = (0..WgpuBackend::count())
+        .map(|ordinal| {
+            std::thread::spawn(move || {
+                let device = WgpuBackend::new(ordinal).unwrap();
+                assert_eq!(device.info().id.ordinal, ordinal);
+                check_case(&device, &cut_case(DType::BF16)).map_err(|error| format!("{:?}: {error}", device.info()))
+            })
+        })
+        .collect();
+    for handle in handles {
+        let worst = handle.join().unwrap();
+        assert!(worst.is_ok(), "{worst:?}");
+    }
+    // A plan of one device is not one of another.
+    let spec = AttentionSpec::new(DType::F32, 1, 1, 8, 1, 8);
+    assert_eq!(spec.precision(), Precision::from(DType::F32));
+    let plan = WgpuBackend::new(0).unwrap().plan_attention(&AttentionProblem::new(spec).unwrap()).unwrap();
+    assert_eq!(plan.device, DeviceId { kind: DeviceKind::Wgpu, ordinal: 0 });
+}
