@@ -8,6 +8,9 @@ use tilefold_kernels::wgsl::{Dispatch, Shader};
 
 use crate::context::{Context, lock};
 
+/// Pipelines kept at a time: a driver's code for one may take a megabyte.
+const MAX_PIPELINES: usize = 256;
+
 /// Pipelines of a device.
 #[derive(Debug)]
 pub(crate) struct Pipelines {
@@ -129,6 +132,10 @@ fn pipeline(context: &Context, dispatch: &Dispatch, written: u32) -> DeviceResul
     let pipeline = Arc::new(context.guarded("createComputePipeline", || Ok(make(context, dispatch, written)))?);
     let (kernel, elapsed_ms) = (dispatch.shader.file.name(), started.elapsed().as_millis());
     tracing::debug!(kernel, elapsed_ms, "compiled a kernel");
+    if made.len() >= MAX_PIPELINES {
+        // Those in use stay until they are done.
+        made.clear();
+    }
     made.insert(key, Arc::clone(&pipeline));
     Ok(pipeline)
 }

@@ -101,9 +101,9 @@ pub(crate) fn run(args: &Args, global: &Global) -> Result<Outcome> {
     } else {
         say(&format!("{} ({}, {})", info.id, info.name, info.arch))?;
         print(&report)?;
-        if info.is_virtual {
+        if !Filter::for_device(info).large {
             say(
-                "left out on a virtual device: large problems; without --dtype all but every sixth case of each dtype",
+                "left out on this kind of device: large problems; without --dtype all but every sixth case of each dtype",
             )?;
         } else if args.no_large {
             say("left out: tensors of more than 2^31 elements (--no-large)")?;

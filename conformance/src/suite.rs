@@ -3,7 +3,7 @@
 
 use std::sync::Arc;
 
-use tilefold_core::{AttentionProblem, AttentionSpec, Backend, DType, DeviceInfo, Precision};
+use tilefold_core::{AttentionProblem, AttentionSpec, Backend, DType, DeviceInfo, DeviceKind, Precision};
 
 use crate::case::{Case, DTYPES};
 use crate::{cases, determinism, device_trials, large, merging, oracle, packed, relayouts};
@@ -41,11 +41,13 @@ impl Default for Filter {
 
 impl Filter {
     /// What a device gets through in minutes: everything. On a virtual one, which compiles a kernel for most cases and
-    /// interprets it, every second of the small cases, each in one dtype.
+    /// interprets it, every second of the small cases, each in one dtype. The same on wgpu devices, whose buffers are also
+    /// smaller than the large problems.
     #[must_use]
     pub fn for_device(device: &DeviceInfo) -> Self {
         let all = Self::default();
-        if device.is_virtual { Self { large: false, most_tiles: 1000, in_turn: true, ..all } } else { all }
+        let is_slow = device.is_virtual || device.id.kind == DeviceKind::Wgpu;
+        if is_slow { Self { large: false, most_tiles: 1000, in_turn: true, ..all } } else { all }
     }
 }
 

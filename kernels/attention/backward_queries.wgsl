@@ -1,14 +1,41 @@
-// Gradient of the queries, equation (13), and sums of dS over keys for biases without a key axis.
+// Gradient of the queries, equation (13), of a bias with a query and a key axis, equation (15), and sums of dS over keys for
+// biases without a key axis.
 //
-// A thread owns QUERIES queries of one head, THREADS apart, and walks over the keys; all threads of a workgroup are at the
-// same key.
+// A workgroup owns a tile of queries of one entry of the bias's batch, row and head axes, and walks over all batches, rows
+// and heads that broadcast to it, or over its share of them: `chunks` workgroups share a walk, and each adds to a copy of
+// the gradient of its own. Without such a bias an entry is one head of one row, and a walk one step.
+//
+// A thread owns QUERIES queries, THREADS apart, and walks over the keys; all threads of a workgroup are at the same key.
+// The gradient of the bias begins with zeros; each of its entries has one owner, which adds to it step by step.
+//
+// Constants: THREADS, QUERIES, D_Q, D_BIAS, ROW_SUMS, and those of the problem.
 
 fn run(group: vec3<u32>, thread: u32) {
     if (!is_work(group)) {
         return;
     }
-    let work = work_of(group, params.tiles, params.heads);
-    let first = work.tile * (THREADS * QUERIES);
+    // Neighbours in the grid: tiles of queries, entries, chunks.
+    let number = group.x + group.y * params.groups_x;
+    let outer = number / params.tiles;
+    let entry = outer % params.entries;
+    let chunk = outer / params.entries;
+    let entry_head = entry % params.entry_heads;
+    let entry_row = entry / params.entry_heads % params.entry_rows;
+    let entry_batch = entry / params.entry_heads / params.entry_rows;
+    let first = number % params.tiles * (THREADS * QUERIES);
+    let entry_work = Work(entry_batch, entry_row, entry_head, number % params.tiles);
+    let d_bias_at = place_of(params.dbias, entry_work, entry_head) + chunk * params.chunk_stride;
+    let end = min((chunk + 1u) * params.chunk, params.walks);
+    for (var step = chunk * params.chunk; step < end; step++) {
+        let rows = step / params.walk_heads;
+        let head = entry_head + step % params.walk_heads;
+        let work = Work(entry_batch + rows / params.walk_rows, entry_row + rows % params.walk_rows, head, 0u);
+        walk_keys(work, first, thread, d_bias_at);
+    }
+}
+
+// One head of one row.
+fn walk_keys(work: Work, first: u32, thread: u32, d_bias_at: u32) {
     let last = min(first + THREADS * QUERIES, params.seqlen_q) - 1u;
     let kv_head = work.head / params.group;
     let slope = slope_of(work.head);
@@ -87,6 +114,12 @@ fn run(group: vec3<u32>, thread: u32) {
             if (BIASES > 0u) { seen = seen && !is_minus_infinity(s); }
             ds[r] = select(0.0, probability(s, row[r]) * (sum4(d_sum[r]) - row[r].delta), seen);
             row_sum[r] += ds[r];
+            if (D_BIAS) {
+                if (first + r * THREADS + thread <= last) {
+                    let at = d_bias_at + query[r] * params.dbias.position + key * params.dbias.last;
+                    store_dbias(at, load_dbias(at) + ds[r]);
+                }
+            }
         }
         for (var c = 0u; c < Q_QUADS; c++) {
             let k = quad_k(k_row, c);

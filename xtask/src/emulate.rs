@@ -10,7 +10,7 @@
 //! [`home`]). Nothing is installed, so neither root nor a change to the system's packages is needed, and the `rustc` in
 //! PATH stays the one in use elsewhere. The first run downloads (and, for Bochs, compiles); later ones start at once.
 
-mod apt;
+pub(crate) mod apt;
 mod guest;
 
 use std::ffi::OsStr;

@@ -12,6 +12,7 @@ mod report;
 mod setup;
 mod suite;
 mod virtual_gpu;
+mod vulkan;
 
 use std::path::PathBuf;
 use std::process::ExitCode;

@@ -23,6 +23,11 @@ pub(crate) fn toolchain() -> Result<Count> {
 pub(crate) fn programs(wanted: &[(&str, &str)]) -> Result<Count> {
     let missing = wanted.iter().filter(|(program, _)| !succeeds(&[program, "--version"]));
     let packages: Vec<&str> = missing.map(|&(_, package)| package).collect();
+    self::packages(&packages)
+}
+
+/// Installs Debian packages, as root or with sudo.
+pub(crate) fn packages(packages: &[&str]) -> Result<Count> {
     if packages.is_empty() {
         return Ok(Count::one());
     }
@@ -35,5 +40,5 @@ pub(crate) fn programs(wanted: &[(&str, &str)]) -> Result<Count> {
     let root = succeeds(&["sh", "-c", "test $(id -u) = 0"]);
     let apt: &[&str] = if root { &["apt-get"] } else { &["sudo", "apt-get"] };
     run(&[], &[apt, &["update"]].concat())?;
-    run(&[], &[apt, &["install", "--yes", "--no-install-recommends"], &packages].concat())
+    run(&[], &[apt, &["install", "--yes", "--no-install-recommends"], packages].concat())
 }

@@ -13,7 +13,7 @@ use crate::clang::Clang;
 use crate::command::{artifacts, output, run};
 use crate::report::{Count, Report};
 use crate::virtual_gpu::with_virtual_gpu;
-use crate::{cuda, files, kernels, licences, setup};
+use crate::{cuda, files, kernels, licences, setup, vulkan};
 
 /// Runs everything; with `quick` what takes long is left out. Whether all passed.
 pub(crate) fn run_suite(quick: bool) -> bool {
@@ -35,6 +35,9 @@ fn steps(report: &mut Report, quick: bool) -> Result<()> {
     report.step("licences and sources of all dependencies", licences::check)?;
     report.step("formatting", || cargo(&["fmt", "--all", "--check"]))?;
     gpu_compilers(report)?;
+    if vulkan::SUPPORTED {
+        report.step("Vulkan driver", vulkan::driver)?;
+    }
     let features = feature_combinations(&facade_features()?);
     let (all, others) = features.split_last().context("no combination of features")?;
     lints(report, all)?;
@@ -42,6 +45,7 @@ fn steps(report: &mut Report, quick: bool) -> Result<()> {
     examples(report)?;
     if !quick {
         virtual_gpu(report)?;
+        wgpu(report)?;
         kernels(report)?;
         for features in others {
             lints(report, features)?;
@@ -85,6 +89,32 @@ fn virtual_gpu(report: &mut Report) -> Result<()> {
     Ok(())
 }
 
+/// Conformance through the wgpu backend with subgroups of other sizes, and on a second driver.
+fn wgpu(report: &mut Report) -> Result<()> {
+    if !vulkan::SUPPORTED {
+        println!("\nleft out: other Vulkan drivers than the machine's own are tried on x86-64 Linux only");
+        return Ok(());
+    }
+    let test = [
+        "cargo",
+        "test",
+        "--workspace",
+        "--all-features",
+        "--test",
+        CONFORMANCE,
+        "--",
+        EMULATED,
+        "--skip",
+        "determinism",
+    ];
+    for (bits, threads) in [("128", 4), ("512", 16)] {
+        report.step(&format!("conformance on wgpu, subgroups of {threads}"), || vulkan::at_width(bits, &test))?;
+    }
+    report.step("conformance on wgpu, SwiftShader", || vulkan::on_swiftshader(&test))?;
+    let both = ["cargo", "test", "--workspace", "--all-features", "--test", "devices", "--", "all_devices", "--quiet"];
+    report.step("two wgpu devices at once", || vulkan::on_both(&both))
+}
+
 /// The kernels without a GPU: what the compilers make of them, and what that costs by the static instrument.
 fn kernels(report: &mut Report) -> Result<()> {
     if !cuda::SUPPORTED {
@@ -108,12 +138,16 @@ fn lints(report: &mut Report, features: &str) -> Result<()> {
 /// Unit tests, conformance, doctests: all crates at once, with all features.
 fn tests(report: &mut Report) -> Result<()> {
     report.step("tests and doctests of all crates", || {
-        run(&[REQUIRED], &["cargo", "test", "--workspace", "--all-features", "--", "--quiet"])
+        let required = if vulkan::SUPPORTED { (REQUIRED.0, "cpu,wgpu") } else { REQUIRED };
+        run(&[required], &["cargo", "test", "--workspace", "--all-features", "--", "--quiet"])
     })
 }
 
 /// A device that is not there makes conformance fail.
 const REQUIRED: (&str, &str) = ("TILEFOLD_REQUIRE", "cpu");
+
+/// Conformance holds this device alone to the reference.
+const CPU: (&str, &str) = ("TILEFOLD_DEVICE", "cpu");
 
 /// Unit tests of the crate whose features they are, with fewer of them.
 ///
@@ -167,7 +201,7 @@ fn other_archs(report: &mut Report, archs: &[Arch]) -> Result<()> {
     for arch in archs.iter().filter(|arch| arch.available && !arch.selected) {
         report.step(&format!("conformance on {}", arch.name), || {
             let test = ["cargo", "test", "--workspace", "--all-features", "--test", CONFORMANCE, "--", "--quiet"];
-            run(&[REQUIRED, ("TILEFOLD_CPU_ARCH", &arch.name)], &test)
+            run(&[REQUIRED, CPU, ("TILEFOLD_CPU_ARCH", &arch.name)], &test)
         })?;
     }
     Ok(())
@@ -189,7 +223,7 @@ fn emulated_archs(report: &mut Report, archs: &[Arch], in_ci: bool) -> Result<()
     let lacks = |name: &str| archs.iter().any(|arch| arch.name == name && !arch.available);
     let emulate = |kind: &str, arch: &str, arguments: &[&str]| {
         let command = [&["cargo", "xtask", "emulate", kind], arguments, &["--quiet", "--color=never"]].concat();
-        run(&[REQUIRED, ("TILEFOLD_CPU_ARCH", arch)], &command)
+        run(&[REQUIRED, CPU, ("TILEFOLD_CPU_ARCH", arch)], &command)
     };
     // Other numbers of workers share out the same work, whatever the instructions.
     let without_twins = ["--skip", "determinism"];

@@ -7,13 +7,11 @@ use crate::params::Operand;
 use crate::wgsl::attention::{self, BIAS_NAMES, SCALARS, Sizes, THREADS};
 use crate::wgsl::dispatch::{Builder, Dispatch, DispatchError, Limits, Part, View, gather, number, parts};
 use crate::wgsl::forward::part_heads;
-use crate::wgsl::moves::copy_view;
+use crate::wgsl::moves::{copy_view, zeros};
 use crate::wgsl::shader::{Constant, File};
 
-/// Queries of one workgroup of the pass for biases.
-const BIAS_QUERIES: i64 = 8;
-/// Workgroups that this pass should have, where a walk can be cut for it.
-const BIAS_GROUPS: i64 = 256;
+/// Workgroups that the pass by queries should have, where a walk can be cut for it: on a processor, and on a GPU.
+const QUERY_GROUPS: [i64; 2] = [32, 512];
 /// Operands of a pass beside its inputs, at most: gradient and statistics of the output, and three results.
 const OTHERS: usize = 5;
 /// Least steps of a walk that is cut.
@@ -21,19 +19,18 @@ const LEAST_CHUNK: i64 = 4;
 /// Most pieces of a walk.
 const MOST_CHUNKS: i64 = 64;
 
-/// Fields of the argument of the pass for biases.
-const BIAS_SCALARS: &[(&str, &str)] = &{
-    let mut fields = [("", ""); 25];
+/// Fields of the argument of the pass by queries.
+const QUERY_SCALARS: &[(&str, &str)] = &{
+    let mut fields = [("", ""); SCALARS.len() + 8];
     let mut i = 0;
     while i < SCALARS.len() {
         fields[i] = SCALARS[i];
         i += 1;
     }
     let own = [
-        ("query_tiles", "u32"),
         ("entries", "u32"),
-        ("bias_heads", "u32"),
-        ("bias_rows", "u32"),
+        ("entry_heads", "u32"),
+        ("entry_rows", "u32"),
         ("walks", "u32"),
         ("walk_heads", "u32"),
         ("walk_rows", "u32"),
@@ -174,31 +171,30 @@ where
         let asked: Vec<usize> =
             (0..spec.biases.len()).filter(|&i| o.dbiases.get(i).is_some_and(Option::is_some)).collect();
         // One key, or one query, is an axis as good as none.
-        let by_entry = |&i: &usize| has_axis(i, 3) && has_axis(i, 4);
-        let by_row = |&i: &usize| has_axis(i, 3) && !has_axis(i, 4);
-        let needs_rows = asked.iter().any(by_row);
+        let by_entry: Vec<usize> = asked.iter().copied().filter(|&i| has_axis(i, 3) && has_axis(i, 4)).collect();
+        let by_row = |&&i: &&usize| has_axis(i, 3) && !has_axis(i, 4);
+        let needs_rows = asked.iter().any(|i| by_row(&i));
         let needs_columns = asked.iter().any(|&i| !has_axis(i, 3));
-        let by_queries = o.dq.is_some() || needs_rows;
+        let by_queries = o.dq.is_some() || needs_rows || !by_entry.is_empty();
         let by_keys = o.dk.is_some() || o.dv.is_some() || needs_columns;
-        let needs_statistics = by_queries || by_keys || asked.iter().any(by_entry);
-        if !needs_statistics && o.d_gate.is_none() {
+        if !by_queries && !by_keys && o.d_gate.is_none() {
             return Ok(());
         }
-        let (statistics, d_out) = self.prepare(needs_statistics)?;
+        let (statistics, d_out) = self.prepare(by_queries || by_keys)?;
         if by_queries {
-            let sums = self.queries(statistics, d_out, needs_rows)?;
-            for &i in asked.iter().filter(|i| by_row(i)) {
+            let sums = self.queries(statistics, d_out, [o.dq.is_some(), needs_rows], by_entry.first().copied())?;
+            for &i in asked.iter().filter(by_row) {
                 self.sum(i, sums)?;
             }
+        }
+        for &i in by_entry.iter().skip(1) {
+            self.queries(statistics, d_out, [false; 2], Some(i))?;
         }
         if by_keys {
             let sums = self.keys(statistics, d_out, needs_columns)?;
             for &i in asked.iter().filter(|&&i| !has_axis(i, 3)) {
                 self.sum(i, sums)?;
             }
-        }
-        for &i in asked.iter().filter(|i| by_entry(i)) {
-            self.bias(i, statistics, d_out)?;
         }
         Ok(())
     }
@@ -253,28 +249,119 @@ where
         Ok((statistics, gated.map_or(d_out, |gated| View { name: "d_out", ..gated })))
     }
 
-    /// Gradient of q, and sums of dS over the keys.
-    fn queries(&mut self, statistics: Option<View>, d_out: View, sums: bool) -> Result<Option<View>, E> {
+    /// Gradient of q, sums of dS over the keys, and the gradient of a bias with a query and a key axis.
+    fn queries(
+        &mut self,
+        statistics: Option<View>,
+        d_out: View,
+        [with_dq, with_sums]: [bool; 2],
+        bias: Option<usize>,
+    ) -> Result<Option<View>, E> {
         let (spec, sizes, o) = (self.problem.spec(), self.sizes, self.operands);
-        let Sizes { batch, rows, heads, seqlen_q, head_dim, .. } = sizes;
-        let row_sums = match sums {
+        let Sizes { batch, rows, heads, seqlen_q, seqlen_k, head_dim, .. } = sizes;
+        let row_sums = match with_sums {
             true => Some(self.array("row_sums", [batch, rows, heads, seqlen_q, 1])?),
             false => None,
         };
+        let dq = o.dq.as_ref().filter(|_| with_dq).map(|dq| sizes.by_query("dq", spec.dtype, dq, head_dim).written());
         let mut views = self.inputs.clone();
         share(&mut views, ["k", "v"]);
         views.extend([
             ("d_out", Some(d_out)),
             ("statistics", statistics),
-            ("dq", o.dq.as_ref().map(|dq| sizes.by_query("dq", spec.dtype, dq, head_dim).written())),
+            ("dq", dq),
             ("row_sums", row_sums.map(View::written)),
         ]);
         let queries = attention::per_thread(2 * quads(head_dim) + quads(sizes.head_dim_v), self.limits.software);
         let queries = attention::needed(queries, seqlen_q);
-        let switches = [("D_Q", o.dq.is_some()), ("ROW_SUMS", sums)];
-        let numbers = [("QUERIES", queries)];
-        self.pass(File::Queries, views, &switches, &numbers, seqlen_q, THREADS * queries, sizes.group)?;
+        let tiles = (seqlen_q + i64::from(THREADS * queries) - 1) / i64::from(THREADS * queries);
+
+        // The axes of the bias, if any: without one each head of each row is an entry of its own.
+        let shape = match bias {
+            Some(index) => spec.biases[index].shape.map(|size| i64::try_from(size).unwrap_or(i64::MAX)),
+            None => [batch, rows, heads, seqlen_q, seqlen_k],
+        };
+        let dbias = View { strides: keys_before_queries(shape), ..View::dense("dbias", 0, shape) };
+        let mut present: Vec<View> = views.iter().filter_map(|(_, view)| *view).collect();
+        present.extend(bias.map(|_| dbias));
+        let parts = parts(sizes.outer(), sizes.group, &present, self.limits)?;
+        let elements = shape.iter().product::<i64>();
+        let chunks = match (bias, parts.first()) {
+            (Some(_), Some(part)) => {
+                let wanted =
+                    Walks::of(part, &sizes, shape).chunks(tiles, QUERY_GROUPS[usize::from(!self.limits.software)]);
+                // All copies are written through one binding.
+                let room = self.limits.binding_bytes / (4 * elements.unsigned_abs()).max(1);
+                wanted.min(i64::try_from(room).unwrap_or(i64::MAX)).max(1)
+            }
+            _ => 1,
+        };
+        let dbias = match bias {
+            Some(_) => {
+                let address = self.array("dbias", [chunks, elements, 1, 1, 1])?.address;
+                self.dispatches.extend(zeros(address, chunks * elements, self.limits)?);
+                Some(View { address, copies: [elements, chunks], ..dbias }.written())
+            }
+            None => None,
+        };
+        views.push(("dbias", dbias));
+
+        let mut constants = self.constants.clone();
+        constants.extend([("D_Q", with_dq), ("ROW_SUMS", with_sums), ("D_BIAS", bias.is_some())].map(switch));
+        constants.push(("QUERIES", Constant::Number(queries)));
+        for part in parts {
+            let walks = Walks::of(&part, &sizes, shape);
+            let mut values = attention::scalars(self.problem, &sizes, &part, number(tiles), 0);
+            let steps = (walks.steps() + chunks - 1) / chunks;
+            let own = [
+                walks.entries(),
+                walks.entry[2],
+                walks.entry[1],
+                walks.steps(),
+                walks.walk[2],
+                walks.walk[1],
+                steps,
+                if chunks == 1 { 0 } else { elements },
+            ];
+            values.extend(own.map(number));
+            let builder = Builder {
+                file: File::Queries,
+                constants: constants.clone(),
+                scalars: QUERY_SCALARS,
+                values,
+                limits: self.limits,
+                operands: in_part(&views, &part, sizes.group),
+            };
+            self.dispatches.push(builder.dispatch((tiles * walks.entries() * chunks).unsigned_abs())?);
+        }
+        if let (Some(index), Some(dbias)) = (bias, dbias) {
+            self.total(index, dbias, shape, chunks)?;
+        }
         Ok(row_sums)
+    }
+
+    /// The gradient of a bias from copies that lie one behind the other.
+    fn total(&mut self, index: usize, copied: View, shape: [i64; 5], copies: i64) -> Result<(), E> {
+        let Some(Some((operand, dtype))) = self.operands.dbiases.get(index) else { return Ok(()) };
+        let total = self.sizes.bias("total", *dtype, operand).written();
+        let source = View { writes: false, ..copied };
+        if source.binding(self.limits).bytes <= self.limits.binding_bytes {
+            return self.add(source, total, shape, [copies, 1, 1, 1, 1], false);
+        }
+        if copies == 1 {
+            return self.add(source, total, shape, [1; 5], false);
+        }
+        // One copy after the other, since no binding shows them all.
+        let elements = shape.iter().product::<i64>();
+        let sum = self.array("total", shape)?.written();
+        for copy in 0..copies {
+            let address = source.address.wrapping_add_signed(4 * copy * elements);
+            let source = View { address, copies: [0, 1], ..source };
+            self.add(source, sum, shape, [1; 5], copy > 0)?;
+        }
+        let sum = View { writes: false, ..sum };
+        self.dispatches.extend(copy_view(&sum, &View { sizes: shape, ..total }, self.limits)?);
+        Ok(())
     }
 
     /// Gradients of k and v, and sums of dS over the queries.
@@ -318,7 +405,7 @@ where
         let sizes = self.sizes;
         let tiles = u32::try_from(positions).unwrap_or(u32::MAX).div_ceil(tile);
         let mut constants = self.constants.clone();
-        constants.extend(switches.iter().map(|&(name, switch)| (name, Constant::Switch(switch))));
+        constants.extend(switches.iter().copied().map(switch));
         constants.extend(numbers.iter().map(|&(name, number)| (name, Constant::Number(number))));
         let present: Vec<View> = views.iter().filter_map(|(_, view)| *view).collect();
         for part in parts(sizes.outer(), sizes.group, &present, self.limits)? {
@@ -333,117 +420,6 @@ where
             let groups = part_heads(&part, group).unsigned_abs() * u64::from(tiles);
             self.dispatches.push(builder.dispatch(groups)?);
         }
-        Ok(())
-    }
-
-    /// Gradient of a bias with a query and a key axis.
-    fn bias(&mut self, index: usize, statistics: Option<View>, d_out: View) -> Result<(), E> {
-        let (spec, sizes, o) = (self.problem.spec(), self.sizes, self.operands);
-        let Some(Some((operand, dtype))) = o.dbiases.get(index) else { return Ok(()) };
-        let total = sizes.bias("dbias", *dtype, operand).written();
-        let mut views = self.inputs.clone();
-        share(&mut views, ["q", "q"]);
-        views.extend([("d_out", Some(View { shared: true, ..d_out })), ("statistics", statistics)]);
-        let shape = spec.biases[index].shape.map(|size| i64::try_from(size).unwrap_or(i64::MAX));
-
-        // Sums in the workspace may need smaller parts than the gradient itself, if that is of a half type.
-        let largest = View { address: total.address, ..View::dense("dbias", 0, shape) };
-        let mut present: Vec<View> = views.iter().filter_map(|(_, view)| *view).collect();
-        present.extend([total, largest]);
-        let parts = parts(sizes.outer(), sizes.group, &present, self.limits)?;
-        let whole = Part { batch: [0, sizes.batch], rows: [0, sizes.rows], heads: [0, sizes.kv_heads] };
-        let first = parts.first().copied().unwrap_or(whole);
-
-        // How many parts lie side by side along axes over which the gradient sums.
-        let steps =
-            |axis: usize, [_, count]: [i64; 2], size: i64| if shape[axis] > 1 { 1 } else { (size + count - 1) / count };
-        let side_by_side = [
-            steps(0, first.batch, sizes.batch),
-            steps(1, first.rows, sizes.rows),
-            steps(2, first.heads, sizes.kv_heads),
-        ];
-        let tiles = Tiles::of(&first, &sizes, shape);
-        // All pieces of one walk are written through one binding.
-        let room = self.limits.binding_bytes / (4 * shape.iter().product::<i64>().unsigned_abs()).max(1);
-        let chunks = tiles.chunks().min(i64::try_from(room).unwrap_or(i64::MAX)).max(1);
-        let copies = chunks * side_by_side.iter().product::<i64>();
-        let elements = shape.iter().product::<i64>();
-        let target = match copies {
-            1 => total,
-            _ => {
-                let array = self.array("dbias", [copies, elements, 1, 1, 1])?;
-                View { copies: [elements, chunks], ..View::dense("dbias", array.address, shape) }.written()
-            }
-        };
-        for part in parts {
-            // Copies of this part begin behind those of parts before it.
-            let rank =
-                |axis: usize, [at, _]: [i64; 2], [_, count]: [i64; 2]| if shape[axis] > 1 { 0 } else { at / count };
-            let before = (rank(0, part.batch, first.batch) * side_by_side[1] + rank(1, part.rows, first.rows))
-                * side_by_side[2]
-                + rank(2, part.heads, first.heads);
-            let offset = if copies == 1 { 0 } else { before * chunks * elements * 4 };
-            let shifted = View { address: target.address.wrapping_add_signed(offset), ..target };
-            let mut operands = views.clone();
-            operands.push(("dbias", Some(shifted)));
-            self.bias_part(&part, shape, chunks, operands, if copies == 1 { 0 } else { elements })?;
-        }
-        if copies == 1 {
-            return Ok(());
-        }
-        let source = View { copies: [elements, copies], writes: false, ..target };
-        if source.binding(self.limits).bytes <= self.limits.binding_bytes {
-            return self.add(source, total, shape, [copies, 1, 1, 1, 1], false);
-        }
-        // One copy after the other, since no binding shows them all.
-        let sum = self.array("total", shape)?.written();
-        for copy in 0..copies {
-            let address = source.address.wrapping_add_signed(4 * copy * elements);
-            let source = View { address, copies: [0, 1], ..source };
-            self.add(source, sum, shape, [1; 5], copy > 0)?;
-        }
-        let sum = View { writes: false, ..sum };
-        let total = View { sizes: shape, ..total };
-        self.dispatches.extend(copy_view(&sum, &total, self.limits)?);
-        Ok(())
-    }
-
-    fn bias_part(
-        &mut self,
-        part: &Part,
-        shape: [i64; 5],
-        chunks: i64,
-        operands: Vec<Named>,
-        chunk_stride: i64,
-    ) -> Result<(), E> {
-        let sizes = self.sizes;
-        let tiles = Tiles::of(part, &sizes, shape);
-        let mut constants = self.constants.clone();
-        constants.push(("QUERIES", Constant::Number(number(BIAS_QUERIES.min(sizes.seqlen_q)))));
-        let mut values = attention::scalars(self.problem, &sizes, part, number(tiles.keys), 0);
-        values.extend(
-            [
-                tiles.queries,
-                tiles.entries(),
-                tiles.entry[2],
-                tiles.entry[1],
-                tiles.walks(),
-                tiles.walk[2],
-                tiles.walk[1],
-                (tiles.walks() + chunks - 1) / chunks,
-                chunk_stride,
-            ]
-            .map(number),
-        );
-        let builder = Builder {
-            file: File::Bias,
-            constants,
-            scalars: BIAS_SCALARS,
-            values,
-            limits: self.limits,
-            operands: in_part(&operands, part, sizes.group),
-        };
-        self.dispatches.push(builder.dispatch((tiles.groups() * chunks).unsigned_abs())?);
         Ok(())
     }
 
@@ -539,22 +515,18 @@ where
     }
 }
 
-/// How the pass for a bias shares out its work in one part.
-struct Tiles {
-    queries: i64,
-    keys: i64,
-    /// Entries of the bias along batch, rows and heads.
+/// How the pass by queries shares out its work in one part.
+struct Walks {
+    /// Entries along batch, rows and heads: those of the bias.
     entry: [i64; 3],
     /// How many batches, rows and heads broadcast to each.
     walk: [i64; 3],
 }
 
-impl Tiles {
+impl Walks {
     fn of(part: &Part, sizes: &Sizes, shape: [i64; 5]) -> Self {
         let outer = [part.batch[1], part.rows[1], part.heads[1] * sizes.group];
         Self {
-            queries: (sizes.seqlen_q + BIAS_QUERIES - 1) / BIAS_QUERIES,
-            keys: (sizes.seqlen_k + i64::from(THREADS) - 1) / i64::from(THREADS),
             entry: std::array::from_fn(|axis| if shape[axis] > 1 { outer[axis] } else { 1 }),
             walk: std::array::from_fn(|axis| if shape[axis] > 1 { 1 } else { outer[axis] }),
         }
@@ -564,19 +536,27 @@ impl Tiles {
         self.entry.iter().product()
     }
 
-    fn walks(&self) -> i64 {
+    fn steps(&self) -> i64 {
         self.walk.iter().product()
     }
 
-    fn groups(&self) -> i64 {
-        self.queries * self.keys * self.entries()
-    }
-
     /// Pieces of a walk, by the sizes alone.
-    fn chunks(&self) -> i64 {
-        let wanted = (BIAS_GROUPS + self.groups() - 1) / self.groups();
-        wanted.min(self.walks() / LEAST_CHUNK).clamp(1, MOST_CHUNKS)
+    fn chunks(&self, tiles: i64, groups: i64) -> i64 {
+        let wanted = groups / (tiles * self.entries());
+        wanted.min(self.steps() / LEAST_CHUNK).clamp(1, MOST_CHUNKS)
     }
+}
+
+/// Strides of a gradient in the workspace: neighbouring threads, which have neighbouring queries, write neighbours.
+fn keys_before_queries(shape: [i64; 5]) -> [i64; 5] {
+    let [_, rows, heads, queries, keys] = shape;
+    let tile = queries * keys;
+    let strides = [rows * heads * tile, heads * tile, tile, 1, queries];
+    std::array::from_fn(|axis| if shape[axis] == 1 { 0 } else { strides[axis] })
+}
+
+fn switch((name, switch): (&'static str, bool)) -> (&'static str, Constant) {
+    (name, Constant::Switch(switch))
 }
 
 fn quads(channels: i64) -> i64 {

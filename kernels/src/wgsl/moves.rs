@@ -119,6 +119,27 @@ pub(crate) fn copy_view(source: &View, destination: &View, limits: &Limits) -> R
     Ok(dispatches)
 }
 
+/// The dispatches that set so many f32 in a row to 0.
+///
+/// # Errors
+/// [`DispatchError`].
+pub(crate) fn zeros(address: u64, elements: i64, limits: &Limits) -> Result<Vec<Dispatch>, DispatchError> {
+    let [mut sizes, mut strides] = [[1; MAX_LAYOUT_AXES], [0; MAX_LAYOUT_AXES]];
+    let last = MAX_LAYOUT_AXES - 1;
+    (sizes[last], strides[last]) = (elements, 1);
+    let moves = Moves {
+        file: File::Fill,
+        constants: vec![("THREADS", Constant::Number(THREADS)), ("AXES", Constant::Number(number(MAX_LAYOUT_AXES)))],
+        value: 0,
+        source: None,
+        destination: Side { name: "dbias", bytes: 4, address },
+        limits,
+    };
+    let mut dispatches = Vec::new();
+    moves.cut(Box { sizes, source: strides, destination: strides, offsets: [0, 0] }, &mut dispatches)?;
+    Ok(dispatches)
+}
+
 fn too_many_axes(error: KernelError) -> DispatchError {
     match error {
         KernelError::Limit { what, limit, got } => DispatchError::Limit { what, limit, got },

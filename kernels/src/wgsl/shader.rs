@@ -20,8 +20,6 @@ pub enum File {
     Queries,
     /// `attention/backward_keys.wgsl`
     Keys,
-    /// `attention/backward_bias.wgsl`
-    Bias,
     /// `attention/sums.wgsl`
     Sums,
     /// `merge.wgsl`
@@ -41,7 +39,6 @@ impl File {
             Self::Prepare => "backward_prepare",
             Self::Queries => "backward_queries",
             Self::Keys => "backward_keys",
-            Self::Bias => "backward_bias",
             Self::Sums => "sums",
             Self::Merge => "merge",
             Self::Relayout => "relayout",
@@ -55,7 +52,6 @@ impl File {
             Self::Prepare => &[NUMBERS, ATTENTION, include_str!("../../attention/backward_prepare.wgsl")],
             Self::Queries => &[NUMBERS, ATTENTION, BACKWARD, include_str!("../../attention/backward_queries.wgsl")],
             Self::Keys => &[NUMBERS, ATTENTION, BACKWARD, include_str!("../../attention/backward_keys.wgsl")],
-            Self::Bias => &[NUMBERS, ATTENTION, BACKWARD, include_str!("../../attention/backward_bias.wgsl")],
             Self::Sums => &[NUMBERS, include_str!("../../attention/sums.wgsl")],
             Self::Merge => &[NUMBERS, include_str!("../../merge.wgsl")],
             Self::Relayout => &[NUMBERS, include_str!("../../relayout.wgsl")],

@@ -10,13 +10,13 @@ use std::time::Duration;
 use super::{BOCHS_RELEASE, RELEASE, files, run, say, works, write};
 
 /// `apt-get` with package lists and settings of its own.
-pub(super) struct Apt {
+pub(crate) struct Apt {
     config: PathBuf,
 }
 
 impl Apt {
     /// Writes the settings and fetches the package lists, from the mirror that the system's own apt uses.
-    pub(super) fn open(home: &Path) -> Result<Self> {
+    pub(crate) fn open(home: &Path) -> Result<Self> {
         for tool in ["apt-get", "apt-cache", "dpkg-deb"] {
             if !works(tool, "--version") {
                 bail!("{tool} not found: the emulators come from Debian packages, so this needs Debian or a kin of it");
@@ -62,7 +62,7 @@ impl Apt {
     }
 
     /// Downloads packages into a folder; apt checks them against the signed lists.
-    pub(super) fn download(&self, packages: &[String], folder: &Path) -> Result<()> {
+    pub(crate) fn download(&self, packages: &[String], folder: &Path) -> Result<()> {
         say(&format!("downloading {}", packages.join(" ")));
         run(self.command("apt-get").current_dir(folder).args(["download", "-q"]).args(packages))
             .with_context(|| format!("cannot download {}", packages.join(" ")))?;

@@ -1,0 +1,106 @@
+//! Vulkan drivers for the wgpu backend: Mesa's, which brings one for processors, and SwiftShader, a second implementation.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result, ensure};
+
+use crate::command::{output, run};
+use crate::emulate::apt::Apt;
+use crate::report::Count;
+use crate::setup;
+
+/// Whether these checks run here: elsewhere the system's own driver is what there is.
+pub(crate) const SUPPORTED: bool = cfg!(all(target_os = "linux", target_arch = "x86_64"));
+
+/// Where drivers say where they are.
+const FOLDERS: [&str; 3] = ["/usr/share/vulkan/icd.d", "/etc/vulkan/icd.d", "/usr/local/share/vulkan/icd.d"];
+
+/// The start of the name of the file in which Mesa's driver for processors says where it is.
+const LAVAPIPE: &str = "lvp_icd";
+
+/// The package that has SwiftShader, and its files there.
+const SWIFTSHADER_PACKAGE: &str = "chromium-common";
+const SWIFTSHADER_FILES: [&str; 2] =
+    ["./usr/lib/chromium/libvk_swiftshader.so", "./usr/lib/chromium/vk_swiftshader_icd.json"];
+
+/// What the Vulkan loader reads: drivers, instead of those that are installed.
+const DRIVERS: &str = "VK_DRIVER_FILES";
+
+/// Installs Mesa's driver where it is missing.
+pub(crate) fn driver() -> Result<Count> {
+    if lavapipe().is_ok() && has_loader() {
+        println!("Mesa's Vulkan driver is there");
+        return Ok(Count::one());
+    }
+    setup::packages(&["libvulkan1", "mesa-vulkan-drivers"])?;
+    lavapipe().map(|_| Count::one())
+}
+
+fn has_loader() -> bool {
+    let known = output(&["/sbin/ldconfig", "-p"]).unwrap_or_default();
+    String::from_utf8_lossy(&known).contains("libvulkan.so.1")
+}
+
+/// The file that names Mesa's driver for processors.
+fn lavapipe() -> Result<PathBuf> {
+    let files = FOLDERS.iter().filter_map(|folder| fs::read_dir(folder).ok()).flatten().flatten();
+    let is_it = |path: &PathBuf| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with(LAVAPIPE));
+    let found = files.map(|file| file.path()).find(is_it);
+    found.with_context(|| format!("no {LAVAPIPE}*.json below {}", FOLDERS.join(", ")))
+}
+
+/// The file that names SwiftShader, taken out of Debian's package below `target/`.
+fn swiftshader() -> Result<PathBuf> {
+    let folder = std::env::current_dir().context("no working folder")?.join("target").join("swiftshader");
+    let files = SWIFTSHADER_FILES.map(|file| folder.join(file));
+    if files.iter().all(|file| file.exists()) {
+        return Ok(files[1].clone());
+    }
+    fs::create_dir_all(&folder).with_context(|| format!("cannot make {}", folder.display()))?;
+    let apt = Apt::open(&Path::new("target").join("emulate"))?;
+    apt.download(&[SWIFTSHADER_PACKAGE.to_owned()], &folder)?;
+    let packages = fs::read_dir(&folder).with_context(|| format!("cannot read {}", folder.display()))?;
+    let is_package = |path: &PathBuf| path.extension().is_some_and(|extension| extension == "deb");
+    let package = packages.flatten().map(|file| file.path()).find(is_package).context("apt-get left no package")?;
+    // Of this large package, two files are needed.
+    let mut archive = Command::new("dpkg-deb")
+        .arg("--fsys-tarfile")
+        .arg(&package)
+        .stdout(Stdio::piped())
+        .spawn()
+        .context("cannot start dpkg-deb")?;
+    let stream = archive.stdout.take().context("dpkg-deb has no output")?;
+    let unpacked = Command::new("tar").arg("-xC").arg(&folder).args(SWIFTSHADER_FILES).stdin(stream).status();
+    let unpacked = unpacked.context("cannot start tar")?;
+    archive.wait().context("dpkg-deb")?;
+    ensure!(unpacked.success(), "{SWIFTSHADER_PACKAGE} has no {}", SWIFTSHADER_FILES.join(" or "));
+    fs::remove_file(&package).with_context(|| format!("cannot remove {}", package.display()))?;
+    Ok(files[1].clone())
+}
+
+/// Every feature at once, in each dtype, on Mesa's driver with vectors of so many bits, which decide how large a subgroup is.
+///
+/// The driver's cache does not tell code of one width from that of another.
+pub(crate) fn at_width(bits: &str, test: &[&str]) -> Result<Count> {
+    let drivers = lavapipe()?;
+    let drivers = drivers.to_str().context("a path that is no text")?;
+    run(&[REQUIRED, DEVICE, (DRIVERS, drivers), ("LP_NATIVE_VECTOR_WIDTH", bits), NO_CACHE], test)
+}
+
+/// The same on SwiftShader.
+pub(crate) fn on_swiftshader(test: &[&str]) -> Result<Count> {
+    let drivers = swiftshader()?;
+    run(&[REQUIRED, DEVICE, (DRIVERS, drivers.to_str().context("a path that is no text")?)], test)
+}
+
+/// A test with both drivers: two devices in one process.
+pub(crate) fn on_both(test: &[&str]) -> Result<Count> {
+    let drivers = std::env::join_paths([lavapipe()?, swiftshader()?])?;
+    run(&[REQUIRED, (DRIVERS, drivers.to_str().context("a path that is no text")?)], test)
+}
+
+const REQUIRED: (&str, &str) = ("TILEFOLD_REQUIRE", "wgpu");
+const DEVICE: (&str, &str) = ("TILEFOLD_DEVICE", "wgpu");
+const NO_CACHE: (&str, &str) = ("MESA_SHADER_CACHE_DISABLE", "true");
