@@ -18,7 +18,8 @@ fn run(group: vec3<u32>, thread: u32) {
     let gated_at = place_of(params.gated, work, work.head) + query * params.gated.position;
     let d_gate_at = place_of(params.d_gate, work, work.head) + query * params.d_gate.position;
     var sum = vec4<f32>();
-    for (var c = 0u; c < V_QUADS; c++) {
+    // Not written out: nothing stays in registers. A compiler that does not know the end does not do it either.
+    for (var c = 0u; c < V_QUADS + params.zero; c++) {
         let d_out = load4_d_out(d_out_at, c);
         let product = d_out * load4_out(out_at, c);
         sum += product;

@@ -184,13 +184,13 @@ impl View {
         Binding { address, bytes: (end - address).next_multiple_of(4), writes: self.writes }
     }
 
-    /// Whether four channels can be read at once.
+    /// Whether four channels can be read, or written, at once.
     fn in_quads(&self) -> Option<DType> {
         let Elements::Numbers(dtype) = self.elements else { return None };
         let whole = self.sizes[4] % 4 == 0 && self.strides[4] == 1;
         let apart = self.strides[..4].iter().all(|stride| stride % 4 == 0);
         let aligned = self.address.is_multiple_of(4 * dtype.size_bytes() as u64);
-        (self.quads && !self.writes && !self.gathered && dtype.is_float() && whole && apart && aligned).then_some(dtype)
+        (self.quads && !self.gathered && dtype.is_float() && whole && apart && aligned).then_some(dtype)
     }
 
     /// The part of it that a part of the call reaches; `group` query heads share a key head.
@@ -350,6 +350,7 @@ impl Builder<'_> {
             let most = self.limits.subgroup.min(number(view.sizes[4]).next_power_of_two());
             let strip = if view.shared { most } else { 1 };
             let usage = match view.in_quads() {
+                Some(dtype) if view.writes => Use::WriteQuads(dtype),
                 Some(dtype) if strip <= 1 => Use::ReadQuads(dtype),
                 _ if view.writes => Use::Write(view.elements),
                 _ => Use::Read(view.elements),

@@ -89,8 +89,10 @@ pub enum Use {
     Read(Elements),
     /// It is read four neighbouring channels at a time: they begin at multiples of four elements.
     ReadQuads(DType),
-    /// It is written, and read where `reads` says so.
+    /// It is written, and what was written can be read.
     Write(Elements),
+    /// It is written four neighbouring channels at a time.
+    WriteQuads(DType),
 }
 
 /// One operand of a kernel as its text knows it.
@@ -128,7 +130,7 @@ impl Shader {
     pub fn source(&self, written: u32) -> String {
         let mut text = String::new();
         self.write(written, &mut text).unwrap_or_default(); // Writing to a string does not fail.
-        self.file.texts().iter().for_each(|part| text.push_str(part));
+        self.file.texts().iter().for_each(|part| unroll(part, &self.constants, &mut text));
         text.push_str(if self.has_subgroups() { ENTRY_WITH_SUBGROUPS } else { ENTRY });
         text
     }
@@ -203,6 +205,57 @@ fn main(
 }
 ";
 
+/// Appends a file with its loops over quads of channels written out: `for (var c = 0u; c < V_QUADS; c++) {` becomes its body
+/// for each `c`, in which `quad_x(row, c)` is `quad_x_0(row)`.
+///
+/// Compilers unroll short loops alone, and an array that is read by a running index does not lie in registers.
+fn unroll(file: &str, constants: &[(&'static str, Constant)], text: &mut String) {
+    let mut lines = file.lines();
+    while let Some(line) = lines.next() {
+        let indent = &line[..line.len() - line.trim_start().len()];
+        let count = line
+            .trim_start()
+            .strip_prefix("for (var c = 0u; c < ")
+            .and_then(|rest| rest.strip_suffix("; c++) {"))
+            .and_then(|name| constants.iter().find(|(constant, _)| *constant == name));
+        let Some(&(_, Constant::Number(count))) = count else {
+            text.extend([line, "\n"]);
+            continue;
+        };
+        let end = format!("{indent}}}");
+        let body: Vec<&str> = lines.by_ref().take_while(|line| *line != end).collect();
+        for c in 0..count {
+            text.extend([indent, "{\n"]);
+            for line in &body {
+                text.extend([&with_index(line, c), "\n"]);
+            }
+            text.extend([&*end, "\n"]);
+        }
+    }
+}
+
+/// A line with `c` replaced by its value.
+fn with_index(line: &str, c: u32) -> String {
+    let mut line = line.to_owned();
+    if let (Some(call), Some(index)) = (line.find("quad_"), line.find(", c)")) {
+        let open = line[call..index].find('(').map_or(index, |open| call + open);
+        line = format!("{}_{c}{}{}", &line[..open], &line[open..index], &line[index + ", c".len()..]);
+    }
+    let is_word = |letter: char| letter.is_alphanumeric() || letter == '_';
+    let mut result = String::new();
+    let mut before = ' ';
+    for (at, letter) in line.char_indices() {
+        let after = line[at + letter.len_utf8()..].chars().next().unwrap_or(' ');
+        if letter == 'c' && !is_word(before) && before != '.' && !is_word(after) {
+            result.push_str(&format!("{c}u"));
+        } else {
+            result.push(letter);
+        }
+        before = letter;
+    }
+    result
+}
+
 /// Fields of an operand's place: where its element with all indices 0 lies in the binding, and strides, in elements.
 const PLACE: [&str; 8] = ["base", "batch", "row", "head", "position", "last", "unused0", "unused1"];
 
@@ -210,13 +263,14 @@ impl OperandKey {
     /// The binding.
     fn declare(&self, written: bool, text: &mut String) -> std::fmt::Result {
         let kind = match self.usage {
-            Use::ReadQuads(DType::F32) => "vec4<u32>",
-            Use::ReadQuads(_) => "vec2<u32>",
+            Use::ReadQuads(DType::F32) | Use::WriteQuads(DType::F32) => "vec4<u32>",
+            Use::ReadQuads(_) | Use::WriteQuads(_) => "vec2<u32>",
             Use::Write(Elements::Numbers(dtype)) if dtype.size_bytes() < 4 => "atomic<u32>",
             Use::Write(Elements::Bits(bytes)) if bytes < 4 => "atomic<u32>",
             _ => "u32",
         };
-        let access = if written || matches!(self.usage, Use::Write(_)) { "read_write" } else { "read" };
+        let access =
+            if written || matches!(self.usage, Use::Write(_) | Use::WriteQuads(_)) { "read_write" } else { "read" };
         let (slot, binding) = (self.slot, self.slot + 1);
         writeln!(text, "@group(0) @binding({binding}) var<storage, {access}> words{slot}: array<{kind}>;")
     }
@@ -257,6 +311,17 @@ return vec4<f32>({from}(w.x), {from}(w.x >> 16u), {from}(w.y), {from}(w.y >> 16u
                 let body = if dtype == DType::BF16 { body.replace("from_bf16(w.y >> 16u)", HIGH_Y) } else { body };
                 writeln!(text, "fn load4_{name}(at: u32, quad: u32) -> vec4<f32> {{ {body} }}")?;
                 self.row(text)
+            }
+            Use::WriteQuads(dtype) => {
+                let bits = match dtype {
+                    DType::F32 => "bitcast<vec4<u32>>(x)".to_owned(),
+                    _ => {
+                        let to = to(dtype);
+                        format!("vec2<u32>({to}(x.x) | ({to}(x.y) << 16u), {to}(x.z) | ({to}(x.w) << 16u))")
+                    }
+                };
+                let body = format!("{words}[(at >> 2u) + quad] = {bits};");
+                writeln!(text, "fn store4_{name}(at: u32, quad: u32, x: vec4<f32>) {{ {body} }}")
             }
             Use::Write(elements) => {
                 self.store(elements, &words, text)?;
@@ -313,7 +378,7 @@ return vec4<f32>({from}(w.x), {from}(w.x >> 16u), {from}(w.y), {from}(w.y >> 16u
         }
     }
 
-    /// A row that all threads of a workgroup are at: `row_x` begins reading it, `quad_x` gives its channels.
+    /// A row that all threads of a workgroup are at: `row_x` begins reading it, `quad_x_0`, `quad_x_1`, ... give its channels.
     fn row(&self, text: &mut String) -> std::fmt::Result {
         let Self { name, channels, strip, .. } = *self;
         if channels == 0 {
@@ -322,10 +387,11 @@ return vec4<f32>({from}(w.x), {from}(w.x >> 16u), {from}(w.y), {from}(w.y >> 16u
         if strip <= 1 {
             writeln!(text, "struct Row_{name} {{ at: u32 }}")?;
             writeln!(text, "fn row_{name}(at: u32) -> Row_{name} {{ return Row_{name}(at); }}")?;
-            return writeln!(
-                text,
-                "fn quad_{name}(row: Row_{name}, c: u32) -> vec4<f32> {{ return load4_{name}(row.at, c); }}"
-            );
+            for quad in 0..channels.div_ceil(4) {
+                let body = format!("return load4_{name}(row.at, {quad}u);");
+                writeln!(text, "fn quad_{name}_{quad}(row: Row_{name}) -> vec4<f32> {{ {body} }}")?;
+            }
+            return Ok(());
         }
         // Each lane of a subgroup reads some channels, and the others get them from it.
         let strips = channels.div_ceil(strip);
@@ -341,7 +407,6 @@ return vec4<f32>({from}(w.x), {from}(w.x >> 16u), {from}(w.y), {from}(w.y >> 16u
             writeln!(text, "    row.strips[{i}] = load_{name}(at + ({channel}) * params.{name}.last);")?;
         }
         writeln!(text, "    return row;\n}}")?;
-        writeln!(text, "fn quad_{name}(row: Row_{name}, c: u32) -> vec4<f32> {{\n    switch (c) {{")?;
         for quad in 0..channels.div_ceil(4) {
             let channel = |i: u32| match quad * 4 + i {
                 channel if channel < channels => {
@@ -350,9 +415,10 @@ return vec4<f32>({from}(w.x), {from}(w.x >> 16u), {from}(w.y), {from}(w.y >> 16u
                 _ => "0.0".to_owned(),
             };
             let [x, y, z, w] = [0, 1, 2, 3].map(channel);
-            writeln!(text, "        case {quad}u: {{ return vec4<f32>({x}, {y}, {z}, {w}); }}")?;
+            writeln!(text, "fn quad_{name}_{quad}(row: Row_{name}) -> vec4<f32> {{")?;
+            writeln!(text, "    return vec4<f32>({x}, {y}, {z}, {w});\n}}")?;
         }
-        writeln!(text, "        default: {{ return vec4<f32>(); }}\n    }}\n}}")
+        Ok(())
     }
 
     fn store(&self, elements: Elements, words: &str, text: &mut String) -> std::fmt::Result {
