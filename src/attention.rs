@@ -127,6 +127,15 @@ impl Forward {
         Self::with_out(device.zeros(problem.spec().dtype, &problem.out_shape())?, device, problem)
     }
 
+    /// The same on the host: see [`Device::download_tensor`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn into_host(self, device: &Device) -> Result<Self, Error> {
+        let to = |tensor| device.download_tensor(tensor);
+        Ok(Self { out: to(self.out)?, lse: to(self.lse)?, lse_low: to(self.lse_low)? })
+    }
+
     pub(crate) fn with_out(out: Tensor, device: &Device, problem: &AttentionProblem) -> Result<Self, Error> {
         let lse = || device.zeros(DType::F32, &problem.lse_shape());
         Ok(Self { out, lse: lse()?, lse_low: lse()? })
@@ -153,6 +162,21 @@ impl Backward {
             dv: like(&inputs.v, gradients.v)?,
             d_gate: gate,
             dbiases: dbiases.collect::<Result<_, _>>()?,
+        })
+    }
+
+    /// The same on the host: see [`Device::download_tensor`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn into_host(self, device: &Device) -> Result<Self, Error> {
+        let to = |tensor: Option<Tensor>| tensor.map(|tensor| device.download_tensor(tensor)).transpose();
+        Ok(Self {
+            dq: to(self.dq)?,
+            dk: to(self.dk)?,
+            dv: to(self.dv)?,
+            d_gate: to(self.d_gate)?,
+            dbiases: self.dbiases.into_iter().map(to).collect::<Result<_, _>>()?,
         })
     }
 }

@@ -9,8 +9,9 @@ use crate::CudaBackend;
 #[cfg(feature = "wgpu")]
 use crate::WgpuBackend;
 use crate::{
-    AttentionPlan, AttentionProblem, Backend, BackwardArgs, CpuBackend, DType, DeviceInfo, DeviceResult, Error, Event,
-    ForwardArgs, Layout, MergeArgs, OpenError, ProblemError, RelayoutArgs, Storage, Stream, Tensor, TensorViewMut,
+    AttentionPlan, AttentionProblem, Backend, BackwardArgs, CpuBackend, DType, DeviceError, DeviceId, DeviceInfo,
+    DeviceResult, Error, Event, ForwardArgs, Layout, MergeArgs, OpenError, ProblemError, RelayoutArgs, Storage, Stream,
+    Tensor, TensorViewMut,
 };
 
 /// The environment variable that names the device [`Device::best`] opens.
@@ -167,6 +168,60 @@ impl Device {
         // The stream ends here: what is to come on others must find zeros.
         self.synchronize(&stream)?;
         Ok(Tensor::new(storage, dtype, layout)?)
+    }
+
+    /// A host tensor as one of the device, in the same layout; where the device reads host memory it stays where it is.
+    ///
+    /// ```
+    /// use tilefold::{Device, Tensor};
+    /// let device = Device::cpu()?;
+    /// let tensor = device.upload_tensor(Tensor::from_vec(vec![1.0_f32, 2.0], &[2])?)?;
+    /// assert_eq!(device.download_tensor(tensor)?.to_f64()?, [1.0, 2.0]);
+    /// # Ok::<(), tilefold::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// [`crate::DeviceError::WrongDevice`] for a tensor of another device, [`crate::DeviceError::OutOfMemory`], and what the
+    /// device reports.
+    pub fn upload_tensor(&self, tensor: Tensor) -> Result<Tensor, Error> {
+        let id = self.info().id;
+        if tensor.device() == id {
+            return Ok(tensor);
+        }
+        let foreign = || DeviceError::WrongDevice { what: "tensor", expected: DeviceId::CPU, got: tensor.device() };
+        let bytes = tensor.storage().host_bytes().ok_or_else(foreign)?;
+        let stream = self.stream()?;
+        let mut storage = self.alloc(&stream, bytes.len())?;
+        self.upload(&stream, bytes, &mut storage)?;
+        self.synchronize(&stream)?;
+        Ok(Tensor::new(storage, tensor.dtype(), tensor.layout().clone())?)
+    }
+
+    /// A tensor of the device as one of the host, in the same layout; one of the host stays where it is.
+    ///
+    /// Waits for the copy, and for no work of other streams: synchronize these first.
+    ///
+    /// # Errors
+    /// [`crate::DeviceError::WrongDevice`] for a tensor of another device, [`ProblemError::OutOfMemory`], and what the device
+    /// reports.
+    pub fn download_tensor(&self, tensor: Tensor) -> Result<Tensor, Error> {
+        let (expected, got) = (self.info().id, tensor.device());
+        if got.is_host() {
+            return Ok(tensor);
+        }
+        if got != expected {
+            return Err(DeviceError::WrongDevice { what: "tensor", expected, got }.into());
+        }
+        let bytes = tensor.storage().bytes();
+        // Words, so that elements of every dtype are aligned.
+        let mut words: Vec<f32> = Vec::new();
+        let out_of_memory = |_| ProblemError::OutOfMemory { tensor: "tensor", bytes };
+        words.try_reserve_exact(bytes.div_ceil(size_of::<f32>())).map_err(out_of_memory)?;
+        words.resize(bytes.div_ceil(size_of::<f32>()), 0.0);
+        let mut storage = Storage::from_vec(words);
+        let to = storage.host_bytes_mut().and_then(|to| to.get_mut(..bytes));
+        self.download(&self.stream()?, tensor.storage(), to.unwrap_or_default())?;
+        Ok(Tensor::new(storage, tensor.dtype(), tensor.layout().clone())?)
     }
 }
 

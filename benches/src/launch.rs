@@ -33,7 +33,7 @@ impl Launch {
     /// too little memory.
     pub fn new(device: &Device, operands: Operands, options: &Options, gradients: Gradients) -> Result<Self, Error> {
         let stream = device.stream()?;
-        let operands = operands.into_device(device, &stream)?;
+        let operands = operands.into_device(device)?;
         let plan = device.plan_attention(&problem(&operands.inputs()?, options, gradients)?)?;
         let mut forward = forward_results(device, &plan.problem, &operands)?;
         let has_backward = gradients != Gradients::default();
@@ -61,6 +61,18 @@ impl Launch {
         let operands = Operands::random(workload, dtype, pass.has_gradients())?;
         let gradients = if pass.has_gradients() { all_gradients(&operands.inputs()?) } else { Gradients::default() };
         Self::new(device, operands, &Options { mask, products, ..Options::default() }, gradients)
+    }
+
+    /// The same with operands and results on the host, to be looked at; it cannot run again on a device with other memory.
+    ///
+    /// # Errors
+    /// What the device reports.
+    pub fn into_host(self) -> Result<Self, Error> {
+        let device = &self.device;
+        let operands = self.operands.into_host(device)?;
+        let forward = self.forward.into_host(device)?;
+        let backward = self.backward.map(|backward| backward.into_host(device)).transpose()?;
+        Ok(Self { operands, forward, backward, ..self })
     }
 
     /// The problem that is solved.

@@ -1,6 +1,6 @@
 //! Tensors one attention reads, owned: random ones, or the caller's.
 
-use tilefold::{Backend, DType, Device, DeviceError, Error, Inputs, ProblemError, Stream, Tensor, TensorView};
+use tilefold::{DType, Device, Error, Inputs, ProblemError, Tensor, TensorView};
 
 use crate::{Omitted, Workload, normal, random_bools};
 
@@ -85,14 +85,22 @@ impl Operands {
     }
 
     /// The same tensors on a device; host memory is kept where the device can read it.
-    pub(crate) fn into_device(self, device: &Device, stream: &Stream) -> Result<Self, Error> {
-        let to = |tensor| upload(tensor, device, stream);
-        let optional = |tensor: Option<Tensor>| tensor.map(to).transpose();
+    pub(crate) fn into_device(self, device: &Device) -> Result<Self, Error> {
+        self.moved(|tensor| device.upload_tensor(tensor))
+    }
+
+    /// The same tensors on the host.
+    pub(crate) fn into_host(self, device: &Device) -> Result<Self, Error> {
+        self.moved(|tensor| device.download_tensor(tensor))
+    }
+
+    fn moved(self, to: impl Fn(Tensor) -> Result<Tensor, Error>) -> Result<Self, Error> {
+        let optional = |tensor: Option<Tensor>| tensor.map(&to).transpose();
         Ok(Self {
             q: to(self.q)?,
             k: to(self.k)?,
             v: to(self.v)?,
-            biases: self.biases.into_iter().map(to).collect::<Result<_, _>>()?,
+            biases: self.biases.into_iter().map(&to).collect::<Result<_, _>>()?,
             key_mask: optional(self.key_mask)?,
             q_segments: optional(self.q_segments)?,
             k_segments: optional(self.k_segments)?,
@@ -101,18 +109,4 @@ impl Operands {
             omitted: self.omitted,
         })
     }
-}
-
-/// Moves a host tensor's bytes to a device that cannot read them where they are.
-fn upload(tensor: Tensor, device: &Device, stream: &Stream) -> Result<Tensor, Error> {
-    if device.info().id.is_host() {
-        return Ok(tensor);
-    }
-    let bytes = tensor.storage().host_bytes().ok_or_else(|| {
-        let (what, expected, got) = ("operand", device.info().id, tensor.device());
-        DeviceError::WrongDevice { what, expected, got }
-    })?;
-    let mut storage = device.alloc(stream, bytes.len())?;
-    device.upload(stream, bytes, &mut storage)?;
-    Ok(Tensor::new(storage, tensor.dtype(), tensor.layout().clone())?)
 }

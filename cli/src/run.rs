@@ -103,6 +103,7 @@ pub(crate) fn run(args: &Args, global: &Global) -> Result<Outcome> {
     };
     let gradients = gradients(&args.grad, &operands, &args.input)?;
     let (launch, [forward, backward]) = compute(&device, operands, &options, gradients).with_context(input)?;
+    let launch = launch.into_host()?;
     let ms = |time: Duration| time.as_secs_f64() * 1e3;
     let named = tensors::results(&launch);
     safetensors::write(&args.output, named.iter().map(|(name, tensor)| (name.as_str(), *tensor)))?;

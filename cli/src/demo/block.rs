@@ -64,7 +64,7 @@ fn counted_bytes(device: &Device, n_seq: usize, n_res: usize, options: &FeatureO
 }
 
 fn one(device: &Device, variant: Variant, from: VariantInputs) -> Result<Case> {
-    let operands = Operands::new(from)?;
+    let operands = Operands::new(from)?.moved(|tensor| device.upload_tensor(tensor))?;
     let inputs = operands.inputs();
     let d_out = operands.d_out.view();
     let gradients = inputs.all_gradients();
@@ -83,6 +83,8 @@ fn one(device: &Device, variant: Variant, from: VariantInputs) -> Result<Case> {
     let (forward, backward, time) = step()?;
     times.push(time);
     let peak_bytes = peak.bytes();
+    let (forward, backward) = (forward.into_host(device)?, backward.into_host(device)?);
+    let operands = operands.moved(|tensor| device.download_tensor(tensor))?;
     let checked = checked(variant, &operands, &forward, &backward)?;
     let problem = problem(&checked.inputs, &Options::default(), all_gradients(&checked.inputs))?;
     let median = |pass: usize| {
@@ -121,6 +123,12 @@ impl Operands {
             // The shape of a pair representation's bias has no axis for rows.
             bias: from.bias.map(|bias| Tensor::from_vec(bias, &bias_shape[1..])).transpose()?,
         })
+    }
+
+    fn moved(self, to: impl Fn(Tensor) -> Result<Tensor, tilefold::Error>) -> Result<Self> {
+        let [q, k, v, gate, d_out, mask] = [self.q, self.k, self.v, self.gate, self.d_out, self.mask].map(&to);
+        let bias = self.bias.map(to).transpose()?;
+        Ok(Self { q: q?, k: k?, v: v?, gate: gate?, d_out: d_out?, mask: mask?, bias })
     }
 
     fn inputs(&self) -> Inputs<'_> {

@@ -56,6 +56,7 @@ fn one(device: &Device, extra: &ExtraMsa, dtype: DType) -> Result<Case> {
     let forward = launch.timed(Pass::Forward)?.as_secs_f64();
     let backward = launch.timed(Pass::Backward)?.as_secs_f64();
     let peak_bytes = peak.bytes();
+    let launch = launch.into_host()?;
     let findings = check::check(launch.problem(), &checked(&launch)?)?;
     let case = Case::new("extra MSA row (paper)", launch.plan(), dtype, [forward, backward], findings);
     Ok(Case { before_bytes, peak_bytes, ..case })
