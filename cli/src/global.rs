@@ -13,7 +13,7 @@ const MAX_THREADS: u16 = 1024;
 /// Device and threads.
 #[derive(Debug, clap::Args)]
 pub(crate) struct Global {
-    /// Device to use: `cpu`, or `cuda:0` in a build with the feature `cuda` [default: TILEFOLD_DEVICE, else the best that
+    /// Device to use: `cpu`, or `cuda:0` and `wgpu:0` in a build with the feature of that name [default: TILEFOLD_DEVICE, else the best that
     /// is found]
     #[arg(long, global = true, value_name = "NAME")]
     pub(crate) device: Option<String>,
