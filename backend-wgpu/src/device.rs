@@ -62,6 +62,18 @@ impl WgpuBackend {
         self.context.memory.in_use()
     }
 
+    /// The device in use, for other libraries.
+    #[must_use]
+    pub fn raw_device(&self) -> &wgpu::Device {
+        &self.context.device
+    }
+
+    /// Its queue, for other libraries: work of both runs in the order in which it was submitted.
+    #[must_use]
+    pub fn raw_queue(&self) -> &wgpu::Queue {
+        &self.context.queue
+    }
+
     fn check(&self, stream: &Stream, what: &'static str, device: DeviceId) -> DeviceResult<()> {
         WgpuStream::check(&self.context, stream)?;
         let expected = self.context.id;

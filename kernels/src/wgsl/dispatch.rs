@@ -373,3 +373,67 @@ impl Builder<'_> {
         Ok(Dispatch { shader, bindings, params, groups: [number(along_x), number(along_y)] })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LIMITS: Limits = Limits {
+        binding_bytes: 1000,
+        storage_buffers: 10,
+        offset_alignment: 16,
+        workgroups: 65_535,
+        subgroup: 1,
+        software: true,
+    };
+
+    #[test]
+    fn a_call_is_cut_until_bindings_fit() {
+        // 4 bytes by 2 batches, 6 rows, 3 heads, 10 positions: 1440 bytes.
+        let view = View::dense("q", 4096, [2, 6, 3, 10, 1]);
+        let cut = parts([2, 6, 3], 1, &[view], &LIMITS).unwrap();
+        let part = |first| Part { batch: [first, 1], rows: [0, 6], heads: [0, 3] };
+        assert_eq!(cut, [part(0), part(1)]);
+        let second = view.part(&cut[1], 1);
+        assert_eq!((second.address, second.binding(&LIMITS).bytes), (4096 + 720, 720));
+
+        // Rows far apart: one at a time; what does not depend on rows stays where it is.
+        let far = View { strides: [6000, 1000, 10, 1, 0], ..view };
+        let cut = parts([2, 6, 3], 1, &[far], &LIMITS).unwrap();
+        assert_eq!(cut.len(), 12);
+        assert_eq!(cut[7], Part { batch: [1, 1], rows: [1, 1], heads: [0, 3] });
+        let shared = View { strides: [0, 0, 10, 1, 0], sizes: [1, 1, 3, 10, 1], ..view };
+        assert_eq!(shared.part(&cut[7], 1).address, shared.address);
+    }
+
+    #[test]
+    fn one_head_that_does_not_fit_is_named() {
+        let view = View::dense("bias0", 0, [1, 1, 2, 30, 10]);
+        let error = parts([1, 1, 2], 1, &[view], &LIMITS).unwrap_err();
+        assert_eq!(error, DispatchError::Binding { operand: "bias0", bytes: 1200, limit: 1000 });
+    }
+
+    #[test]
+    fn reversed_rows_are_shown_from_their_lowest_address() {
+        let view = View { strides: [0, 0, 0, -1, 0], sizes: [1, 1, 1, 10, 1], ..View::dense("q", 4096, [1; 5]) };
+        let binding = view.binding(&LIMITS);
+        // 9 elements below 4096 begin at 4060, and bindings at multiples of 16.
+        assert_eq!((binding.address, binding.bytes), (4048, 52));
+    }
+
+    #[test]
+    fn large_grids_are_folded() {
+        let builder = || Builder {
+            file: File::Fill,
+            constants: Vec::new(),
+            scalars: &[],
+            values: Vec::new(),
+            limits: &LIMITS,
+            operands: Vec::new(),
+        };
+        assert_eq!(builder().dispatch(65_535).unwrap().groups, [65_535, 1]);
+        let folded = builder().dispatch(65_536).unwrap();
+        assert_eq!((folded.groups, &folded.params[..2]), ([65_535, 2], [65_536, 65_535].as_slice()));
+        assert!(matches!(builder().dispatch(1 << 40), Err(DispatchError::Limit { .. })));
+    }
+}

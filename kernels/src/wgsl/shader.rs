@@ -486,3 +486,54 @@ fn from(dtype: DType) -> &'static str {
 fn to(dtype: DType) -> &'static str {
     if dtype == DType::F16 { "to_f16" } else { "to_bf16" }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn loops_over_channels_are_written_out() {
+        let file = "    for (var c = 0u; c < QUADS; c++) {\n        x[r][c] = fma(quad_k(row, c), acc.c, c4);\n    }\n    y();\n";
+        let mut text = String::new();
+        unroll(file, &[("QUADS", Constant::Number(2))], &mut text);
+        let body = |c: u32| format!("    {{\n        x[r][{c}u] = fma(quad_k_{c}(row), acc.c, c4);\n    }}\n");
+        assert_eq!(text, format!("{}{}    y();\n", body(0), body(1)));
+        let mut unknown = String::new();
+        unroll(file, &[], &mut unknown);
+        assert_eq!(unknown, file);
+    }
+
+    #[test]
+    fn every_file_has_its_entry_point_once() {
+        let files = [
+            File::Forward,
+            File::Prepare,
+            File::Queries,
+            File::Keys,
+            File::Sums,
+            File::Merge,
+            File::Relayout,
+            File::Fill,
+        ];
+        for file in files {
+            let shader = Shader { file, constants: Vec::new(), scalars: &[], operands: Vec::new() };
+            let source = shader.source(0);
+            assert_eq!(source.matches("fn run(group: vec3<u32>, thread: u32)").count(), 1, "{}", file.name());
+            assert_eq!(source.matches("@compute").count(), 1, "{}", file.name());
+        }
+    }
+
+    #[test]
+    fn an_operand_that_shares_a_written_buffer_is_declared_so() {
+        let operand = |name, usage, slot| OperandKey { name, usage, slot, channels: 0, strip: 1 };
+        let numbers = Elements::Numbers(DType::F32);
+        let shader = Shader {
+            file: File::Fill,
+            constants: Vec::new(),
+            scalars: &[],
+            operands: vec![operand("q", Use::Read(numbers), 0), operand("destination", Use::Write(numbers), 1)],
+        };
+        assert!(shader.source(0b10).contains("var<storage, read> words0"));
+        assert!(shader.source(0b11).contains("var<storage, read_write> words0"));
+    }
+}
