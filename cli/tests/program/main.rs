@@ -97,7 +97,10 @@ fn threads_that_are_no_number_or_cannot_start_are_an_error() {
 fn an_unknown_device_is_named_with_those_there_are() {
     let message = failure(1, &["--device", "tpu", "bench", "small"]);
     assert!(
-        message.contains("`tpu`") && message.contains("known: cpu") && message.contains("tilefold doctor"),
+        message.contains("`tpu`")
+            && message.contains("known: ")
+            && message.contains("cpu")
+            && message.contains("tilefold doctor"),
         "{message}"
     );
 }
