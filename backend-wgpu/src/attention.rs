@@ -21,7 +21,9 @@ use crate::module::submit;
 /// [`DeviceError::Unsupported`] naming the limit.
 pub(crate) fn plan(context: &Context, problem: &AttentionProblem) -> DeviceResult<AttentionPlan> {
     let lists_bytes = Lists::of(problem).words.len() * 4;
-    let workspace = wgsl::backward_workspace_bytes(problem, &context.limits).map_err(|error| unsupported(&error))?;
+    // Whether bindings can show the operands depends on their layout, which the launch knows.
+    let limits = wgsl::Limits { binding_bytes: u64::MAX, ..context.limits };
+    let workspace = wgsl::backward_workspace_bytes(problem, &limits).map_err(|error| unsupported(&error))?;
     let workspace_bytes = usize::try_from(workspace).unwrap_or(usize::MAX);
     let tile_q = wgsl::forward_tile(problem, &context.limits);
     Ok(AttentionPlan {

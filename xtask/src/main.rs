@@ -13,6 +13,7 @@ mod setup;
 mod suite;
 mod virtual_gpu;
 mod vulkan;
+mod wgsl;
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -36,6 +37,8 @@ enum Task {
     /// Compiles the GPU kernels and looks at what came out
     #[command(subcommand)]
     Kernels(kernels::Task),
+    /// Compiles the shaders of the wgpu backend with a second compiler, Tint
+    Tint,
     /// Runs a command on the virtual GPU: `cargo xtask virtual-gpu cargo run --features cuda -- doctor`
     VirtualGpu {
         /// Compiles kernels with the oldest NVRTC that is supported
@@ -80,6 +83,9 @@ fn main() -> Result<ExitCode> {
         Task::Setup => {
             cuda::fetch()?;
             println!("{}: there", clang::Clang::get()?.name());
+        }
+        Task::Tint => {
+            wgsl::check()?;
         }
         Task::VirtualGpu { oldest, command } => {
             let release = if oldest { Release::Oldest } else { Release::Newest };

@@ -13,7 +13,7 @@ use crate::clang::Clang;
 use crate::command::{artifacts, output, run};
 use crate::report::{Count, Report};
 use crate::virtual_gpu::with_virtual_gpu;
-use crate::{cuda, files, kernels, licences, setup, vulkan};
+use crate::{cuda, files, kernels, licences, setup, vulkan, wgsl};
 
 /// Runs everything; with `quick` what takes long is left out. Whether all passed.
 pub(crate) fn run_suite(quick: bool) -> bool {
@@ -112,6 +112,7 @@ fn wgpu(report: &mut Report) -> Result<()> {
     }
     report.step("conformance on wgpu, SwiftShader", || vulkan::on_swiftshader(&test))?;
     let both = ["cargo", "test", "--workspace", "--all-features", "--test", "devices", "--", "all_devices", "--quiet"];
+    report.step("shaders, compiled by Tint", wgsl::check)?;
     report.step("two wgpu devices at once", || vulkan::on_both(&both))
 }
 

@@ -68,6 +68,19 @@ const SUM_SCALARS: &[(&str, &str)] = &[
 /// # Errors
 /// [`DispatchError`].
 pub fn backward_workspace_bytes(problem: &AttentionProblem, limits: &Limits) -> Result<u64, DispatchError> {
+    let mut bytes = 0_u64;
+    backward(problem, &row_major(problem), limits, |more| {
+        bytes = bytes.saturating_add(more);
+        Ok::<_, DispatchError>(NOWHERE)
+    })?;
+    Ok(bytes)
+}
+
+/// An address for what is never launched.
+pub(crate) const NOWHERE: u64 = 1 << 20;
+
+/// Row-major operands of a problem at addresses of nothing, far apart.
+pub(crate) fn row_major(problem: &AttentionProblem) -> BackwardOperands {
     let mut next = 1 << 40;
     let mut operand = |shape: &[usize]| {
         let mut strides = vec![1_i64; shape.len()];
@@ -80,8 +93,7 @@ pub fn backward_workspace_bytes(problem: &AttentionProblem, limits: &Limits) -> 
     let spec = problem.spec();
     let (q, k, v, out) = (problem.q_shape(), problem.k_shape(), problem.v_shape(), problem.out_shape());
     let asked = spec.gradients;
-    let mut bytes = 0_u64;
-    let operands = BackwardOperands {
+    BackwardOperands {
         inputs: attention::Operands {
             q: operand(&q),
             k: operand(&k),
@@ -106,14 +118,7 @@ pub fn backward_workspace_bytes(problem: &AttentionProblem, limits: &Limits) -> 
             .map(|(bias, asked)| asked.then(|| (operand(&bias.shape), bias.dtype)))
             .collect(),
         d_gate: asked.gate.then(|| operand(&out)),
-    };
-    let mut passes = Passes::new(problem, &operands, limits, |more| {
-        bytes = bytes.saturating_add(more);
-        Ok::<_, DispatchError>(1 << 20)
-    })?;
-    passes.all()?;
-    drop(passes);
-    Ok(bytes)
+    }
 }
 
 /// Dispatches of a backward pass, in order. `workspace` gives the address of so many bytes, which live until all of

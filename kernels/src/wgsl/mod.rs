@@ -5,6 +5,7 @@
 
 mod attention;
 mod backward;
+mod catalogue;
 mod dispatch;
 mod forward;
 mod moves;
@@ -12,6 +13,7 @@ mod shader;
 
 pub use attention::Operands;
 pub use backward::{backward, backward_workspace_bytes};
+pub use catalogue::{CatalogueError, catalogue};
 pub use dispatch::{Binding, Dispatch, DispatchError, Limits};
 pub use forward::{forward, forward_tile};
 pub use moves::{fill, merge, relayout};
