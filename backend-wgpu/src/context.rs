@@ -15,6 +15,8 @@ const MIN_STORAGE_BUFFERS: u32 = 10;
 /// Bindings whose bytes 32 bits can count.
 const MAX_BINDING_BYTES: u64 = (1 << 32) - 4;
 
+/// Memory of a workgroup that is used, so that several fit one multiprocessor: what every device has.
+const MAX_WORKGROUP_BYTES: u64 = 16 << 10;
 /// Threads of a workgroup, which no subgroup exceeds here.
 const THREADS: u32 = 64;
 
@@ -24,6 +26,8 @@ const THREADS: u32 = 64;
 pub struct WgpuOptions {
     /// Whether kernels use subgroups where the device has them.
     pub subgroups: bool,
+    /// Whether rows that all threads of a workgroup want are read into its memory; `None` for where that pays, on GPUs.
+    pub workgroup_memory: Option<bool>,
     /// Storage buffers of one shader, at most; no fewer than 10 are enough.
     pub max_storage_buffers: u32,
     /// Bytes of one binding, at most.
@@ -32,7 +36,7 @@ pub struct WgpuOptions {
 
 impl Default for WgpuOptions {
     fn default() -> Self {
-        Self { subgroups: true, max_storage_buffers: u32::MAX, max_binding_bytes: u64::MAX }
+        Self { subgroups: true, workgroup_memory: None, max_storage_buffers: u32::MAX, max_binding_bytes: u64::MAX }
     }
 }
 
@@ -40,7 +44,7 @@ impl WgpuOptions {
     /// What every browser has: no subgroups, 10 storage buffers, bindings of 128 MiB.
     #[must_use]
     pub fn portable() -> Self {
-        Self { subgroups: false, max_storage_buffers: 10, max_binding_bytes: 128 << 20 }
+        Self { subgroups: false, workgroup_memory: None, max_storage_buffers: 10, max_binding_bytes: 128 << 20 }
     }
 }
 
@@ -146,12 +150,15 @@ impl Context {
             lock(&told.failed).get_or_insert(error.to_string());
         }));
         let software = info.device_type == wgpu::DeviceType::Cpu;
+        let staged = options.workgroup_memory.unwrap_or(!software);
+        let workgroup_bytes = u64::from(limits.max_compute_workgroup_storage_size).min(MAX_WORKGROUP_BYTES);
         let kernel_limits = Limits {
             binding_bytes: limits.max_storage_buffer_binding_size.min(MAX_BINDING_BYTES),
             storage_buffers: found,
             offset_alignment: u64::from(limits.min_storage_buffer_offset_alignment),
             workgroups: limits.max_compute_workgroups_per_dimension,
             subgroup: if features.is_empty() { 1 } else { info.subgroup_min_size.clamp(1, THREADS) },
+            workgroup_bytes: if staged { workgroup_bytes } else { 0 },
             software,
         };
         let memory = Memory::new(limits.max_buffer_size);

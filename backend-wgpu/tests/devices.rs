@@ -28,6 +28,7 @@ type Test = (&'static str, fn());
 const TESTS: &[Test] = &[
     ("devices_that_are_not_there_are_named", bad_ordinal),
     ("with_what_browsers_have_everything_works", portable),
+    ("rows_in_the_workgroups_memory_give_the_same", staged),
     ("calls_are_cut_where_bindings_are_small", small_bindings),
     ("a_head_that_no_binding_shows_is_refused", too_small_bindings),
     ("too_few_storage_buffers_are_refused", few_buffers),
@@ -97,6 +98,20 @@ fn portable() {
     for dtype in ["f32", "f16", "bf16"] {
         let device = WgpuBackend::with_options(0, WgpuOptions::portable()).unwrap();
         conforms(device, &format!("{dtype}/everything"));
+    }
+}
+
+/// What GPUs do: with keys enough for several tiles, and a head too wide for a whole tile.
+fn staged() {
+    for dtype in ["f32", "bf16"] {
+        let device = with(|options| options.workgroup_memory = Some(true));
+        conforms(device, &format!("{dtype}/everything"));
+    }
+    let device = with(|options| options.workgroup_memory = Some(true));
+    for head_dim in [8, 160] {
+        let spec = AttentionSpec::new(DType::F32, 1, 2, 50, 2, head_dim).with_all_gradients();
+        let worst = check_case(&device, &Case::new("staged", format!("head_dim {head_dim}"), spec));
+        assert!(worst.is_ok(), "{worst:?}");
     }
 }
 

@@ -62,14 +62,23 @@ fn run(group: vec3<u32>, thread: u32) {
             column_sum[r] = 0.0;
         }
         for (var query = queries.x; query < queries.y; query++) {
+            let slot = (query - queries.x) % TILE;
+            if (STAGED) {
+                if (slot == 0u) {
+                    workgroupBarrier();
+                    stage_q(q_origin, query, queries.y, thread);
+                    stage_d_out(d_out_origin, query, queries.y, thread);
+                    workgroupBarrier();
+                }
+            }
             let row = statistics_of(statistics_at, query);
             var query_segment = 0;
             if (SEGMENTS) {
                 query_segment = load_q_segments(segments_origin + query * params.q_segments.position);
             }
             let bias_row = bias_origin + by_query(query);
-            let q_row = row_q(q_origin + query * params.q.position);
-            let d_out_row = row_d_out(d_out_origin + query * params.d_out.position);
+            let q_row = row_q(q_origin + query * params.q.position, slot);
+            let d_out_row = row_d_out(d_out_origin + query * params.d_out.position, slot);
             var sum: array<vec4<f32>, KEYS>;
             var d_sum: array<vec4<f32>, KEYS>;
             for (var r = 0u; r < KEYS; r++) {

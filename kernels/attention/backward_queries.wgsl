@@ -75,6 +75,15 @@ fn walk_keys(work: Work, first: u32, thread: u32, d_bias_at: u32) {
     let mask_origin = place_of(params.key_mask, work, 0u);
     let segments_origin = place_of(params.k_segments, work, 0u);
     for (var key = keys.x; key < keys.y; key++) {
+        let slot = (key - keys.x) % TILE;
+        if (STAGED) {
+            if (slot == 0u) {
+                workgroupBarrier();
+                stage_k(k_origin, key, keys.y, thread);
+                stage_v(v_origin, key, keys.y, thread);
+                workgroupBarrier();
+            }
+        }
         if (KEY_MASK) {
             if (!load_key_mask(mask_origin + key * params.key_mask.position)) {
                 continue;
@@ -85,8 +94,8 @@ fn walk_keys(work: Work, first: u32, thread: u32, d_bias_at: u32) {
             key_segment = load_k_segments(segments_origin + key * params.k_segments.position);
         }
         let bias_key = by_key(key);
-        let k_row = row_k(k_origin + key * params.k.position);
-        let v_row = row_v(v_origin + key * params.v.position);
+        let k_row = row_k(k_origin + key * params.k.position, slot);
+        let v_row = row_v(v_origin + key * params.v.position, slot);
         var sum: array<vec4<f32>, QUERIES>;
         var d_sum: array<vec4<f32>, QUERIES>;
         for (var r = 0u; r < QUERIES; r++) {

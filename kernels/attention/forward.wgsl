@@ -49,6 +49,15 @@ fn run(group: vec3<u32>, thread: u32) {
     let mask_origin = place_of(params.key_mask, work, 0u);
     let segments_origin = place_of(params.k_segments, work, 0u);
     for (var start = keys.x; start < keys.y; start += KEYS) {
+        let slot = (start - keys.x) % TILE;
+        if (STAGED) {
+            if (slot == 0u) {
+                workgroupBarrier();
+                stage_k(k_origin, start, keys.y, thread);
+                stage_v(v_origin, start, keys.y, thread);
+                workgroupBarrier();
+            }
+        }
         // Keys that the mask excludes, or that are not there, are stood in for by one that counts: what they hold may be NaN.
         var counts: array<bool, KEYS>;
         var spare = NONE;
@@ -67,7 +76,7 @@ fn run(group: vec3<u32>, thread: u32) {
         var s: array<array<f32, KEYS>, QUERIES>;
         for (var j = 0u; j < KEYS; j++) {
             let key = select(spare, start + j, counts[j]);
-            let k_row = row_k(k_origin + key * params.k.position);
+            let k_row = row_k(k_origin + key * params.k.position, slot + key - start);
             var sum: array<vec4<f32>, QUERIES>;
             for (var r = 0u; r < QUERIES; r++) {
                 sum[r] = vec4<f32>();
@@ -110,7 +119,7 @@ fn run(group: vec3<u32>, thread: u32) {
         }
         for (var j = 0u; j < KEYS; j++) {
             let key = select(spare, start + j, counts[j]);
-            let v_row = row_v(v_origin + key * params.v.position);
+            let v_row = row_v(v_origin + key * params.v.position, slot + key - start);
             for (var c = 0u; c < V_QUADS; c++) {
                 let v = quad_v(v_row, c);
                 for (var r = 0u; r < QUERIES; r++) {

@@ -30,40 +30,31 @@ fn from_bf16(word: u32) -> f32 {
     return bitcast<f32>(word << 16u);
 }
 
-// Nearest f16, ties to even.
+// Nearest f16, ties to even. Without branches, as all that is written out many times: compilers take long over those.
 fn to_f16(x: f32) -> u32 {
     let bits = bitcast<u32>(x);
-    let sign = (bits >> 16u) & 0x8000u;
     let magnitude = bits & 0x7fffffffu;
-    if (magnitude >= 0x47800000u) {
-        // 2^16 and beyond, or NaN.
-        return sign | select(0x7c00u, 0x7e00u, magnitude > 0x7f800000u);
-    }
-    if (magnitude < 0x38800000u) {
-        // Below 2^-14 the spacing is 2^-24.
-        if (magnitude < 0x33000000u) {
-            return sign;
-        }
-        let exponent = magnitude >> 23u;
-        let mantissa = (magnitude & 0x7fffffu) | 0x800000u;
-        let shift = 126u - exponent;
-        let kept = mantissa >> shift;
-        let lost = mantissa & ((1u << shift) - 1u);
-        let half = 1u << (shift - 1u);
-        let up = lost > half || (lost == half && (kept & 1u) == 1u);
-        return sign | (kept + select(0u, 1u, up));
-    }
     // From 2^-14 on: a carry goes into the exponent, up to infinity.
-    return sign | ((magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13u) & 1u)) >> 13u);
+    let normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13u) & 1u)) >> 13u;
+    // Below, the spacing is 2^-24.
+    let mantissa = (magnitude & 0x7fffffu) | 0x800000u;
+    let shift = u32(clamp(126 - i32(magnitude >> 23u), 1, 25));
+    let kept = mantissa >> shift;
+    let lost = mantissa & ((1u << shift) - 1u);
+    let half = 1u << (shift - 1u);
+    let up = lost > half || (lost == half && (kept & 1u) == 1u);
+    let small = kept + select(0u, 1u, up);
+    // 2^16 and beyond, or NaN.
+    let special = select(0x7c00u, 0x7e00u, magnitude > 0x7f800000u);
+    let finite = select(normal, small, magnitude < 0x38800000u);
+    return ((bits >> 16u) & 0x8000u) | select(finite, special, magnitude >= 0x47800000u);
 }
 
 // Nearest bfloat16, ties to even.
 fn to_bf16(x: f32) -> u32 {
     let bits = bitcast<u32>(x);
-    if ((bits & 0x7fffffffu) > 0x7f800000u) {
-        return (bits >> 16u) | 0x40u;
-    }
-    return (bits + 0x7fffu + ((bits >> 16u) & 1u)) >> 16u;
+    let rounded = (bits + 0x7fffu + ((bits >> 16u) & 1u)) >> 16u;
+    return select(rounded, (bits >> 16u) | 0x40u, (bits & 0x7fffffffu) > 0x7f800000u);
 }
 
 // e^x for x <= 80: within 2 units in the last place down to 2^-126, 0 below. NaN stays.

@@ -31,15 +31,16 @@ const DTYPES: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
 /// [`CatalogueError`].
 pub fn catalogue() -> Result<Vec<Shader>, CatalogueError> {
     let mut dispatches = Vec::new();
-    for (software, subgroup, storage_buffers) in
-        [(true, 1, 10), (true, 8, 32), (false, 1, 32), (false, 4, 10), (false, 32, 32)]
-    {
+    let devices =
+        [(true, 1, 10, 0), (true, 8, 32, 0), (false, 1, 32, 1 << 14), (false, 4, 10, 0), (false, 32, 32, 1 << 15)];
+    for (software, subgroup, storage_buffers, workgroup_bytes) in devices {
         let limits = Limits {
             binding_bytes: 1 << 27,
             storage_buffers,
             offset_alignment: 256,
             workgroups: 65_535,
             subgroup,
+            workgroup_bytes,
             software,
         };
         for dtype in DTYPES {

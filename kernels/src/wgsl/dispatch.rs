@@ -3,7 +3,7 @@
 use tilefold_core::DType;
 
 use crate::wgsl::moves::copy_view;
-use crate::wgsl::shader::{Constant, Elements, File, OperandKey, Shader, Use};
+use crate::wgsl::shader::{Constant, Elements, File, OperandKey, Shader, Sharing, Use};
 
 /// What a device allows, as WebGPU names it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -19,6 +19,8 @@ pub struct Limits {
     /// Threads that surely run together and can read each other's registers, a power of two; 1 where the device says
     /// nothing.
     pub subgroup: u32,
+    /// Memory of a workgroup that rows wanted by all its threads may take; 0 where they are not kept there.
+    pub workgroup_bytes: u64,
     /// Whether the device is a processor, which has memory for many registers and a slow exponential.
     pub software: bool,
 }
@@ -302,6 +304,17 @@ pub(crate) fn wrapped(elements: i64) -> u32 {
     elements as u32
 }
 
+/// Rows of each shared operand that the workgroup's memory holds at a time, a power of two; 0 for none.
+fn staged_rows(operands: &[(&'static str, Option<View>)], workgroup_bytes: u64) -> u32 {
+    let quads = |view: &View| view.sizes[4].unsigned_abs().div_ceil(4);
+    let shared = operands.iter().filter_map(|(_, view)| view.as_ref()).filter(|view| view.shared);
+    let row_bytes = shared.map(|view| 16 * quads(view)).sum::<u64>();
+    if row_bytes == 0 {
+        return 0;
+    }
+    [16, 8, 4, 2].into_iter().find(|rows| u64::from(*rows) * row_bytes <= workgroup_bytes).unwrap_or(0)
+}
+
 /// What is put together for one dispatch.
 #[derive(Debug)]
 pub(crate) struct Builder<'a> {
@@ -330,6 +343,10 @@ impl Builder<'_> {
         params.extend(self.values);
         // Places begin at multiples of 16 bytes.
         params.resize(params.len().next_multiple_of(4), 0);
+        let rows = staged_rows(&self.operands, self.limits.workgroup_bytes);
+        let mut constants = self.constants;
+        constants.push(("STAGED", Constant::Switch(rows > 0)));
+        constants.push(("TILE", Constant::Number(rows.max(1))));
         let (mut operands, mut bindings) = (Vec::new(), Vec::<Binding>::new());
         let gathered: Vec<View> = self.operands.iter().filter_map(|(_, view)| view.filter(|v| v.gathered)).collect();
         let together = gathered.iter().map(|view| view.binding(self.limits)).reduce(Binding::and);
@@ -342,16 +359,21 @@ impl Builder<'_> {
         }
         for (name, view) in self.operands {
             let Some(view) = view else {
-                operands.push(OperandKey { name, usage: Use::Absent, slot: 0, channels: 0, strip: 1 });
+                operands.push(OperandKey { name, usage: Use::Absent, slot: 0, channels: 0, sharing: Sharing::Nothing });
                 params.extend([0; 8]);
                 continue;
             };
             // Lanes beyond a row's channels have nothing to read.
-            let most = self.limits.subgroup.min(number(view.sizes[4]).next_power_of_two());
-            let strip = if view.shared { most } else { 1 };
+            let lanes = self.limits.subgroup.min(number(view.sizes[4]).next_power_of_two());
+            let sharing = match rows {
+                _ if !view.shared => Sharing::Nothing,
+                0 if lanes > 1 => Sharing::Subgroup(lanes),
+                0 => Sharing::Nothing,
+                rows => Sharing::Workgroup(rows),
+            };
             let usage = match view.in_quads() {
                 Some(dtype) if view.writes => Use::WriteQuads(dtype),
-                Some(dtype) if strip <= 1 => Use::ReadQuads(dtype),
+                Some(dtype) if !matches!(sharing, Sharing::Subgroup(_)) => Use::ReadQuads(dtype),
                 _ if view.writes => Use::Write(view.elements),
                 _ => Use::Read(view.elements),
             };
@@ -363,13 +385,13 @@ impl Builder<'_> {
                     (bindings.len() - 1, view.binding(self.limits))
                 }
             };
-            operands.push(OperandKey { name, usage, slot: number(slot), channels, strip });
+            operands.push(OperandKey { name, usage, slot: number(slot), channels, sharing });
             let base = (view.address - binding.address) / view.size_bytes().unsigned_abs();
             params.push(number(base));
             params.extend(view.strides.map(wrapped));
             params.extend([0; 2]);
         }
-        let shader = Shader { file: self.file, constants: self.constants, scalars: self.scalars, operands };
+        let shader = Shader { file: self.file, constants, scalars: self.scalars, operands };
         Ok(Dispatch { shader, bindings, params, groups: [number(along_x), number(along_y)] })
     }
 }
@@ -384,6 +406,7 @@ mod tests {
         offset_alignment: 16,
         workgroups: 65_535,
         subgroup: 1,
+        workgroup_bytes: 0,
         software: true,
     };
 

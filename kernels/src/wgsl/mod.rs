@@ -17,4 +17,4 @@ pub use catalogue::{CatalogueError, catalogue};
 pub use dispatch::{Binding, Dispatch, DispatchError, Limits};
 pub use forward::{forward, forward_tile};
 pub use moves::{fill, merge, relayout};
-pub use shader::{Constant, Elements, File, OperandKey, Shader, Use};
+pub use shader::{Constant, Elements, File, OperandKey, Shader, Sharing, Use};

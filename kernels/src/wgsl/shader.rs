@@ -95,6 +95,17 @@ pub enum Use {
     WriteQuads(DType),
 }
 
+/// How the threads of a workgroup read a row that all of them want.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Sharing {
+    /// Each for itself.
+    Nothing,
+    /// So many neighbours, a power of two, read some channels each and get the others from each other's registers.
+    Subgroup(u32),
+    /// So many rows at a time are read together into the workgroup's memory.
+    Workgroup(u32),
+}
+
 /// One operand of a kernel as its text knows it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct OperandKey {
@@ -106,8 +117,8 @@ pub struct OperandKey {
     pub slot: u32,
     /// Channels of a row, where it is read or written in quads; 0 elsewhere.
     pub channels: u32,
-    /// How many neighbouring threads share the reading of a row that all of them want; 1 where each reads it for itself.
-    pub strip: u32,
+    /// How threads share a row that all of them want.
+    pub sharing: Sharing,
 }
 
 /// A kernel specialised: equal values are equal texts.
@@ -138,7 +149,7 @@ impl Shader {
     /// Whether threads read each other's registers: the device must have the feature `subgroups`.
     #[must_use]
     pub fn has_subgroups(&self) -> bool {
-        self.operands.iter().any(|operand| operand.strip > 1)
+        self.operands.iter().any(|operand| matches!(operand.sharing, Sharing::Subgroup(_)))
     }
 
     fn write(&self, written: u32, text: &mut String) -> std::fmt::Result {
@@ -380,23 +391,41 @@ return vec4<f32>({from}(w.x), {from}(w.x >> 16u), {from}(w.y), {from}(w.y >> 16u
 
     /// A row that all threads of a workgroup are at: `row_x` begins reading it, `quad_x_0`, `quad_x_1`, ... give its channels.
     fn row(&self, text: &mut String) -> std::fmt::Result {
-        let Self { name, channels, strip, .. } = *self;
+        let Self { name, channels, .. } = *self;
         if channels == 0 {
             return Ok(());
         }
-        if strip <= 1 {
-            writeln!(text, "struct Row_{name} {{ at: u32 }}")?;
-            writeln!(text, "fn row_{name}(at: u32) -> Row_{name} {{ return Row_{name}(at); }}")?;
-            for quad in 0..channels.div_ceil(4) {
-                let body = format!("return load4_{name}(row.at, {quad}u);");
-                writeln!(text, "fn quad_{name}_{quad}(row: Row_{name}) -> vec4<f32> {{ {body} }}")?;
-            }
-            return Ok(());
+        let quads = channels.div_ceil(4);
+        if let Sharing::Workgroup(rows) = self.sharing {
+            writeln!(text, "var<workgroup> tile_{name}: array<vec4<f32>, {}>;", rows * quads)?;
+            writeln!(text, "fn stage_{name}(origin: u32, first: u32, end: u32, thread: u32) {{")?;
+            writeln!(text, "    for (var i = thread; i < {}u; i += THREADS) {{", rows * quads)?;
+            writeln!(text, "        let row = min(first + i / {quads}u, end - 1u);")?;
+            writeln!(
+                text,
+                "        tile_{name}[i] = load4_{name}(origin + row * params.{name}.position, i % {quads}u);"
+            )?;
+            writeln!(text, "    }}\n}}\nstruct Row_{name} {{ at: u32 }}")?;
+            let body = format!("return Row_{name}(slot * {quads}u);");
+            writeln!(text, "fn row_{name}(at: u32, slot: u32) -> Row_{name} {{ {body} }}")?;
+            return (0..quads).try_for_each(|quad| {
+                let body = format!("return tile_{name}[row.at + {quad}u];");
+                writeln!(text, "fn quad_{name}_{quad}(row: Row_{name}) -> vec4<f32> {{ {body} }}")
+            });
         }
+        writeln!(text, "fn stage_{name}(origin: u32, first: u32, end: u32, thread: u32) {{}}")?;
+        let Sharing::Subgroup(strip) = self.sharing else {
+            writeln!(text, "struct Row_{name} {{ at: u32 }}")?;
+            writeln!(text, "fn row_{name}(at: u32, slot: u32) -> Row_{name} {{ return Row_{name}(at); }}")?;
+            return (0..quads).try_for_each(|quad| {
+                let body = format!("return load4_{name}(row.at, {quad}u);");
+                writeln!(text, "fn quad_{name}_{quad}(row: Row_{name}) -> vec4<f32> {{ {body} }}")
+            });
+        };
         // Each lane of a subgroup reads some channels, and the others get them from it.
         let strips = channels.div_ceil(strip);
         writeln!(text, "struct Row_{name} {{ strips: array<f32, {strips}> }}")?;
-        writeln!(text, "fn row_{name}(at: u32) -> Row_{name} {{\n    var row: Row_{name};")?;
+        writeln!(text, "fn row_{name}(at: u32, slot: u32) -> Row_{name} {{\n    var row: Row_{name};")?;
         writeln!(text, "    let own = lane % {strip}u;")?;
         for i in 0..strips {
             let channel = if (i + 1) * strip <= channels {
@@ -407,7 +436,7 @@ return vec4<f32>({from}(w.x), {from}(w.x >> 16u), {from}(w.y), {from}(w.y >> 16u
             writeln!(text, "    row.strips[{i}] = load_{name}(at + ({channel}) * params.{name}.last);")?;
         }
         writeln!(text, "    return row;\n}}")?;
-        for quad in 0..channels.div_ceil(4) {
+        for quad in 0..quads {
             let channel = |i: u32| match quad * 4 + i {
                 channel if channel < channels => {
                     format!("subgroupBroadcast(row.strips[{}], {}u)", channel / strip, channel % strip)
@@ -525,7 +554,7 @@ mod tests {
 
     #[test]
     fn an_operand_that_shares_a_written_buffer_is_declared_so() {
-        let operand = |name, usage, slot| OperandKey { name, usage, slot, channels: 0, strip: 1 };
+        let operand = |name, usage, slot| OperandKey { name, usage, slot, channels: 0, sharing: Sharing::Nothing };
         let numbers = Elements::Numbers(DType::F32);
         let shader = Shader {
             file: File::Fill,
