@@ -286,12 +286,13 @@ where
             Some(index) => spec.biases[index].shape.map(|size| i64::try_from(size).unwrap_or(i64::MAX)),
             None => [batch, rows, heads, seqlen_q, seqlen_k],
         };
-        let dbias = View { strides: keys_before_queries(shape), ..View::dense("dbias", 0, shape) };
+        // Of a bias that there is, since all logits may be more than can be counted.
+        let dbias = bias.map(|_| View { strides: keys_before_queries(shape), ..View::dense("dbias", 0, shape) });
+        let elements = bias.map_or(0, |_| shape.iter().product::<i64>());
         let mut present: Vec<View> = views.iter().filter_map(|(_, view)| *view).collect();
-        present.extend(bias.map(|_| dbias));
+        present.extend(dbias);
         let parts = parts(sizes.outer(), sizes.group, &present, self.limits)?;
-        let elements = shape.iter().product::<i64>();
-        let chunks = match (bias, parts.first()) {
+        let chunks = match (dbias, parts.first()) {
             (Some(_), Some(part)) => {
                 let wanted =
                     Walks::of(part, &sizes, shape).chunks(tiles, QUERY_GROUPS[usize::from(!self.limits.software)]);
@@ -301,8 +302,8 @@ where
             }
             _ => 1,
         };
-        let dbias = match bias {
-            Some(_) => {
+        let dbias = match dbias {
+            Some(dbias) => {
                 let address = self.array("dbias", [chunks, elements, 1, 1, 1])?.address;
                 self.dispatches.extend(zeros(address, chunks * elements, self.limits)?);
                 Some(View { address, copies: [elements, chunks], ..dbias }.written())
@@ -586,4 +587,28 @@ fn with_absent_inputs(mut views: Vec<Named>) -> Vec<Named> {
     let names = ["key_mask", "q_segments", "k_segments", "kv_lengths", "slopes"];
     views.extend(BIAS_NAMES.into_iter().chain(names).map(|name| (name, None)));
     views
+}
+
+#[cfg(test)]
+mod tests {
+    use tilefold_core::{AttentionSpec, DType};
+
+    use super::*;
+
+    #[test]
+    fn more_logits_than_can_be_counted_are_planned() {
+        let limits = Limits {
+            binding_bytes: u64::MAX,
+            storage_buffers: 10,
+            offset_alignment: 256,
+            workgroups: 65_535,
+            subgroup: 1,
+            workgroup_bytes: 0,
+            software: false,
+        };
+        let spec = AttentionSpec::new(DType::F16, 1, 1 << 5, 1 << 28, 1 << 2, 1).with_all_gradients();
+        let bytes = backward_workspace_bytes(&AttentionProblem::new(spec).unwrap(), &limits).unwrap();
+        // Four f32 for each query of each head.
+        assert_eq!(bytes, 16 << 35);
+    }
 }
