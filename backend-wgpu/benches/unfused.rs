@@ -1,7 +1,8 @@
 //! Fused attention against the chain it replaces, on one adapter, in turns: products, bias, softmax and gradients as
 //! dispatches of their own, which keep two matrices of all logits.
 //!
-//! `cargo bench -p tilefold-backend-wgpu` prints medians, ratios and the memory beside operands and results. On a device that
+//! `cargo bench -p tilefold-backend-wgpu` prints medians, ratios and the memory beside operands and results, and
+//! `-- --json FILE` writes them to a file as well. The first fused run compiles its kernels. On a device that
 //! is a program on the processor ratios are all that counts.
 
 #![allow(clippy::unwrap_used, clippy::print_stdout, reason = "a program that stops where something fails")]
@@ -34,15 +35,26 @@ fn main() {
     println!(
         "rows x L x H x D    pass      fused ms  unfused ms  ratio  first fused ms  beside operands: fused MB, unfused MB, ratio"
     );
+    let mut rows = Vec::new();
     for shape in SHAPES {
         for gradients in [false, true] {
             // Of its own each time: the most memory it had in use is counted from the beginning.
-            measure(&WgpuBackend::with_options(0, WgpuOptions::default()).unwrap(), shape, gradients);
+            let device = WgpuBackend::with_options(0, WgpuOptions::default()).unwrap();
+            rows.push(measure(&device, shape, gradients));
         }
+    }
+    let file = std::env::args().skip_while(|argument| argument != "--json").nth(1);
+    if let Some(file) = file {
+        let record = serde_json::json!({ "device": info.name, "driver": info.arch, "turns": TURNS, "rows": rows });
+        std::fs::write(file, format!("{}\n", serde_json::to_string_pretty(&record).unwrap())).unwrap();
     }
 }
 
-fn measure(device: &WgpuBackend, shape @ [rows, length, heads, channels]: [usize; 4], gradients: bool) {
+fn measure(
+    device: &WgpuBackend,
+    shape @ [rows, length, heads, channels]: [usize; 4],
+    gradients: bool,
+) -> serde_json::Value {
     let stream = device.stream().unwrap();
     let title = format!("{rows} x {length} x {heads} x {channels}");
     let mut fused = Fused::new(device, &stream, shape, gradients);
@@ -72,6 +84,15 @@ fn measure(device: &WgpuBackend, shape @ [rows, length, heads, channels]: [usize
         chain_ms / fused_ms,
         chain_mb / fused_mb.max(1e-3),
     );
+    serde_json::json!({
+        "shape": shape,
+        "backward": gradients,
+        "fused_ms": fused_ms,
+        "unfused_ms": chain_ms,
+        "first_fused_ms": first_ms,
+        "fused_bytes_beside_operands": peak.saturating_sub(before),
+        "unfused_bytes_beside_operands": chain.logits_bytes(),
+    })
 }
 
 fn median(mut times: Vec<f64>) -> f64 {

@@ -81,6 +81,7 @@ fn conforms(device: WgpuBackend, contains: &str) {
     let report = Report::of(trials(&subject, &filter), |_| ());
     let failures: Vec<_> = report.failures().collect();
     assert!(failures.is_empty(), "{failures:#?}");
+    assert!(report.groups().iter().map(|group| group.passed).sum::<usize>() >= 3, "{contains}: no such trials");
 }
 
 fn bad_ordinal() {
@@ -97,7 +98,7 @@ fn bad_ordinal() {
 fn portable() {
     for dtype in ["f32", "f16", "bf16"] {
         let device = WgpuBackend::with_options(0, WgpuOptions::portable()).unwrap();
-        conforms(device, &format!("{dtype}/everything"));
+        conforms(device, &format!("{dtype}/everything/97x200"));
     }
 }
 
@@ -105,7 +106,7 @@ fn portable() {
 fn staged() {
     for dtype in ["f32", "bf16"] {
         let device = with(|options| options.workgroup_memory = Some(true));
-        conforms(device, &format!("{dtype}/everything"));
+        conforms(device, &format!("{dtype}/everything/65x130"));
     }
     let device = with(|options| options.workgroup_memory = Some(true));
     for head_dim in [8, 160] {
