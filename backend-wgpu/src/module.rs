@@ -124,20 +124,20 @@ fn written(dispatch: &Dispatch, buffers: &[(wgpu::Buffer, u64)]) -> u32 {
 
 fn pipeline(context: &Context, dispatch: &Dispatch, written: u32) -> DeviceResult<Arc<Pipeline>> {
     let key = (dispatch.shader.clone(), written);
-    let mut made = lock(&context.pipelines.made);
-    if let Some(pipeline) = made.get(&key) {
+    if let Some(pipeline) = lock(&context.pipelines.made).get(&key) {
         return Ok(Arc::clone(pipeline));
     }
+    // Not under the lock: a driver may take seconds. Two threads that want the same make it twice, and one is kept.
     let started = std::time::Instant::now();
     let pipeline = Arc::new(context.guarded("createComputePipeline", || Ok(make(context, dispatch, written)))?);
     let (kernel, elapsed_ms) = (dispatch.shader.file.name(), started.elapsed().as_millis());
     tracing::debug!(kernel, elapsed_ms, "compiled a kernel");
+    let mut made = lock(&context.pipelines.made);
     if made.len() >= MAX_PIPELINES {
         // Those in use stay until they are done.
         made.clear();
     }
-    made.insert(key, Arc::clone(&pipeline));
-    Ok(pipeline)
+    Ok(Arc::clone(made.entry(key).or_insert(pipeline)))
 }
 
 fn make(context: &Context, dispatch: &Dispatch, written: u32) -> Pipeline {
