@@ -1,7 +1,7 @@
 //! Vulkan drivers for the wgpu backend: Mesa's, which brings one for processors, and SwiftShader, a second implementation.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, ensure};
@@ -53,13 +53,15 @@ fn lavapipe() -> Result<PathBuf> {
 
 /// The file that names SwiftShader, taken out of Debian's package below `target/`.
 fn swiftshader() -> Result<PathBuf> {
-    let folder = std::env::current_dir().context("no working folder")?.join("target").join("swiftshader");
+    // From the root: to apt a relative path is one below its own folders.
+    let target = std::env::current_dir().context("no working folder")?.join("target");
+    let folder = target.join("swiftshader");
     let files = SWIFTSHADER_FILES.map(|file| folder.join(file));
     if files.iter().all(|file| file.exists()) {
         return Ok(files[1].clone());
     }
     fs::create_dir_all(&folder).with_context(|| format!("cannot make {}", folder.display()))?;
-    let apt = Apt::open(&Path::new("target").join("emulate"))?;
+    let apt = Apt::open(&target.join("emulate"))?;
     apt.download(&[SWIFTSHADER_PACKAGE.to_owned()], &folder)?;
     let packages = fs::read_dir(&folder).with_context(|| format!("cannot read {}", folder.display()))?;
     let is_package = |path: &PathBuf| path.extension().is_some_and(|extension| extension == "deb");
