@@ -39,6 +39,12 @@ enum Task {
     Kernels(kernels::Task),
     /// Compiles the shaders of the wgpu backend with a second compiler, Tint
     Tint,
+    /// Runs a command with SwiftShader for its Vulkan driver, and `wgpu` for its device
+    Swiftshader {
+        /// The command and its arguments
+        #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
+        command: Vec<String>,
+    },
     /// Runs a command on the virtual GPU: `cargo xtask virtual-gpu cargo run --features cuda -- doctor`
     VirtualGpu {
         /// Compiles kernels with the oldest NVRTC that is supported
@@ -86,6 +92,9 @@ fn main() -> Result<ExitCode> {
         }
         Task::Tint => {
             wgsl::check()?;
+        }
+        Task::Swiftshader { command } => {
+            vulkan::on_swiftshader(&as_strs(&command))?;
         }
         Task::VirtualGpu { oldest, command } => {
             let release = if oldest { Release::Oldest } else { Release::Newest };
