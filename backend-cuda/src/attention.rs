@@ -1,13 +1,10 @@
 //! Attention: plan, forward, backward.
 
-use tilefold_core::{
-    AttentionPlan, AttentionProblem, BackwardArgs, DeviceError, DeviceId, DeviceResult, ForwardArgs, ForwardOperands,
-    TensorView, TensorViewMut,
-};
+use tilefold_core::{AttentionPlan, AttentionProblem, BackwardArgs, DeviceError, DeviceId, DeviceResult, ForwardArgs};
 use tilefold_kernels::params::Operand;
 use tilefold_kernels::{
-    AttentionOperands, BackwardLaunch, BackwardOperands, ForwardKernel, ForwardOutputs, Vendor, backward_shared_bytes,
-    backward_workspace_bytes, kv_lengths_strides,
+    AttentionOperands, BackwardLaunch, BackwardOperands, DeviceLists, ForwardKernel, ForwardOutputs, Vendor,
+    backward_shared_bytes, backward_workspace_bytes, kv_lengths_strides,
 };
 
 use crate::device::Limits;
@@ -52,26 +49,8 @@ heads or another dtype",
 /// What compiler and driver report.
 pub(crate) fn forward(stream: &CudaStream, limits: Limits, args: ForwardArgs<'_>) -> DeviceResult<()> {
     let problem = &args.plan().problem;
-    let ForwardOperands { q, k, v, biases, key_mask, q_segments, k_segments, gate, out, lse, lse_low } =
-        args.into_operands();
     let lists = Lists::of(problem).upload(stream)?;
-    let of = |view: &Option<TensorView<'_>>| view.as_ref().map(Operand::of);
-    let operands = AttentionOperands {
-        q: Operand::of(&q),
-        k: Operand::of(&k),
-        v: Operand::of(&v),
-        biases: biases.iter().map(Operand::of).collect(),
-        key_mask: of(&key_mask),
-        segments: of(&q_segments).zip(of(&k_segments)).map(<[Operand; 2]>::from),
-        kv_lengths: lists.kv_lengths,
-        alibi_slopes: lists.alibi_slopes,
-        gate: of(&gate),
-    };
-    let outputs = ForwardOutputs {
-        out: Operand::of(out.as_view()),
-        lse: lse.map(|lse| Operand::of(lse.as_view())),
-        lse_low: lse_low.map(|lse_low| Operand::of(lse_low.as_view())),
-    };
+    let (operands, outputs) = AttentionOperands::of_forward(&args.into_operands(), lists.on_device);
     launch_all(stream, limits, tilefold_kernels::forward(Vendor::Nvidia, problem, &operands, &outputs))
 }
 
@@ -81,33 +60,8 @@ pub(crate) fn forward(stream: &CudaStream, limits: Limits, args: ForwardArgs<'_>
 /// What compiler and driver report.
 pub(crate) fn backward(stream: &CudaStream, limits: Limits, args: BackwardArgs<'_>) -> DeviceResult<()> {
     let problem = &args.plan().problem;
-    let o = args.into_operands();
     let lists = Lists::of(problem).upload(stream)?;
-    let of = |view: &Option<TensorView<'_>>| view.as_ref().map(Operand::of);
-    let written = |view: &Option<TensorViewMut<'_>>| view.as_ref().map(|view| Operand::of(view.as_view()));
-    let dbias = |view: &TensorViewMut<'_>| (Operand::of(view.as_view()), view.as_view().dtype());
-    let operands = BackwardOperands {
-        inputs: AttentionOperands {
-            q: Operand::of(&o.q),
-            k: Operand::of(&o.k),
-            v: Operand::of(&o.v),
-            biases: o.biases.iter().map(Operand::of).collect(),
-            key_mask: of(&o.key_mask),
-            segments: of(&o.q_segments).zip(of(&o.k_segments)).map(<[Operand; 2]>::from),
-            kv_lengths: lists.kv_lengths,
-            alibi_slopes: lists.alibi_slopes,
-            gate: of(&o.gate),
-        },
-        out: Operand::of(&o.out),
-        lse: Operand::of(&o.lse),
-        lse_low: Operand::of(&o.lse_low),
-        d_out: Operand::of(&o.d_out),
-        dq: written(&o.dq),
-        dk: written(&o.dk),
-        dv: written(&o.dv),
-        dbiases: o.dbiases.iter().map(|view| view.as_ref().map(dbias)).collect(),
-        d_gate: written(&o.d_gate),
-    };
+    let operands = BackwardOperands::of(&args.into_operands(), lists.on_device);
     let bytes = workspace_bytes(problem);
     let workspace = (bytes > 0).then(|| Block::new(stream, bytes)).transpose()?;
     let address = workspace.as_ref().map_or(0, Block::address);
@@ -138,9 +92,8 @@ struct Lists {
 
 /// Lists on the device, until dropped.
 #[derive(Debug, Default)]
-struct DeviceLists {
-    kv_lengths: Option<Operand>,
-    alibi_slopes: Option<u64>,
+struct Uploaded {
+    on_device: DeviceLists,
     _block: Option<Block>,
 }
 
@@ -163,9 +116,9 @@ impl Lists {
         self.data.len()
     }
 
-    fn upload(self, stream: &CudaStream) -> DeviceResult<DeviceLists> {
+    fn upload(self, stream: &CudaStream) -> DeviceResult<Uploaded> {
         if self.data.is_empty() {
-            return Ok(DeviceLists::default());
+            return Ok(Uploaded::default());
         }
         let block = Block::new(stream, self.bytes())?;
         let address = block.address();
@@ -173,6 +126,6 @@ impl Lists {
         let alibi_slopes = self.slopes_at.map(offset).transpose().map_err(unsupported)?;
         let kv_lengths = self.kv_lengths.map(|[batch, row]| Operand { data: address, strides: [batch, row, 0, 0, 0] });
         send(stream, self.data, address)?;
-        Ok(DeviceLists { kv_lengths, alibi_slopes, _block: Some(block) })
+        Ok(Uploaded { on_device: DeviceLists { kv_lengths, alibi_slopes }, _block: Some(block) })
     }
 }

@@ -139,17 +139,14 @@ impl Fused {
             spec.gradients = Gradients { q: true, k: true, v: true, gate: false, biases: [true, false, false, false] };
         }
         let plan = device.plan_attention(&AttentionProblem::new(spec).unwrap()).unwrap();
-        let zeros = |shape: &[usize]| {
-            let layout = Layout::contiguous(shape).unwrap();
-            let storage = device.alloc(stream, layout.len() * 4).unwrap();
-            Tensor::new(storage, DType::F32, layout).unwrap()
-        };
-        let filled = |shape: &[usize], seed| {
+        let tensor = |shape: &[usize], values: &[f32]| {
             let layout = Layout::contiguous(shape).unwrap();
             let mut storage = device.alloc(stream, layout.len() * 4).unwrap();
-            device.upload(stream, bytemuck::cast_slice(&values(layout.len(), seed)), &mut storage).unwrap();
+            device.upload(stream, bytemuck::cast_slice(values), &mut storage).unwrap();
             Tensor::new(storage, DType::F32, layout).unwrap()
         };
+        let zeros = |shape: &[usize]| tensor(shape, &[]);
+        let filled = |shape: &[usize], seed| tensor(shape, &values(shape.iter().product(), seed));
         let lse = [1, rows, heads, length];
         Self {
             plan,
@@ -289,28 +286,54 @@ impl Chain {
         for first in (0..rows).step_by(step) {
             let part = [first, step.min(rows - first)];
             let (to_logits, to_channels) = ([length, length, channels], [length, channels, length]);
-            let mut product = |names, strides, sizes, scale| {
-                self.product(&mut encoder, part, names, strides, sizes, scale);
-            };
-            product(["q", "k", "p"], [by_position, turned(by_position), by_logit], to_logits, scale);
+            self.product(
+                &mut encoder,
+                part,
+                ["q", "k", "p"],
+                [by_position, turned(by_position), by_logit],
+                to_logits,
+                scale,
+            );
             self.elements(&mut encoder, part, "add_bias", ["bias", "bias", "p"]);
             self.elements(&mut encoder, part, "softmax", ["bias", "bias", "p"]);
-            let mut product = |names, strides, sizes, scale| {
-                self.product(&mut encoder, part, names, strides, sizes, scale);
-            };
-            product(["p", "v", "out"], [by_logit, by_position, by_position], to_channels, 1.0);
+            self.product(&mut encoder, part, ["p", "v", "out"], [by_logit, by_position, by_position], to_channels, 1.0);
             if !self.gradients {
                 continue;
             }
-            product(["p", "d_out", "dv"], [turned(by_logit), by_position, by_position], to_channels, 1.0);
-            product(["d_out", "v", "ds"], [by_position, turned(by_position), by_logit], to_logits, 1.0);
+            self.product(
+                &mut encoder,
+                part,
+                ["p", "d_out", "dv"],
+                [turned(by_logit), by_position, by_position],
+                to_channels,
+                1.0,
+            );
+            self.product(
+                &mut encoder,
+                part,
+                ["d_out", "v", "ds"],
+                [by_position, turned(by_position), by_logit],
+                to_logits,
+                1.0,
+            );
             self.elements(&mut encoder, part, "softmax_backward", ["p", "bias", "ds"]);
             self.elements(&mut encoder, part, "sum_rows", ["ds", "bias", "dbias"]);
-            let mut product = |names, strides, sizes, scale| {
-                self.product(&mut encoder, part, names, strides, sizes, scale);
-            };
-            product(["ds", "k", "dq"], [by_logit, by_position, by_position], to_channels, scale);
-            product(["ds", "q", "dk"], [turned(by_logit), by_position, by_position], to_channels, scale);
+            self.product(
+                &mut encoder,
+                part,
+                ["ds", "k", "dq"],
+                [by_logit, by_position, by_position],
+                to_channels,
+                scale,
+            );
+            self.product(
+                &mut encoder,
+                part,
+                ["ds", "q", "dk"],
+                [turned(by_logit), by_position, by_position],
+                to_channels,
+                scale,
+            );
         }
         self.queue.submit([encoder.finish()]);
         self.device.poll(wgpu::PollType::wait_indefinitely()).unwrap();

@@ -2,13 +2,9 @@
 
 use std::sync::Arc;
 
-use tilefold_core::{
-    AttentionPlan, AttentionProblem, BackwardArgs, DeviceResult, ForwardArgs, ForwardOperands, TensorView,
-    TensorViewMut,
-};
+use tilefold_core::{AttentionPlan, AttentionProblem, BackwardArgs, DeviceResult, ForwardArgs};
 use tilefold_kernels::params::Operand;
-use tilefold_kernels::wgsl::{self, Operands};
-use tilefold_kernels::{BackwardOperands, ForwardOutputs};
+use tilefold_kernels::{AttentionOperands, BackwardOperands, DeviceLists, wgsl};
 
 use crate::context::Context;
 use crate::error::{Refused, unsupported};
@@ -44,26 +40,8 @@ pub(crate) fn plan(context: &Context, problem: &AttentionProblem) -> DeviceResul
 /// [`DeviceError::Unsupported`] for a layout that no binding can show, and what wgpu reports.
 pub(crate) fn forward(context: &Arc<Context>, args: ForwardArgs<'_>) -> DeviceResult<()> {
     let problem = &args.plan().problem;
-    let ForwardOperands { q, k, v, biases, key_mask, q_segments, k_segments, gate, out, lse, lse_low } =
-        args.into_operands();
     let lists = Lists::of(problem).upload(context)?;
-    let of = |view: &Option<TensorView<'_>>| view.as_ref().map(Operand::of);
-    let operands = Operands {
-        q: Operand::of(&q),
-        k: Operand::of(&k),
-        v: Operand::of(&v),
-        biases: biases.iter().map(Operand::of).collect(),
-        key_mask: of(&key_mask),
-        segments: of(&q_segments).zip(of(&k_segments)).map(<[Operand; 2]>::from),
-        kv_lengths: lists.kv_lengths,
-        alibi_slopes: lists.alibi_slopes,
-        gate: of(&gate),
-    };
-    let outputs = ForwardOutputs {
-        out: Operand::of(out.as_view()),
-        lse: lse.map(|lse| Operand::of(lse.as_view())),
-        lse_low: lse_low.map(|lse_low| Operand::of(lse_low.as_view())),
-    };
+    let (operands, outputs) = AttentionOperands::of_forward(&args.into_operands(), lists.on_device);
     let mut blocks = Vec::new();
     let workspace = |bytes| workspace(context, bytes, &mut blocks);
     let dispatches = wgsl::forward(problem, &operands, &outputs, &context.limits, workspace);
@@ -76,33 +54,8 @@ pub(crate) fn forward(context: &Arc<Context>, args: ForwardArgs<'_>) -> DeviceRe
 /// As [`forward`].
 pub(crate) fn backward(context: &Arc<Context>, args: BackwardArgs<'_>) -> DeviceResult<()> {
     let problem = &args.plan().problem;
-    let o = args.into_operands();
     let lists = Lists::of(problem).upload(context)?;
-    let of = |view: &Option<TensorView<'_>>| view.as_ref().map(Operand::of);
-    let written = |view: &Option<TensorViewMut<'_>>| view.as_ref().map(|view| Operand::of(view.as_view()));
-    let dbias = |view: &TensorViewMut<'_>| (Operand::of(view.as_view()), view.as_view().dtype());
-    let operands = BackwardOperands {
-        inputs: Operands {
-            q: Operand::of(&o.q),
-            k: Operand::of(&o.k),
-            v: Operand::of(&o.v),
-            biases: o.biases.iter().map(Operand::of).collect(),
-            key_mask: of(&o.key_mask),
-            segments: of(&o.q_segments).zip(of(&o.k_segments)).map(<[Operand; 2]>::from),
-            kv_lengths: lists.kv_lengths,
-            alibi_slopes: lists.alibi_slopes,
-            gate: of(&o.gate),
-        },
-        out: Operand::of(&o.out),
-        lse: Operand::of(&o.lse),
-        lse_low: Operand::of(&o.lse_low),
-        d_out: Operand::of(&o.d_out),
-        dq: written(&o.dq),
-        dk: written(&o.dk),
-        dv: written(&o.dv),
-        dbiases: o.dbiases.iter().map(|view| view.as_ref().map(dbias)).collect(),
-        d_gate: written(&o.d_gate),
-    };
+    let operands = BackwardOperands::of(&args.into_operands(), lists.on_device);
     let mut blocks = Vec::new();
     let workspace = |bytes| workspace(context, bytes, &mut blocks);
     let dispatches = wgsl::backward(problem, &operands, &context.limits, workspace);
@@ -128,9 +81,8 @@ struct Lists {
 
 /// Lists on the device, until dropped.
 #[derive(Debug, Default)]
-struct DeviceLists {
-    kv_lengths: Option<Operand>,
-    alibi_slopes: Option<u64>,
+struct Uploaded {
+    on_device: DeviceLists,
     _block: Option<Block>,
 }
 
@@ -149,9 +101,9 @@ impl Lists {
         lists
     }
 
-    fn upload(self, context: &Arc<Context>) -> DeviceResult<DeviceLists> {
+    fn upload(self, context: &Arc<Context>) -> DeviceResult<Uploaded> {
         if self.words.is_empty() {
-            return Ok(DeviceLists::default());
+            return Ok(Uploaded::default());
         }
         let bytes: &[u8] = bytemuck::cast_slice(&self.words);
         let block = Block::new(context, bytes.len() as u64)?;
@@ -159,6 +111,6 @@ impl Lists {
         write(context, bytes, address)?;
         let alibi_slopes = self.slopes_at.map(|at| address + 4 * at as u64);
         let kv_lengths = self.kv_lengths.map(|[batch, row]| Operand { data: address, strides: [batch, row, 0, 0, 0] });
-        Ok(DeviceLists { kv_lengths, alibi_slopes, _block: Some(block) })
+        Ok(Uploaded { on_device: DeviceLists { kv_lengths, alibi_slopes }, _block: Some(block) })
     }
 }

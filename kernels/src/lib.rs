@@ -35,7 +35,7 @@ pub use fill::{fill, fill_view};
 pub use forward::{ForwardKernel, ForwardOutputs, ForwardTile, forward};
 pub use kernel::{Kernel, KernelError, Launch, MAX_GRID_BLOCKS};
 pub use merge::merge;
-pub use operands::{AttentionOperands, kv_lengths_strides};
+pub use operands::{AttentionOperands, DeviceLists, kv_lengths_strides};
 pub use relayout::relayout;
 pub use source::{Constant, Source, kernel_files};
 pub use tile::{MAX_SHARED_BYTES, PIECE_BYTES, tile_bytes};

@@ -1,7 +1,8 @@
 //! What both attention passes read, as addresses and strides, and what the layout allows.
 
-use tilefold_core::{AttentionProblem, DType, TensorView};
+use tilefold_core::{AttentionProblem, DType, ForwardOperands, TensorView};
 
+use crate::forward::ForwardOutputs;
 use crate::kernel::KernelError;
 use crate::params::{AttentionInputs, Operand};
 
@@ -26,6 +27,41 @@ pub struct AttentionOperands {
     pub alibi_slopes: Option<u64>,
     /// The gate before the sigmoid.
     pub gate: Option<Operand>,
+}
+
+/// Lists of a problem, uploaded by a backend.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct DeviceLists {
+    /// `kv_lengths` by batch and row: see [`kv_lengths_strides`].
+    pub kv_lengths: Option<Operand>,
+    /// Address of the slopes.
+    pub alibi_slopes: Option<u64>,
+}
+
+impl AttentionOperands {
+    /// Inputs and outputs of a forward pass, whose origins are addresses on the device.
+    #[must_use]
+    pub fn of_forward(operands: &ForwardOperands<'_>, lists: DeviceLists) -> (Self, ForwardOutputs) {
+        let ForwardOperands { q, k, v, biases, key_mask, q_segments, k_segments, gate, out, lse, lse_low } = operands;
+        let of = |view: &Option<TensorView<'_>>| view.as_ref().map(Operand::of);
+        let inputs = Self {
+            q: Operand::of(q),
+            k: Operand::of(k),
+            v: Operand::of(v),
+            biases: biases.iter().map(Operand::of).collect(),
+            key_mask: of(key_mask),
+            segments: of(q_segments).zip(of(k_segments)).map(<[Operand; 2]>::from),
+            kv_lengths: lists.kv_lengths,
+            alibi_slopes: lists.alibi_slopes,
+            gate: of(gate),
+        };
+        let outputs = ForwardOutputs {
+            out: Operand::of(out.as_view()),
+            lse: lse.as_ref().map(|lse| Operand::of(lse.as_view())),
+            lse_low: lse_low.as_ref().map(|lse_low| Operand::of(lse_low.as_view())),
+        };
+        (inputs, outputs)
+    }
 }
 
 impl Operand {

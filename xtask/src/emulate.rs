@@ -20,7 +20,7 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result, bail, ensure};
 
-use apt::{Apt, unpack};
+use apt::{Apt, unpack, unpack_files};
 use guest::{Kernel, bochs, boot, guest_tools, initrd};
 
 /// The Debian release that the ready-made programs are taken from: its C library is old enough for most machines.
@@ -209,17 +209,7 @@ fn arm_tools(home: &Path) -> Result<PathBuf> {
     let debs = Scratch::new(home.join("aarch64.debs"))?;
     apt.download(&["qemu-user-static".to_owned()], &debs.0)?;
     for package in files(&debs.0)? {
-        let mut archive = Command::new("dpkg-deb")
-            .arg("--fsys-tarfile")
-            .arg(&package)
-            .stdout(Stdio::piped())
-            .spawn()
-            .context("cannot start dpkg-deb")?;
-        let stream = archive.stdout.take().context("dpkg-deb has no output")?;
-        let mut tar = Command::new("tar");
-        tar.arg("-xC").arg(&new.0).arg("./usr/bin/qemu-aarch64-static").stdin(stream);
-        run(&mut tar)?;
-        archive.wait().context("dpkg-deb")?;
+        unpack_files(&package, &new.0, &["./usr/bin/qemu-aarch64-static"])?;
     }
 
     // The compilers find their own files relative to where they are; their libraries need to be told.

@@ -2,12 +2,11 @@
 
 use std::fs;
 use std::path::PathBuf;
-use std::process::{Command, Stdio};
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 
 use crate::command::{output, run};
-use crate::emulate::apt::Apt;
+use crate::emulate::apt::{Apt, unpack_files};
 use crate::report::Count;
 use crate::setup;
 
@@ -66,18 +65,7 @@ fn swiftshader() -> Result<PathBuf> {
     let packages = fs::read_dir(&folder).with_context(|| format!("cannot read {}", folder.display()))?;
     let is_package = |path: &PathBuf| path.extension().is_some_and(|extension| extension == "deb");
     let package = packages.flatten().map(|file| file.path()).find(is_package).context("apt-get left no package")?;
-    // Of this large package, two files are needed.
-    let mut archive = Command::new("dpkg-deb")
-        .arg("--fsys-tarfile")
-        .arg(&package)
-        .stdout(Stdio::piped())
-        .spawn()
-        .context("cannot start dpkg-deb")?;
-    let stream = archive.stdout.take().context("dpkg-deb has no output")?;
-    let unpacked = Command::new("tar").arg("-xC").arg(&folder).args(SWIFTSHADER_FILES).stdin(stream).status();
-    let unpacked = unpacked.context("cannot start tar")?;
-    archive.wait().context("dpkg-deb")?;
-    ensure!(unpacked.success(), "{SWIFTSHADER_PACKAGE} has no {}", SWIFTSHADER_FILES.join(" or "));
+    unpack_files(&package, &folder, &SWIFTSHADER_FILES)?;
     fs::remove_file(&package).with_context(|| format!("cannot remove {}", package.display()))?;
     Ok(files[1].clone())
 }

@@ -11,10 +11,10 @@ mod tiles;
 pub(crate) use examples::kernels;
 use launches::Launches;
 use schedule::Schedule;
-use tilefold_core::{AttentionProblem, DType};
+use tilefold_core::{AttentionProblem, DType, TensorView, TensorViewMut};
 
 use crate::kernel::{Kernel, KernelError, Launch};
-use crate::operands::AttentionOperands;
+use crate::operands::{AttentionOperands, DeviceLists};
 use crate::params::{BackwardParams, Operand, SumParams};
 use crate::vendor::Vendor;
 
@@ -41,6 +41,38 @@ pub struct BackwardOperands {
     pub dbiases: Vec<Option<(Operand, DType)>>,
     /// Gradient of the gate.
     pub d_gate: Option<Operand>,
+}
+
+impl BackwardOperands {
+    /// Tensors of a backward pass, whose origins are addresses on the device.
+    #[must_use]
+    pub fn of(o: &tilefold_core::BackwardOperands<'_>, lists: DeviceLists) -> Self {
+        let of = |view: &Option<TensorView<'_>>| view.as_ref().map(Operand::of);
+        let written = |view: &Option<TensorViewMut<'_>>| view.as_ref().map(|view| Operand::of(view.as_view()));
+        let dbias = |view: &TensorViewMut<'_>| (Operand::of(view.as_view()), view.as_view().dtype());
+        Self {
+            inputs: AttentionOperands {
+                q: Operand::of(&o.q),
+                k: Operand::of(&o.k),
+                v: Operand::of(&o.v),
+                biases: o.biases.iter().map(Operand::of).collect(),
+                key_mask: of(&o.key_mask),
+                segments: of(&o.q_segments).zip(of(&o.k_segments)).map(<[Operand; 2]>::from),
+                kv_lengths: lists.kv_lengths,
+                alibi_slopes: lists.alibi_slopes,
+                gate: of(&o.gate),
+            },
+            out: Operand::of(&o.out),
+            lse: Operand::of(&o.lse),
+            lse_low: Operand::of(&o.lse_low),
+            d_out: Operand::of(&o.d_out),
+            dq: written(&o.dq),
+            dk: written(&o.dk),
+            dv: written(&o.dv),
+            dbiases: o.dbiases.iter().map(|view| view.as_ref().map(dbias)).collect(),
+            d_gate: written(&o.d_gate),
+        }
+    }
 }
 
 /// One launch of a backward pass; they run in order.

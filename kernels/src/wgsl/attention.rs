@@ -198,12 +198,11 @@ pub(crate) const SCALARS: &[(&str, &str)] = &[
     ("scale", "f32"),
     ("minus_infinity", "f32"),
     ("zero", "u32"),
-    ("first", "u32"),
 ];
 
-/// Their values, but for the first two; `first` is for the pass's own use.
+/// Their values, but for the first two.
 #[allow(clippy::cast_possible_truncation, reason = "numbers that are rounded or bounded on purpose")]
-pub(crate) fn scalars(problem: &AttentionProblem, sizes: &Sizes, part: &Part, tiles: u32, first: u32) -> Vec<u32> {
+pub(crate) fn scalars(problem: &AttentionProblem, sizes: &Sizes, part: &Part, tiles: u32) -> Vec<u32> {
     let mask = &problem.spec().mask;
     let offset = mask.k_offset.saturating_sub(mask.q_offset);
     let (low, high) = mask.visible_distances();
@@ -227,7 +226,6 @@ pub(crate) fn scalars(problem: &AttentionProblem, sizes: &Sizes, part: &Part, ti
         (problem.softmax_scale() as f32).to_bits(),
         f32::NEG_INFINITY.to_bits(),
         0,
-        first,
     ]
 }
 

@@ -270,7 +270,7 @@ where
         };
         let dq = o.dq.as_ref().filter(|_| with_dq).map(|dq| sizes.by_query("dq", spec.dtype, dq, head_dim).written());
         let mut views = self.inputs.clone();
-        share(&mut views, ["k", "v"]);
+        share(&mut views, &["k", "v"]);
         views.extend([
             ("d_out", Some(d_out)),
             ("statistics", statistics),
@@ -317,7 +317,7 @@ where
         constants.push(("QUERIES", Constant::Number(queries)));
         for part in parts {
             let walks = Walks::of(&part, &sizes, shape);
-            let mut values = attention::scalars(self.problem, &sizes, &part, number(tiles), 0);
+            let mut values = attention::scalars(self.problem, &sizes, &part, number(tiles));
             let steps = (walks.steps() + chunks - 1) / chunks;
             let own = [
                 walks.entries(),
@@ -379,7 +379,7 @@ where
             false => None,
         };
         let mut views = self.inputs.clone();
-        share(&mut views, ["q", "q"]);
+        share(&mut views, &["q"]);
         let by_key = |name, operand, channels| sizes.by_key(name, spec.dtype, operand, channels).written();
         views.extend([
             ("d_out", Some(View { shared: true, ..d_out })),
@@ -419,7 +419,7 @@ where
                 file,
                 constants: constants.clone(),
                 scalars: SCALARS,
-                values: attention::scalars(self.problem, &sizes, &part, tiles, 0),
+                values: attention::scalars(self.problem, &sizes, &part, tiles),
                 limits: self.limits,
                 operands: in_part(&views, &part, sizes.group),
             };
@@ -569,8 +569,8 @@ fn quads(channels: i64) -> i64 {
     4 * ((channels + 3) / 4)
 }
 
-/// Rows of two operands are read by all threads of a workgroup together.
-fn share(views: &mut [Named], names: [&str; 2]) {
+/// Rows of some operands are read by all threads of a workgroup together.
+fn share(views: &mut [Named], names: &[&str]) {
     for (name, view) in views {
         if let Some(view) = view {
             view.shared = names.contains(name);

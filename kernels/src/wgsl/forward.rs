@@ -65,7 +65,7 @@ pub fn forward<E: From<DispatchError>>(
             file: File::Forward,
             constants: constants.clone(),
             scalars: SCALARS,
-            values: attention::scalars(problem, &sizes, part, tiles, 0),
+            values: attention::scalars(problem, &sizes, part, tiles),
             limits,
             operands: views.iter().map(|(name, view)| (*name, view.map(|view| view.part(part, sizes.group)))).collect(),
         };

@@ -4,11 +4,11 @@
 use tilefold_backend_cpu::CpuBackend;
 use tilefold_core::{
     AttentionPlan, AttentionProblem, Backend, BackwardArgs, DeviceError, DeviceInfo, DeviceResult, Event, ForwardArgs,
-    MergeArgs, RelayoutArgs, Storage, Stream, TensorView, TensorViewMut,
+    MergeArgs, RelayoutArgs, Storage, Stream, TensorViewMut,
 };
 use tilefold_kernels::params::Operand;
 use tilefold_kernels::{
-    AttentionOperands, BackwardLaunch, BackwardOperands, Vendor, backward, backward_workspace_bytes, kv_lengths_strides,
+    BackwardLaunch, BackwardOperands, DeviceLists, Vendor, backward, backward_workspace_bytes, kv_lengths_strides,
 };
 
 use crate::host;
@@ -35,20 +35,13 @@ impl Lanes {
 }
 
 /// Lists that are read where the problem has them.
-fn lists(problem: &AttentionProblem) -> (Option<Operand>, Option<u64>) {
+fn lists(problem: &AttentionProblem) -> DeviceLists {
     let spec = problem.spec();
     let [batch, row] = kv_lengths_strides(problem);
     let lengths = spec.kv_lengths.as_ref().map(|lengths| lengths.as_ptr().addr() as u64);
     let slopes = spec.mask.alibi_slopes.as_ref().map(|slopes| slopes.as_ptr().addr() as u64);
-    (lengths.map(|data| Operand { data, strides: [batch, row, 0, 0, 0] }), slopes)
-}
-
-fn of(view: &Option<TensorView<'_>>) -> Option<Operand> {
-    view.as_ref().map(Operand::of)
-}
-
-fn written(view: &Option<TensorViewMut<'_>>) -> Option<Operand> {
-    view.as_ref().map(|view| Operand::of(view.as_view()))
+    let kv_lengths = lengths.map(|data| Operand { data, strides: [batch, row, 0, 0, 0] });
+    DeviceLists { kv_lengths, alibi_slopes: slopes }
 }
 
 impl Backend for Lanes {
@@ -102,32 +95,7 @@ impl Backend for Lanes {
 
     fn attention_backward(&self, _: &Stream, args: BackwardArgs<'_>) -> DeviceResult<()> {
         let problem = &args.plan().problem;
-        let o = args.into_operands();
-        let (kv_lengths, alibi_slopes) = lists(problem);
-        let operands = BackwardOperands {
-            inputs: AttentionOperands {
-                q: Operand::of(&o.q),
-                k: Operand::of(&o.k),
-                v: Operand::of(&o.v),
-                biases: o.biases.iter().map(Operand::of).collect(),
-                key_mask: of(&o.key_mask),
-                segments: of(&o.q_segments).zip(of(&o.k_segments)).map(<[Operand; 2]>::from),
-                kv_lengths,
-                alibi_slopes,
-                gate: of(&o.gate),
-            },
-            out: Operand::of(&o.out),
-            lse: Operand::of(&o.lse),
-            lse_low: Operand::of(&o.lse_low),
-            d_out: Operand::of(&o.d_out),
-            dq: written(&o.dq),
-            dk: written(&o.dk),
-            dv: written(&o.dv),
-            dbiases: (o.dbiases.iter())
-                .map(|view| view.as_ref().map(|view| (Operand::of(view.as_view()), view.as_view().dtype())))
-                .collect(),
-            d_gate: written(&o.d_gate),
-        };
+        let operands = BackwardOperands::of(&args.into_operands(), lists(problem));
         let bytes = usize::try_from(backward_workspace_bytes(Vendor::Amd, problem)).map_err(wrong)?;
         let mut workspace = vec![UNWRITTEN; ALIGNMENT + bytes + GUARD_BYTES];
         let start = workspace.as_ptr().align_offset(ALIGNMENT);

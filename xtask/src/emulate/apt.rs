@@ -4,7 +4,7 @@ use anyhow::{Context, Result, bail};
 use std::fs;
 use std::path::Path;
 use std::path::PathBuf;
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use super::{BOCHS_RELEASE, RELEASE, files, run, say, works, write};
@@ -116,5 +116,19 @@ pub(super) fn unpack(packages: &Path, root: &Path) -> Result<()> {
     for package in files(packages)? {
         run(Command::new("dpkg-deb").arg("--extract").arg(&package).arg(root))?;
     }
+    Ok(())
+}
+
+/// Unpacks some files of a package into a root: of a large package a few may be all that is needed.
+pub(crate) fn unpack_files(package: &Path, root: &Path, files: &[&str]) -> Result<()> {
+    let mut archive = Command::new("dpkg-deb")
+        .arg("--fsys-tarfile")
+        .arg(package)
+        .stdout(Stdio::piped())
+        .spawn()
+        .context("cannot start dpkg-deb")?;
+    let stream = archive.stdout.take().context("dpkg-deb has no output")?;
+    run(Command::new("tar").arg("-xC").arg(root).args(files).stdin(stream))?;
+    archive.wait().context("dpkg-deb")?;
     Ok(())
 }
