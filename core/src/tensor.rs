@@ -99,6 +99,12 @@ impl Tensor {
         &self.storage
     }
 
+    /// The memory alone, to be seen in another layout.
+    #[must_use]
+    pub fn into_storage(self) -> Storage {
+        self.storage
+    }
+
     /// The bytes behind it, when the host can write them.
     #[must_use]
     pub fn host_bytes_mut(&mut self) -> Option<&mut [u8]> {
@@ -108,22 +114,14 @@ impl Tensor {
     /// The elements of a row-major host tensor, without a copy; bools are `u8`.
     ///
     /// # Errors
-    /// [`ProblemError::UnsupportedDType`] when `T` is not the tensor's type, [`ProblemError::NotContiguous`],
-    /// [`ProblemError::WrongDevice`] when the host cannot read the memory.
+    /// [`ProblemError::UnsupportedDType`] when `T` is not the tensor's type, and those of [`TensorView::as_bytes`].
     pub fn as_slice<T: Element>(&self) -> Result<&[T], ProblemError> {
-        let tensor = "tensor";
         if self.dtype != T::DTYPE {
-            return Err(ProblemError::UnsupportedDType { tensor, expected: T::DTYPE.to_string(), got: self.dtype });
+            let (tensor, expected) = ("tensor", T::DTYPE.to_string());
+            return Err(ProblemError::UnsupportedDType { tensor, expected, got: self.dtype });
         }
-        if !self.layout.is_contiguous() {
-            return Err(ProblemError::NotContiguous { tensor, strides: self.layout.strides().to_vec() });
-        }
-        let (expected, got) = (DeviceId::CPU, self.device());
-        let memory = self.storage.host_bytes().ok_or(ProblemError::WrongDevice { tensor, expected, got })?;
-        let first = usize::try_from(self.layout.offset()).unwrap_or(usize::MAX).saturating_mul(size_of::<T>());
-        let bytes = memory.get(first..).and_then(|rest| rest.get(..self.layout.len() * size_of::<T>()));
-        // `check_memory` made sure that the elements are inside the memory and aligned.
-        Ok(bytemuck::cast_slice(bytes.unwrap_or_default()))
+        // `check_memory` made sure that the elements are aligned.
+        Ok(bytemuck::cast_slice(self.view().as_bytes()?))
     }
 
     /// A shared view of the whole tensor.
@@ -242,6 +240,23 @@ impl<'a> TensorView<'a> {
         let offset = isize::try_from(self.layout.offset()).unwrap_or(0);
         let size = isize::try_from(self.dtype.size_bytes()).unwrap_or(1);
         self.address.wrapping_offset(offset.wrapping_mul(size))
+    }
+
+    /// The bytes of a row-major host tensor, without a copy.
+    ///
+    /// # Errors
+    /// [`ProblemError::NotContiguous`]; [`ProblemError::WrongDevice`] when the host cannot read the memory.
+    pub fn as_bytes(&self) -> Result<&'a [u8], ProblemError> {
+        let tensor = "tensor";
+        if !self.device.is_host() {
+            return Err(ProblemError::WrongDevice { tensor, expected: DeviceId::CPU, got: self.device });
+        }
+        if !self.layout.is_contiguous() {
+            return Err(ProblemError::NotContiguous { tensor, strides: self.layout.strides().to_vec() });
+        }
+        let bytes = self.layout.len() * self.dtype.size_bytes();
+        // SAFETY: `check_memory` made sure that all elements are inside the memory, which is initialised and borrowed for 'a.
+        Ok(unsafe { std::slice::from_raw_parts(self.origin(), bytes) })
     }
 
     fn with_layout(&self, layout: Layout) -> Self {
