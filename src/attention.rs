@@ -3,9 +3,10 @@
 use tracing::debug;
 
 use crate::{
-    AttentionPlan, AttentionProblem, AttentionSpec, Backend, BackwardArgs, BackwardOperands, BiasSpec, DType, Device,
-    DeviceError, DeviceId, EmptyRows, Error, ForwardArgs, ForwardOperands, Gradients, MAX_BIASES, MergeArgs,
-    MergeOperands, ProblemError, Products, RelayoutArgs, Stream, StructuralMask, Tensor, TensorView, TensorViewMut,
+    AccumulateArgs, AttentionPlan, AttentionProblem, AttentionSpec, Backend, BackwardArgs, BackwardOperands, BiasSpec,
+    DType, Device, DeviceError, DeviceId, EmptyRows, Error, ForwardArgs, ForwardOperands, Gradients, MAX_BIASES,
+    MergeArgs, MergeOperands, ProblemError, Products, RelayoutArgs, Stream, StructuralMask, Tensor, TensorView,
+    TensorViewMut,
 };
 
 /// Tensors that attention reads.
@@ -434,6 +435,24 @@ pub fn relayout(device: &Device, source: TensorView<'_>, destination: TensorView
     let args = RelayoutArgs::new(source, destination)?;
     check_device("tensors", device, args.device())?;
     launch(device, |stream| device.relayout(stream, args))
+}
+
+/// Adds `source` to `destination`, element by element in f32: see [`AccumulateArgs`].
+///
+/// ```
+/// use tilefold::{DType, Device, Tensor, TensorView, accumulate};
+/// let mut sum = Tensor::from_f64(&[1.0, 2.0, 3.0], DType::BF16, &[3])?;
+/// accumulate(&Device::cpu()?, TensorView::from_slice(&[0.5_f32, 0.0, -1.0], &[3])?, sum.view_mut())?;
+/// assert_eq!(sum.to_f64(), Ok(vec![1.5, 2.0, 2.0]));
+/// # Ok::<(), tilefold::Error>(())
+/// ```
+///
+/// # Errors
+/// [`Error::Problem`] when shapes or dtypes do not fit together, or the tensors overlap; [`Error::Device`].
+pub fn accumulate(device: &Device, source: TensorView<'_>, destination: TensorViewMut<'_>) -> Result<(), Error> {
+    let args = AccumulateArgs::new(source, destination)?;
+    check_device("tensors", device, args.device())?;
+    launch(device, |stream| device.accumulate(stream, args))
 }
 
 fn check_device(what: &'static str, device: &Device, got: DeviceId) -> Result<(), DeviceError> {

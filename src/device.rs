@@ -9,9 +9,9 @@ use crate::CudaBackend;
 #[cfg(feature = "wgpu")]
 use crate::WgpuBackend;
 use crate::{
-    AttentionPlan, AttentionProblem, Backend, BackwardArgs, CpuBackend, DType, DeviceError, DeviceId, DeviceInfo,
-    DeviceResult, Error, Event, ForwardArgs, Layout, MergeArgs, OpenError, ProblemError, RelayoutArgs, Storage, Stream,
-    Tensor, TensorViewMut,
+    AccumulateArgs, AttentionPlan, AttentionProblem, Backend, BackwardArgs, CpuBackend, DType, DeviceError, DeviceId,
+    DeviceInfo, DeviceResult, Error, Event, ForwardArgs, Layout, MergeArgs, OpenError, ProblemError, RelayoutArgs,
+    Storage, Stream, Tensor, TensorViewMut,
 };
 
 /// The environment variable that names the device [`Device::best`] opens.
@@ -309,6 +309,10 @@ impl Backend for Device {
 
     fn relayout(&self, stream: &Stream, args: RelayoutArgs<'_>) -> DeviceResult<()> {
         dispatch!(self, backend => backend.relayout(stream, args))
+    }
+
+    fn accumulate(&self, stream: &Stream, args: AccumulateArgs<'_>) -> DeviceResult<()> {
+        dispatch!(self, backend => backend.accumulate(stream, args))
     }
 
     fn record(&self, stream: &Stream) -> DeviceResult<Event> {

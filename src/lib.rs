@@ -14,17 +14,19 @@ pub use tilefold_backend_cpu::{Arch, CpuBackend, HostMemory, host_memory};
 pub use tilefold_backend_cuda::CudaBackend;
 #[cfg(feature = "wgpu")]
 pub use tilefold_backend_wgpu::{WgpuBackend, WgpuOptions};
+/// Sequence parallelism: communicators, and attention over sequences that are split over ranks.
+pub use tilefold_comm as comm;
 pub use tilefold_core::attention::reference;
 pub use tilefold_core::{
-    AttentionPlan, AttentionProblem, AttentionSpec, Backend, BackwardArgs, BackwardOperands, BiasSpec, DType,
-    DeviceError, DeviceId, DeviceInfo, DeviceKind, DeviceResult, Element, EmptyRows, Event, ForwardArgs,
+    AccumulateArgs, AttentionPlan, AttentionProblem, AttentionSpec, Backend, BackwardArgs, BackwardOperands, BiasSpec,
+    DType, DeviceError, DeviceId, DeviceInfo, DeviceKind, DeviceResult, Element, EmptyRows, Event, ForwardArgs,
     ForwardOperands, Gradients, Layout, MAX_BIASES, MAX_HEAD_DIM, MergeArgs, MergeOperands, OpenError, Precision,
     ProblemError, Products, RelayoutArgs, Storage, Stream, StructuralMask, Tensor, TensorView, TensorViewMut, Window,
 };
 
 pub use crate::attention::{
-    Backward, Forward, Inputs, Options, all_gradients, attention, attention_backward, attention_backward_into,
-    attention_into, merge, problem, relayout,
+    Backward, Forward, Inputs, Options, accumulate, all_gradients, attention, attention_backward,
+    attention_backward_into, attention_into, merge, problem, relayout,
 };
 pub use crate::device::{DEVICE_VARIABLE, Device, Discovery};
 pub use crate::error::Error;

@@ -3,12 +3,12 @@
 use std::sync::Arc;
 
 use tilefold_core::{
-    AttentionPlan, AttentionProblem, Backend, BackwardArgs, DType, DeviceError, DeviceId, DeviceInfo, DeviceResult,
-    Event, ForwardArgs, MergeArgs, OpenError, RelayoutArgs, Storage, Stream, TensorViewMut,
+    AccumulateArgs, AttentionPlan, AttentionProblem, Backend, BackwardArgs, DType, DeviceError, DeviceId, DeviceInfo,
+    DeviceResult, Event, ForwardArgs, MergeArgs, OpenError, RelayoutArgs, Storage, Stream, TensorViewMut,
 };
 
 use crate::arch::Arch;
-use crate::{attention, memory, merge, relayout};
+use crate::{accumulate, attention, memory, merge, relayout};
 
 /// All processors of the host as one device.
 ///
@@ -113,6 +113,12 @@ impl Backend for CpuBackend {
     fn relayout(&self, stream: &Stream, args: RelayoutArgs<'_>) -> DeviceResult<()> {
         ours(stream, "source", args.device())?;
         self.install(|| relayout::relayout(args));
+        Ok(())
+    }
+
+    fn accumulate(&self, stream: &Stream, args: AccumulateArgs<'_>) -> DeviceResult<()> {
+        ours(stream, "source", args.device())?;
+        self.install(|| accumulate::accumulate(self.arch, args));
         Ok(())
     }
 

@@ -8,12 +8,14 @@
     reason = "in vector code, closures of iterator adaptors are not always inlined and then lose the instruction set"
 )]
 
+mod accumulate;
 mod arch;
 mod attention;
 mod device;
 mod memory;
 mod merge;
 mod relayout;
+mod walk;
 
 pub use arch::Arch;
 pub use device::CpuBackend;

@@ -6,8 +6,8 @@ use std::sync::Arc;
 
 use cudarc::driver::sys::CUdevice_attribute as Attribute;
 use tilefold_core::{
-    AttentionPlan, AttentionProblem, Backend, BackwardArgs, DType, DeviceError, DeviceId, DeviceInfo, DeviceKind,
-    DeviceResult, Event, ForwardArgs, MergeArgs, OpenError, RelayoutArgs, Storage, Stream, TensorViewMut,
+    AccumulateArgs, AttentionPlan, AttentionProblem, Backend, BackwardArgs, DType, DeviceError, DeviceId, DeviceInfo,
+    DeviceKind, DeviceResult, Event, ForwardArgs, MergeArgs, OpenError, RelayoutArgs, Storage, Stream, TensorViewMut,
 };
 
 use crate::context::Context;
@@ -252,6 +252,10 @@ impl Backend for CudaBackend {
 
     fn relayout(&self, stream: &Stream, args: RelayoutArgs<'_>) -> DeviceResult<()> {
         relayout::relayout(self.ours(stream, "source", args.device())?, self.limits, args)
+    }
+
+    fn accumulate(&self, _: &Stream, _: AccumulateArgs<'_>) -> DeviceResult<()> {
+        Err(DeviceError::Unsupported { limit: "accumulate runs on the CPU alone as yet".into() })
     }
 
     fn record(&self, stream: &Stream) -> DeviceResult<Event> {

@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use tilefold_core::{
-    AttentionPlan, AttentionProblem, Backend, BackwardArgs, DType, DeviceError, DeviceId, DeviceInfo, DeviceKind,
-    DeviceResult, Event, ForwardArgs, MergeArgs, OpenError, RelayoutArgs, Storage, Stream, TensorViewMut,
+    AccumulateArgs, AttentionPlan, AttentionProblem, Backend, BackwardArgs, DType, DeviceError, DeviceId, DeviceInfo,
+    DeviceKind, DeviceResult, Event, ForwardArgs, MergeArgs, OpenError, RelayoutArgs, Storage, Stream, TensorViewMut,
 };
 
 use crate::context::{Context, WgpuOptions, adapters};
@@ -168,6 +168,10 @@ impl Backend for WgpuBackend {
     fn relayout(&self, stream: &Stream, args: RelayoutArgs<'_>) -> DeviceResult<()> {
         self.check(stream, "source", args.device())?;
         relayout::relayout(&self.context, args)
+    }
+
+    fn accumulate(&self, _: &Stream, _: AccumulateArgs<'_>) -> DeviceResult<()> {
+        Err(DeviceError::Unsupported { limit: "accumulate runs on the CPU alone as yet".into() })
     }
 
     fn record(&self, stream: &Stream) -> DeviceResult<Event> {

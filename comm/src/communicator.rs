@@ -342,6 +342,25 @@ impl Communicator {
         Ok(())
     }
 
+    /// The reduction of what each rank has for this one: one tensor a rank, of one shape and dtype.
+    pub(crate) fn reduce_parts(
+        &self,
+        name: &'static str,
+        parcels: Vec<Parcel>,
+        reduction: Reduction,
+    ) -> Result<Tensor> {
+        let parts: Parcel = self.exchange(name, "parts", parcels)?.into_iter().flatten().collect();
+        let shape = parts.first().map(|part| part.shape().to_vec()).unwrap_or_default();
+        let reduced = self.checked(name, reduce(name, &parts, reduction))?;
+        let reduced = reduced.ok_or_else(|| lost(name, self.rank()))?;
+        host::reshaped(reduced, &shape)
+    }
+
+    /// One parcel for each rank, one from each, under a name of the caller's.
+    pub(crate) fn exchange_as(&self, name: &'static str, parcels: Vec<Parcel>) -> Result<Vec<Parcel>> {
+        self.exchange(name, "", parcels)
+    }
+
     /// One exchange of all ranks, from begin to end.
     fn exchange(&self, name: &'static str, kind: &str, parcels: Vec<Parcel>) -> Result<Vec<Parcel>> {
         let operation = if kind.is_empty() { name.to_owned() } else { format!("{name} {kind}") };
@@ -357,7 +376,7 @@ impl Communicator {
         collected.map_err(|error| self.told(error))
     }
 
-    fn send_as(&self, operation: &'static str, to: usize, parcel: Parcel) -> Result<()> {
+    pub(crate) fn send_as(&self, operation: &'static str, to: usize, parcel: Parcel) -> Result<()> {
         self.ready(operation)?;
         let fit = parcel.iter().try_for_each(|tensor| host::dense("parcel", &tensor.view()));
         self.checked(operation, self.known_rank("to", to).and(fit))?;
@@ -365,7 +384,7 @@ impl Communicator {
         self.engine.send(to, operation, parcel).map_err(|error| self.told(error))
     }
 
-    fn receive_as(&self, operation: &'static str, from: usize) -> Result<Parcel> {
+    pub(crate) fn receive_as(&self, operation: &'static str, from: usize) -> Result<Parcel> {
         self.ready(operation)?;
         self.checked(operation, self.known_rank("from", from))?;
         self.engine.receive(from, operation, self.deadline.get()).map_err(|error| self.told(error))

@@ -89,6 +89,34 @@ pub enum CommError {
         /// What came.
         got: String,
     },
+    /// A rank would hold no position of the sequence: use fewer ranks.
+    #[error("rank {rank}: no position is left for it of a sequence of {seqlen}; use fewer ranks")]
+    EmptyShard {
+        /// The rank.
+        rank: usize,
+        /// Positions there are.
+        seqlen: usize,
+    },
+    /// A position of the sequence belongs to no rank, to more than one, or lies outside.
+    #[error("position {position} of a sequence of {seqlen}: expected one rank to hold it, got {owners:?}")]
+    Cover {
+        /// Positions there are.
+        seqlen: usize,
+        /// The position.
+        position: usize,
+        /// The ranks that hold it.
+        owners: Vec<usize>,
+    },
+    /// Something is made for another number of ranks.
+    #[error("{what}: made for {expected} ranks, but there are {got}")]
+    WorldSize {
+        /// What is.
+        what: &'static str,
+        /// Its ranks.
+        expected: usize,
+        /// Ranks of the communicator.
+        got: usize,
+    },
     /// A deadline of zero would fail whatever the others do.
     #[error("deadline: expected a time above zero, got zero")]
     ZeroDeadline,

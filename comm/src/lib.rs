@@ -3,11 +3,18 @@
 mod communicator;
 mod error;
 mod host;
+mod partition;
+mod rank;
 mod reduce;
+pub mod sequence_parallel;
+mod shape;
 mod threads;
 mod transport;
 
 pub use communicator::{Communicator, DEFAULT_DEADLINE, Shift, Traffic, near_equal};
 pub use error::{CommError, Error, Result};
+pub use partition::Partition;
+pub use rank::Rank;
 pub use reduce::Reduction;
+pub use sequence_parallel::{RingAttention, Shard, ShardBackward, ShardForward};
 pub use transport::Parcel;

@@ -22,6 +22,7 @@ pub mod plain;
 pub mod planted;
 mod relayouts;
 pub mod report;
+mod sharded;
 pub mod subject;
 pub mod suite;
 pub mod tolerance;

@@ -61,6 +61,22 @@ impl Expected {
     /// # Errors
     /// Every tensor that is off, with index, expected and got.
     pub fn check(&self, case: &Case, results: &Results) -> Result<f64, String> {
+        self.check_parts(case, 1.0, 0.0, results)
+    }
+
+    /// The same for results of `parts` over different keys: each is rounded to the dtype before it is merged or added, and so
+    /// is the sum; each merge rounds lse in two parts, which is common to a row of probabilities.
+    ///
+    /// # Errors
+    /// As [`Expected::check`].
+    pub(crate) fn check_sharded(&self, case: &Case, parts: u32, results: &Results) -> Result<f64, String> {
+        let lse = self.forward.lse.iter().map(|lse| lse.abs()).filter(|lse| lse.is_finite());
+        let lse = lse.fold(0.0, f64::max).min(LARGEST_LSE);
+        let common = f64::from(parts) * lse * DType::F32.unit_roundoff().powi(2);
+        self.check_parts(case, 1.0 + f64::from(parts), common, results)
+    }
+
+    fn check_parts(&self, case: &Case, roundings: f64, common: f64, results: &Results) -> Result<f64, String> {
         let mut checks = Vec::new();
         for (name, got) in results.iter().filter(|(name, _)| name != "lse_low") {
             let dtype = match name.strip_prefix("dbias").and_then(|i| i.parse::<usize>().ok()) {
@@ -69,7 +85,9 @@ impl Expected {
                 None if name == "lse" => DType::F32,
                 None => case.spec.dtype,
             };
-            checks.push(self.check_tensor(name, name, &got.values, dtype.into()));
+            let common = if name == "lse" { 0.0 } else { common };
+            let stored = Stored { roundings, common, ..dtype.into() };
+            checks.push(self.check_tensor(name, name, &got.values, stored));
         }
         let find = |wanted: &str| results.iter().find(|(name, _)| name == wanted).map(|(_, got)| &got.values);
         if let (Some(lse), Some(low)) = (find("lse"), find("lse_low")) {
@@ -86,9 +104,9 @@ impl Expected {
     pub(crate) fn check_merged(&self, accumulator: DType, roundings: f64, results: &Results) -> Result<f64, String> {
         let tensors: Vec<&[f64]> = results.iter().map(|(_, got)| got.values.as_slice()).collect();
         let [out, lse, low] = tensors[..] else { return Err("a merge gives out, lse and lse_low".to_owned()) };
-        let unit = roundings * self.unit.max(accumulator.unit_roundoff());
+        let stored = Stored { unit: self.unit.max(accumulator.unit_roundoff()), roundings, ..accumulator.into() };
         all(vec![
-            self.check_tensor("out", "out", out, Stored { dtype: accumulator, unit }),
+            self.check_tensor("out", "out", out, stored),
             self.check_tensor("lse", "lse", lse, DType::F32.into()),
             self.check_lse_low(lse, low),
         ])
@@ -123,7 +141,7 @@ impl Expected {
             return Err(format!("lse_low[{index}]: expected 0 for an empty row, got {:e}", low[index]));
         }
         let sum: Vec<f64> = lse.iter().zip(low).map(|(lse, low)| lse + low).collect();
-        self.check_tensor("lse + lse_low", "lse", &sum, Stored { dtype: DType::F32, unit: 2_f64.powi(-46) })
+        self.check_tensor("lse + lse_low", "lse", &sum, Stored { unit: 2_f64.powi(-46), ..DType::F32.into() })
     }
 }
 

@@ -6,9 +6,9 @@ use std::sync::Arc;
 
 use tilefold_core::attention::reference::{self, ReferenceInputs};
 use tilefold_core::{
-    AttentionPlan, AttentionProblem, AttentionSpec, Backend, BackwardArgs, BiasSpec, DType, DeviceError, DeviceInfo,
-    DeviceResult, EmptyRows, Event, ForwardArgs, MergeArgs, ProblemError, RelayoutArgs, Storage, Stream, Tensor,
-    TensorViewMut, Window,
+    AccumulateArgs, AttentionPlan, AttentionProblem, AttentionSpec, Backend, BackwardArgs, BiasSpec, DType,
+    DeviceError, DeviceInfo, DeviceResult, EmptyRows, Event, ForwardArgs, MergeArgs, ProblemError, RelayoutArgs,
+    Storage, Stream, Tensor, TensorViewMut, Window,
 };
 
 use crate::values::{round_to, round_to_tf32};
@@ -350,6 +350,10 @@ impl Backend for Planted {
 
     fn relayout(&self, stream: &Stream, args: RelayoutArgs<'_>) -> DeviceResult<()> {
         moves::relayout(&*self.inner, self.bug, stream, args)
+    }
+
+    fn accumulate(&self, stream: &Stream, args: AccumulateArgs<'_>) -> DeviceResult<()> {
+        self.inner.accumulate(stream, args)
     }
 
     fn record(&self, stream: &Stream) -> DeviceResult<Event> {

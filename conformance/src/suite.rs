@@ -6,7 +6,7 @@ use std::sync::Arc;
 use tilefold_core::{AttentionProblem, AttentionSpec, Backend, DType, DeviceInfo, DeviceKind, Precision};
 
 use crate::case::{Case, DTYPES};
-use crate::{cases, determinism, device_trials, large, merging, oracle, packed, relayouts};
+use crate::{cases, determinism, device_trials, large, merging, oracle, packed, relayouts, sharded};
 
 /// A device, and others that must give the same bits: the same device with another number of workers.
 #[derive(Clone, Debug)]
@@ -105,6 +105,13 @@ pub fn trials(subject: &Subject, filter: &Filter) -> Vec<Trial> {
         if precision == DType::F32.into() && !filter.precisions.contains(&Precision::TF32) {
             table.extend(cases::chosen_with_tf32());
         }
+        let split: Vec<Case> = table
+            .iter()
+            .enumerate()
+            .filter(|&(number, case)| has_turn(number) && fits(case))
+            .map(|(_, case)| case.clone())
+            .collect();
+        trials.extend(sharded::trials(&subject.device, &split));
         let cases = table.into_iter().enumerate().filter(|&(number, ref case)| has_turn(number) && fits(case));
         trials.extend(cases.map(|(_, case)| case_trial(&subject.device, case)));
         trials.extend(packed::trials(&subject.device, precision));

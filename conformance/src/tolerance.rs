@@ -49,11 +49,15 @@ pub struct Stored {
     pub dtype: DType,
     /// Relative error of storing a number: that of the dtype, or less for a sum of two parts.
     pub unit: f64,
+    /// How often parts of the result, or it, were rounded so.
+    pub roundings: f64,
+    /// Relative error that all elements of a row may have in common, beyond the plain computation's.
+    pub common: f64,
 }
 
 impl From<DType> for Stored {
     fn from(dtype: DType) -> Self {
-        Self { dtype, unit: dtype.unit_roundoff() }
+        Self { dtype, unit: dtype.unit_roundoff(), roundings: 1.0, common: 0.0 }
     }
 }
 
@@ -77,7 +81,8 @@ pub fn check(name: &str, got: &[f64], expected: &[f64], plain: &Estimate, stored
         }
         let own = &expected[range.clone()];
         let (largest, squares, floor) = (largest(own), squares(own), plain.floor[row]);
-        let chance = floor + stored.unit * largest + smallest(stored.dtype);
+        let rounding = stored.roundings * (stored.unit * largest + smallest(stored.dtype));
+        let chance = floor + stored.common * largest + rounding;
         let allowed = FACTOR * (plain_error(own, &plain.values[range.clone()]) + chance);
         allowed_squares += allowed * allowed * f64::from(u32::try_from(plain.row).unwrap_or(u32::MAX));
         let common = if largest > 0.0 { floor * squares.sqrt() / largest } else { 0.0 };
@@ -95,8 +100,8 @@ pub fn check(name: &str, got: &[f64], expected: &[f64], plain: &Estimate, stored
     }
     // A tensor of nothing but rounding errors has no direction.
     if allowed_squares < expected.iter().map(|e| e * e).sum() {
-        check_direction(name, got, expected, &plain.values)?;
-        check_scale(name, got, expected, &plain.values, scale_squares.sqrt())?;
+        check_direction(name, got, expected, &plain.values, stored.roundings)?;
+        check_scale(name, got, expected, &plain.values, scale_squares.sqrt(), stored.common)?;
     }
     Ok(worst.ratio)
 }
@@ -159,11 +164,12 @@ fn check_empty(name: &str, got: &[f64], expected: &[f64], range: std::ops::Range
     }
 }
 
-fn check_direction(name: &str, got: &[f64], expected: &[f64], plain: &[f64]) -> Result<(), String> {
+/// 1 - cosine grows with the square of the error: with the number of roundings, which are independent.
+fn check_direction(name: &str, got: &[f64], expected: &[f64], plain: &[f64], roundings: f64) -> Result<(), String> {
     let (Some(defect), Some(plain_defect)) = (cosine_defect(got, expected), cosine_defect(plain, expected)) else {
         return Ok(());
     };
-    if plain_defect > COSINE_NOISE || defect <= (FACTOR * plain_defect).max(COSINE_DEFECT) {
+    if plain_defect > COSINE_NOISE || defect <= (FACTOR * roundings * plain_defect).max(COSINE_DEFECT) {
         return Ok(());
     }
     Err(format!(
@@ -191,7 +197,14 @@ fn cosine_defect(a: &[f64], b: &[f64]) -> Option<f64> {
 }
 
 /// `spread` is the standard deviation of ⟨got - expected, expected⟩.
-fn check_scale(name: &str, got: &[f64], expected: &[f64], plain: &[f64], spread: f64) -> Result<(), String> {
+fn check_scale(
+    name: &str,
+    got: &[f64],
+    expected: &[f64],
+    plain: &[f64],
+    spread: f64,
+    common: f64,
+) -> Result<(), String> {
     let finite = |index: &usize| [got, expected, plain].iter().all(|values| values[*index].is_finite());
     let (mut squares, mut error, mut plain_error) = (0.0, 0.0, 0.0);
     let mut distinct = Vec::new();
@@ -208,7 +221,7 @@ fn check_scale(name: &str, got: &[f64], expected: &[f64], plain: &[f64], spread:
     distinct.dedup();
     let number = |count: usize| f64::from(u32::try_from(count).unwrap_or(u32::MAX));
     let spread = spread * (number(count) / number(distinct.len())).sqrt();
-    let allowed = FACTOR * ((plain_error.abs() + spread) / squares + SCALE_DEFECT);
+    let allowed = FACTOR * ((plain_error.abs() + spread) / squares + SCALE_DEFECT + common);
     let defect = error / squares;
     if squares == 0.0 || defect.abs() <= allowed {
         return Ok(());

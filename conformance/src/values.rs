@@ -165,6 +165,23 @@ impl Host {
         (0..total).map(|index| self.values[self.source(index, full, &[])]).collect()
     }
 
+    /// The entries of an axis at `positions`, in that order; all of it where the axis is broadcast.
+    pub(crate) fn select(&self, axis: usize, positions: &[usize]) -> Self {
+        if self.shape[axis] == 1 {
+            return self.clone();
+        }
+        let inner: usize = self.shape[axis + 1..].iter().product();
+        let mut values = Vec::new();
+        for outer in self.values.chunks(self.shape[axis] * inner) {
+            for position in positions {
+                values.extend_from_slice(&outer[position * inner..(position + 1) * inner]);
+            }
+        }
+        let mut shape = self.shape.clone();
+        shape[axis] = positions.len();
+        Self { dtype: self.dtype, shape, values }
+    }
+
     /// Makes the values along `axes` copies of entry 0, as a stride of 0 will.
     pub(crate) fn repeat(self, axes: &[usize]) -> Self {
         if axes.is_empty() {

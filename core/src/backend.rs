@@ -3,8 +3,8 @@
 use std::fmt::Debug;
 
 use crate::{
-    AttentionPlan, AttentionProblem, BackwardArgs, DeviceInfo, DeviceResult, Event, ForwardArgs, MergeArgs,
-    RelayoutArgs, Storage, Stream, TensorViewMut,
+    AccumulateArgs, AttentionPlan, AttentionProblem, BackwardArgs, DeviceInfo, DeviceResult, Event, ForwardArgs,
+    MergeArgs, RelayoutArgs, Storage, Stream, TensorViewMut,
 };
 
 /// One device. Object-safe; how to write one is in `docs/adding-a-backend.md`.
@@ -50,6 +50,12 @@ pub trait Backend: Debug + Send + Sync {
     /// # Errors
     /// What the driver reports.
     fn relayout(&self, stream: &Stream, args: RelayoutArgs<'_>) -> DeviceResult<()>;
+
+    /// Adds one tensor to another, element by element in f32.
+    ///
+    /// # Errors
+    /// What the driver reports.
+    fn accumulate(&self, stream: &Stream, args: AccumulateArgs<'_>) -> DeviceResult<()>;
 
     /// Marks the work enqueued so far.
     ///

@@ -5,6 +5,7 @@
 //! [`ForwardArgs`] or [`BackwardArgs`]; the backend launches. [`attention::reference`] is the f64 oracle that every
 //! backend is held against.
 
+mod accumulate;
 pub mod attention;
 mod backend;
 mod device;
@@ -17,6 +18,7 @@ mod storage;
 mod stream;
 mod tensor;
 
+pub use accumulate::AccumulateArgs;
 pub use attention::{
     AttentionPlan, AttentionProblem, AttentionSpec, BackwardArgs, BackwardOperands, BiasSpec, EmptyRows, ForwardArgs,
     ForwardOperands, Gradients, MAX_BIASES, MAX_HEAD_DIM, Precision, Products, StructuralMask, Window,

@@ -105,6 +105,20 @@ impl Arch {
         named.ok_or_else(|| unavailable(VARIABLE, value.to_string_lossy().into_owned()))
     }
 
+    /// Runs `work` compiled for this instruction set, as [`Simd::vectorize`] does: for loops that the compiler vectorises.
+    #[inline(always)]
+    pub(crate) fn vectorize<R>(self, work: impl FnOnce() -> R) -> R {
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512 | Self::Avx512Bf16 if let Some(s) = Avx512::<false>::detect() => s.vectorize(work),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2 if let Some(s) = Avx2::<false>::detect() => s.vectorize(work),
+            #[cfg(target_arch = "aarch64")]
+            Self::Neon if let Some(s) = Neon::detect() => s.vectorize(work),
+            _ => work(),
+        }
+    }
+
     /// That this machine has the instruction set.
     ///
     /// # Errors

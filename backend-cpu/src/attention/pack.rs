@@ -16,7 +16,9 @@ pub(crate) struct Row {
 }
 
 /// An element type the kernels read and write.
-trait Float: Copy {
+pub(crate) trait Float: Copy + Send + Sync {
+    /// Whether conversions of single elements in a loop become vector instructions; otherwise slices are converted.
+    const BY_ELEMENT: bool;
     fn to_f32(self) -> f32;
     fn from_f32(value: f32) -> Self;
     /// Widens a dense run.
@@ -26,6 +28,7 @@ trait Float: Copy {
 }
 
 impl Float for f32 {
+    const BY_ELEMENT: bool = true;
     #[inline(always)]
     fn to_f32(self) -> f32 {
         self
@@ -58,6 +61,7 @@ fn convert_short<A: Copy, B>(from: &[A], to: &mut [B], convert: impl Fn(A) -> B)
 }
 
 impl Float for bf16 {
+    const BY_ELEMENT: bool = true;
     #[inline(always)]
     fn to_f32(self) -> f32 {
         f32::from_bits(u32::from(self.to_bits()) << 16)
@@ -83,6 +87,7 @@ impl Float for bf16 {
 }
 
 impl Float for f16 {
+    const BY_ELEMENT: bool = false;
     #[inline(always)]
     fn to_f32(self) -> f32 {
         f16::to_f32(self)

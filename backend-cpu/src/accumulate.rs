@@ -1,0 +1,99 @@
+//! `destination += source`, in f32.
+
+use half::{bf16, f16};
+use tilefold_core::{AccumulateArgs, DType};
+
+use crate::arch::Arch;
+use crate::attention::Float;
+use crate::walk::{Origin, Run, Walk};
+
+/// Elements widened at a time where a dtype converts whole slices only.
+const BUFFER: usize = 256;
+
+/// Adds source to destination element by element.
+pub(crate) fn accumulate(arch: Arch, args: AccumulateArgs<'_>) {
+    let (source, mut destination) = args.into_parts();
+    let sum = Sum {
+        arch,
+        walk: Walk::of([source.layout(), destination.as_view().layout()]),
+        source: Origin::read(&source),
+        destination: Origin::write(&mut destination),
+    };
+    match destination.as_view().dtype() {
+        DType::F32 => sum.add_to::<f32>(source.dtype()),
+        DType::F16 => sum.add_to::<f16>(source.dtype()),
+        _ => sum.add_to::<bf16>(source.dtype()),
+    }
+}
+
+struct Sum {
+    arch: Arch,
+    walk: Walk<2>,
+    source: Origin,
+    destination: Origin,
+}
+
+impl Sum {
+    fn add_to<B: Float>(&self, source: DType) {
+        match source {
+            DType::F32 => self.add::<f32, B>(),
+            DType::F16 => self.add::<f16, B>(),
+            _ => self.add::<bf16, B>(),
+        }
+    }
+
+    fn add<A: Float, B: Float>(&self) {
+        self.walk.for_each_task(|task| {
+            self.arch.vectorize(
+                #[inline(always)]
+                || {
+                    self.walk.for_each_run(
+                        task,
+                        #[inline(always)]
+                        // SAFETY: elements of both tensors, as core checked; the destination's belong to this worker.
+                        |run| unsafe { self.add_run::<A, B>(run) },
+                    );
+                },
+            );
+        });
+    }
+
+    /// # Safety
+    /// The run is inside both tensors, which hold A and B; no other thread touches its elements of the destination.
+    #[inline(always)]
+    unsafe fn add_run<A: Float, B: Float>(&self, ([from, to], length): Run<2>) {
+        let (from, to) = (self.source.element::<A>(from), self.destination.element::<B>(to));
+        let strides = self.walk.strides();
+        // SAFETY: the caller's; core checked that source and destination share no element.
+        unsafe {
+            if strides == [1, 1] {
+                add_dense(std::slice::from_raw_parts(from, length), std::slice::from_raw_parts_mut(to, length));
+                return;
+            }
+            for i in 0..length.cast_signed() {
+                let to = to.offset(i * strides[1]);
+                *to = B::from_f32((*to).to_f32() + (*from.offset(i * strides[0])).to_f32());
+            }
+        }
+    }
+}
+
+#[inline(always)]
+fn add_dense<A: Float, B: Float>(from: &[A], to: &mut [B]) {
+    if A::BY_ELEMENT && B::BY_ELEMENT {
+        for (to, from) in to.iter_mut().zip(from) {
+            *to = B::from_f32(to.to_f32() + from.to_f32());
+        }
+        return;
+    }
+    for (to, from) in to.chunks_mut(BUFFER).zip(from.chunks(BUFFER)) {
+        let (mut sum, mut part) = ([0.0; BUFFER], [0.0; BUFFER]);
+        let (sum, part) = (&mut sum[..to.len()], &mut part[..from.len()]);
+        B::widen(to, sum);
+        A::widen(from, part);
+        for (sum, part) in sum.iter_mut().zip(&*part) {
+            *sum += *part;
+        }
+        B::narrow(sum, to);
+    }
+}

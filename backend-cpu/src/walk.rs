@@ -1,0 +1,216 @@
+//! Tensors of one shape walked together: axes joined where all lie alike, work cut by the sizes alone.
+
+use rayon::prelude::*;
+use tilefold_core::{Layout, TensorView, TensorViewMut};
+
+/// Elements of a task, about: several of them fit the caches of a core.
+const TASK: usize = 1 << 14;
+
+/// Elements of N tensors, met in the order in which the last one lies.
+#[derive(Debug)]
+pub(crate) struct Walk<const N: usize> {
+    /// Outer axes from the outermost: entries, and elements from one to the next in each tensor.
+    outer: Vec<Axis<N>>,
+    /// The innermost axis.
+    inner: Axis<N>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Axis<const N: usize> {
+    size: usize,
+    strides: [isize; N],
+}
+
+/// Neighbours along the innermost axis: elements from each tensor's origin to the first one, and how many.
+pub(crate) type Run<const N: usize> = ([isize; N], usize);
+
+impl<const N: usize> Walk<N> {
+    /// The walk over layouts of one shape.
+    pub(crate) fn of(layouts: [&Layout; N]) -> Self {
+        let shape = layouts[0].shape();
+        let axis = |dim: usize| Axis {
+            size: shape[dim],
+            strides: layouts.map(|layout| isize::try_from(layout.strides()[dim]).unwrap_or(0)),
+        };
+        let mut axes: Vec<Axis<N>> = (0..shape.len()).map(axis).filter(|axis| axis.size > 1).collect();
+        // From the largest steps to the smallest, first those of the last tensor.
+        axes.sort_by_key(|axis| {
+            let mut steps = axis.strides.map(isize::unsigned_abs);
+            steps.reverse();
+            std::cmp::Reverse(steps)
+        });
+        let mut joined: Vec<Axis<N>> = Vec::new();
+        for axis in axes {
+            match joined.last_mut() {
+                Some(outer)
+                    if outer.strides == axis.strides.map(|stride| stride.wrapping_mul(axis.size.cast_signed())) =>
+                {
+                    *outer = Axis { size: outer.size * axis.size, ..axis };
+                }
+                _ => joined.push(axis),
+            }
+        }
+        let inner = joined.pop().unwrap_or(Axis { size: 1, strides: [1; N] });
+        Self { outer: joined, inner }
+    }
+
+    /// Elements from one neighbour of a run to the next, in each tensor.
+    pub(crate) fn strides(&self) -> [isize; N] {
+        self.inner.strides
+    }
+
+    /// Calls `work` with the number of every task, on all workers.
+    pub(crate) fn for_each_task(&self, work: impl Fn(usize) + Send + Sync) {
+        let tasks = self.rows().div_ceil(self.rows_of_task()) * self.pieces();
+        (0..tasks).into_par_iter().for_each(work);
+    }
+
+    /// Calls `work` with every run of a task.
+    #[inline(always)]
+    pub(crate) fn for_each_run(&self, task: usize, mut work: impl FnMut(Run<N>)) {
+        let (group, piece) = (task / self.pieces(), task % self.pieces());
+        let first = piece * TASK;
+        let length = TASK.min(self.inner.size - first);
+        let (mut row, rows) = (group * self.rows_of_task(), self.rows());
+        let end = rows.min(row + self.rows_of_task());
+        let mut cursor = Cursor::at(self, row, first);
+        while row < end {
+            work((cursor.position, length));
+            cursor.step(self);
+            row += 1;
+        }
+    }
+
+    fn rows(&self) -> usize {
+        self.outer.iter().map(|axis| axis.size).product()
+    }
+
+    /// Runs that a row is cut into.
+    fn pieces(&self) -> usize {
+        self.inner.size.div_ceil(TASK)
+    }
+
+    fn rows_of_task(&self) -> usize {
+        (TASK / self.inner.size).max(1)
+    }
+}
+
+/// Where a walk is: the index along each outer axis, and the elements from each tensor's origin.
+struct Cursor<const N: usize> {
+    index: Vec<usize>,
+    position: [isize; N],
+}
+
+impl<const N: usize> Cursor<N> {
+    fn at(walk: &Walk<N>, mut row: usize, first: usize) -> Self {
+        let mut cursor = Self { index: vec![0; walk.outer.len()], position: [0; N] };
+        cursor.advance(walk.inner, first);
+        for (dim, axis) in walk.outer.iter().enumerate().rev() {
+            cursor.index[dim] = row % axis.size;
+            cursor.advance(*axis, row % axis.size);
+            row /= axis.size;
+        }
+        cursor
+    }
+
+    /// To the next row; sums wrap on the way, positions of elements fit.
+    #[inline(always)]
+    fn step(&mut self, walk: &Walk<N>) {
+        for (index, axis) in self.index.iter_mut().zip(&walk.outer).rev() {
+            *index += 1;
+            for (position, stride) in self.position.iter_mut().zip(axis.strides) {
+                *position = position.wrapping_add(stride);
+            }
+            if *index < axis.size {
+                return;
+            }
+            *index = 0;
+            for (position, stride) in self.position.iter_mut().zip(axis.strides) {
+                *position = position.wrapping_sub(stride.wrapping_mul(axis.size.cast_signed()));
+            }
+        }
+    }
+
+    fn advance(&mut self, axis: Axis<N>, steps: usize) {
+        for (position, stride) in self.position.iter_mut().zip(axis.strides) {
+            *position = position.wrapping_add(stride.wrapping_mul(steps.cast_signed()));
+        }
+    }
+}
+
+/// Address of a tensor's element (0, 0, ...). Workers share it, and each writes elements of its own.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Origin(*mut u8);
+
+// SAFETY: an address is data; who writes through it says which elements are a worker's own.
+unsafe impl Send for Origin {}
+// SAFETY: as above.
+unsafe impl Sync for Origin {}
+
+impl Origin {
+    /// Of a tensor that is read.
+    pub(crate) fn read(view: &TensorView<'_>) -> Self {
+        Self(view.origin().cast_mut())
+    }
+
+    /// Of a tensor that is written.
+    pub(crate) fn write(view: &mut TensorViewMut<'_>) -> Self {
+        Self(view.origin())
+    }
+
+    /// The element so many elements of `T` further.
+    #[inline(always)]
+    pub(crate) fn element<T>(self, elements: isize) -> *mut T {
+        self.0.cast::<T>().wrapping_offset(elements)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+
+    use super::*;
+
+    #[test]
+    fn every_pair_of_elements_is_met_once() {
+        let long = Layout::contiguous(&[2, 3, TASK + 5]).unwrap();
+        let turned = Layout::contiguous(&[5, 7, 3]).unwrap().permute(&[2, 0, 1]).unwrap();
+        let dense = Layout::contiguous(&[3, 5, 7]).unwrap();
+        let flipped = dense.slice(1, 0..5, -1).unwrap();
+        let one = Layout::contiguous(&[1]).unwrap();
+        let broadcast = Layout::contiguous(&[3, 1, 7]).unwrap().expand(&[3, 5, 7]).unwrap();
+        let pairs = [
+            (&long, &long),
+            (&turned, &dense),
+            (&dense, &turned),
+            (&flipped, &dense),
+            (&one, &one),
+            (&broadcast, &turned),
+        ];
+        for (a, b) in pairs {
+            let walk = Walk::of([a, b]);
+            let met = Mutex::new(Vec::new());
+            walk.for_each_task(|task| {
+                walk.for_each_run(task, |(first, length)| {
+                    let strides = walk.strides();
+                    let at =
+                        |i: usize| [0, 1].map(|side: usize| (first[side] + i.cast_signed() * strides[side]) as i64);
+                    met.lock().unwrap().extend((0..length).map(at));
+                });
+            });
+            let mut met = met.into_inner().unwrap();
+            let mut expected: Vec<[i64; 2]> =
+                a.positions().zip(b.positions()).map(|(i, j)| [i - a.offset(), j - b.offset()]).collect();
+            met.sort_unstable();
+            expected.sort_unstable();
+            assert!(met == expected, "{a:?} with {b:?}: {} met, {} expected", met.len(), expected.len());
+        }
+    }
+
+    #[test]
+    fn tensors_that_lie_alike_are_one_axis() {
+        let heads_first = Layout::contiguous(&[2, 3, 5, 4, 8]).unwrap().permute(&[0, 1, 3, 2, 4]).unwrap();
+        let walk = Walk::of([&heads_first, &heads_first]);
+        assert_eq!((walk.outer.len(), walk.inner), (0, Axis { size: 960, strides: [1, 1] }));
+    }
+}
