@@ -193,8 +193,9 @@ mod tests {
             walk.for_each_task(|task| {
                 walk.for_each_run(task, |(first, length)| {
                     let strides = walk.strides();
-                    let at =
-                        |i: usize| [0, 1].map(|side: usize| (first[side] + i.cast_signed() * strides[side]) as i64);
+                    let at = |i: usize| {
+                        [0, 1].map(|side: usize| i64::try_from(first[side] + i.cast_signed() * strides[side]).unwrap())
+                    };
                     met.lock().unwrap().extend((0..length).map(at));
                 });
             });

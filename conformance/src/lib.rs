@@ -25,5 +25,6 @@ pub mod report;
 mod sharded;
 pub mod subject;
 pub mod suite;
+mod sums;
 pub mod tolerance;
 pub mod values;

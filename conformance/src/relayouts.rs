@@ -13,7 +13,7 @@ use crate::values::{Host, round_to};
 const GROUP: &str = "relayout";
 
 /// Numbers that casts go wrong on: ties, subnormals, the edges of each range.
-const SPECIAL: [f64; 30] = [
+pub(crate) const SPECIAL: [f64; 30] = [
     0.0,
     -0.0,
     1.0,
@@ -105,7 +105,7 @@ fn value(dtype: DType, index: usize) -> f64 {
 }
 
 /// What a cast must give: one rounding from the source's value, which f32 holds exactly.
-fn cast(to: DType, value: f64) -> f64 {
+pub(crate) fn cast(to: DType, value: f64) -> f64 {
     let (DType::F16 | DType::BF16) = to else { return round_to(to, value) };
     #[allow(clippy::cast_possible_truncation, reason = "every source dtype fits in f32")]
     let single = value as f32;
@@ -154,7 +154,7 @@ fn fill(device: &dyn Backend, dtype: DType) -> Result<(), String> {
 }
 
 /// Equal numbers, signs of zero included; NaN for NaN.
-fn compare(got: &[f64], expected: &[f64]) -> Result<(), String> {
+pub(crate) fn compare(got: &[f64], expected: &[f64]) -> Result<(), String> {
     let differs =
         |(got, expected): (&f64, &f64)| got.to_bits() != expected.to_bits() && !(got.is_nan() && expected.is_nan());
     match got.iter().zip(expected).position(differs) {

@@ -3,8 +3,8 @@
 
 use tilefold_backend_cpu::CpuBackend;
 use tilefold_core::{
-    AttentionPlan, AttentionProblem, Backend, BackwardArgs, DeviceError, DeviceInfo, DeviceResult, Event, ForwardArgs,
-    MergeArgs, RelayoutArgs, Storage, Stream, TensorViewMut,
+    AccumulateArgs, AttentionPlan, AttentionProblem, Backend, BackwardArgs, DeviceError, DeviceInfo, DeviceResult,
+    Event, ForwardArgs, MergeArgs, RelayoutArgs, Storage, Stream, TensorViewMut,
 };
 use tilefold_kernels::params::Operand;
 use tilefold_kernels::{
@@ -71,6 +71,10 @@ impl Backend for Lanes {
 
     fn relayout(&self, stream: &Stream, args: RelayoutArgs<'_>) -> DeviceResult<()> {
         self.cpu.relayout(stream, args)
+    }
+
+    fn accumulate(&self, stream: &Stream, args: AccumulateArgs<'_>) -> DeviceResult<()> {
+        self.cpu.accumulate(stream, args)
     }
 
     fn record(&self, stream: &Stream) -> DeviceResult<Event> {
