@@ -227,9 +227,7 @@ impl Communicator {
         let row = values.shape().iter().skip(1).product::<usize>();
         let elements: Vec<usize> = counts.iter().map(|count| count * row).collect();
         let parcels = self.checked(operation, fitting.and_then(|()| host::cut(values, &elements)))?;
-        let parts: Parcel = self.exchange(operation, &kind, parcels)?.into_iter().flatten().collect();
-        let reduced = self.checked(operation, reduce(operation, &parts, reduction))?;
-        let reduced = reduced.ok_or_else(|| lost(operation, self.rank()))?;
+        let reduced = self.reduce_parts(operation, &kind, parcels, reduction)?;
         let shape: Vec<usize> =
             std::iter::once(counts[self.rank()]).chain(values.shape().iter().skip(1).copied()).collect();
         self.checked(operation, host::reshaped(reduced, &shape))
@@ -346,23 +344,17 @@ impl Communicator {
     pub(crate) fn reduce_parts(
         &self,
         name: &'static str,
+        kind: &str,
         parcels: Vec<Parcel>,
         reduction: Reduction,
     ) -> Result<Tensor> {
-        let parts: Parcel = self.exchange(name, "parts", parcels)?.into_iter().flatten().collect();
-        let shape = parts.first().map(|part| part.shape().to_vec()).unwrap_or_default();
+        let parts: Parcel = self.exchange(name, kind, parcels)?.into_iter().flatten().collect();
         let reduced = self.checked(name, reduce(name, &parts, reduction))?;
-        let reduced = reduced.ok_or_else(|| lost(name, self.rank()))?;
-        host::reshaped(reduced, &shape)
-    }
-
-    /// One parcel for each rank, one from each, under a name of the caller's.
-    pub(crate) fn exchange_as(&self, name: &'static str, parcels: Vec<Parcel>) -> Result<Vec<Parcel>> {
-        self.exchange(name, "", parcels)
+        reduced.ok_or_else(|| lost(name, self.rank()))
     }
 
     /// One exchange of all ranks, from begin to end.
-    fn exchange(&self, name: &'static str, kind: &str, parcels: Vec<Parcel>) -> Result<Vec<Parcel>> {
+    pub(crate) fn exchange(&self, name: &'static str, kind: &str, parcels: Vec<Parcel>) -> Result<Vec<Parcel>> {
         let operation = if kind.is_empty() { name.to_owned() } else { format!("{name} {kind}") };
         self.ready(name)?;
         for (rank, parcel) in parcels.iter().enumerate() {
@@ -391,7 +383,7 @@ impl Communicator {
     }
 
     /// An error of this rank's own that leaves the others waiting: told to them.
-    fn checked<T>(&self, operation: impl Display, result: Result<T>) -> Result<T> {
+    pub(crate) fn checked<T>(&self, operation: impl Display, result: Result<T>) -> Result<T> {
         let error = match result {
             Ok(value) => return Ok(value),
             Err(error) => error,

@@ -16,5 +16,7 @@ pub use error::{CommError, Error, Result};
 pub use partition::Partition;
 pub use rank::Rank;
 pub use reduce::Reduction;
-pub use sequence_parallel::{RingAttention, Shard, ShardBackward, ShardForward};
+pub use sequence_parallel::{
+    AxialAttention, RingAttention, Shard, ShardBackward, ShardForward, SharedBias, UlyssesAttention, UlyssesForward,
+};
 pub use transport::Parcel;

@@ -114,6 +114,21 @@ impl Partition {
         let chunks = self.chunks.chunks(size).map(|members| members.concat()).collect();
         Ok(Self { seqlen: self.seqlen, chunks })
     }
+
+    /// The members of a group among themselves: positions of the whole sequence where there is one group, else of what the
+    /// group holds, in the order of [`Partition::grouped`].
+    pub(crate) fn within_group(&self, group: usize, size: usize) -> Self {
+        if size == self.ranks() {
+            return self.clone();
+        }
+        let mut seqlen = 0;
+        let run = |rank: usize| {
+            seqlen += self.count(rank);
+            vec![seqlen - self.count(rank)..seqlen]
+        };
+        let chunks = (group * size..(group + 1) * size).map(run).collect();
+        Self { seqlen, chunks }
+    }
 }
 
 /// `count` consecutive runs of near-equal length.

@@ -103,6 +103,19 @@ impl Rank<'_> {
         }
     }
 
+    /// A sum in the dtype of what it is the sum of.
+    ///
+    /// # Errors
+    /// As [`Rank::dense`].
+    pub(crate) fn rounded(&self, sum: Tensor, dtype: DType) -> Result<Tensor> {
+        if sum.dtype() == dtype {
+            return Ok(sum);
+        }
+        let mut rounded = self.zeros(dtype, sum.shape())?;
+        self.copy(sum.view(), rounded.view_mut())?;
+        Ok(rounded)
+    }
+
     /// `destination += source` on the device, in f32.
     ///
     /// # Errors

@@ -3,7 +3,9 @@
 
 use std::sync::Arc;
 
-use tilefold::comm::{Communicator, Partition, Rank, RingAttention, Shard};
+use tilefold::comm::{
+    Communicator, Partition, Rank, RingAttention, Shard, ShardBackward, ShardForward, UlyssesAttention,
+};
 use tilefold_core::{AttentionProblem, AttentionSpec, Backend, BiasSpec, EmptyRows, Tensor};
 
 use crate::buffer::Downloaded;
@@ -51,65 +53,88 @@ impl Cut {
     }
 }
 
-/// Numbers of ranks, and how sequences are cut: each case takes its turn.
-const SPLITS: [(usize, Cut); 7] = [
-    (2, Cut::Contiguous),
-    (3, Cut::Zigzag),
-    (1, Cut::Zigzag),
-    (5, Cut::Contiguous),
-    (2, Cut::Zigzag),
-    (3, Cut::Uneven),
-    (8, Cut::Zigzag),
+/// How a case is computed by ranks.
+#[derive(Clone, Copy, Debug)]
+struct Way {
+    /// How many there are.
+    ranks: usize,
+    /// How many of them split heads; the groups stand in a ring.
+    group: usize,
+    cut: Cut,
+}
+
+/// Each case takes its turn.
+#[rustfmt::skip]
+const WAYS: [Way; 13] = [
+    Way { ranks: 2, group: 1, cut: Cut::Contiguous },
+    Way { ranks: 2, group: 2, cut: Cut::Contiguous },
+    Way { ranks: 3, group: 1, cut: Cut::Zigzag },
+    Way { ranks: 3, group: 3, cut: Cut::Zigzag },
+    Way { ranks: 1, group: 1, cut: Cut::Zigzag },
+    Way { ranks: 4, group: 2, cut: Cut::Zigzag },
+    Way { ranks: 5, group: 1, cut: Cut::Contiguous },
+    Way { ranks: 2, group: 2, cut: Cut::Uneven },
+    Way { ranks: 2, group: 1, cut: Cut::Zigzag },
+    Way { ranks: 5, group: 5, cut: Cut::Contiguous },
+    Way { ranks: 3, group: 1, cut: Cut::Uneven },
+    Way { ranks: 6, group: 2, cut: Cut::Uneven },
+    Way { ranks: 8, group: 1, cut: Cut::Zigzag },
 ];
+
+impl Way {
+    /// Whether a case can be computed so: with several groups, a gate and the mean of v come after the last merge.
+    fn applies(self, spec: &AttentionSpec) -> bool {
+        let is_whole = self.group == self.ranks && self.ranks > 1;
+        let merges = !spec.gate && spec.empty_rows == EmptyRows::Zero;
+        let fits = spec.seqlen_q >= self.ranks && spec.seqlen_k >= self.ranks && spec.heads >= self.group;
+        fits && (is_whole || merges)
+    }
+
+    fn title(self) -> String {
+        let Self { ranks, group, cut } = self;
+        let way = if group == 1 { "ring".into() } else { format!("ulysses_{group}") };
+        format!("{ranks}_ranks_{way}_{cut:?}").to_lowercase()
+    }
+}
 
 /// One trial for each case that can be split: with every feature at once in all ways, the others in one.
 pub(crate) fn trials(device: &Arc<dyn Backend>, table: &[Case]) -> Vec<Trial> {
     let mut trials = Vec::new();
     for (number, case) in table.iter().enumerate() {
-        let splits = if case.group == "everything" { SPLITS.to_vec() } else { vec![SPLITS[number % SPLITS.len()]] };
-        for (ranks, cut) in splits {
-            if !applies(&case.spec, ranks) {
-                continue;
-            }
-            let name = format!("{}/ring/{}/{}/{ranks}_ranks_{cut:?}", case.spec.precision(), case.group, case.name);
+        let turn = WAYS.iter().cycle().skip(number).take(WAYS.len()).filter(|way| way.applies(&case.spec));
+        let count = if case.group == "everything" { WAYS.len() } else { 1 };
+        for &way in turn.take(count) {
+            let name = format!("{}/sharded/{}/{}/{}", case.spec.precision(), case.group, case.name, way.title());
             let (device, case) = (Arc::clone(device), case.clone());
-            trials.push(Trial::new("ring", name.to_lowercase(), move || check_ring(&*device, &case, ranks, cut)));
+            trials.push(Trial::new("sharded", name, move || check(&*device, &case, way)));
         }
     }
     trials
 }
 
-/// Whether a case can be split over ranks: a gate and the mean of v come after the last merge.
-pub(crate) fn applies(spec: &AttentionSpec, ranks: usize) -> bool {
-    !spec.gate && spec.empty_rows == EmptyRows::Zero && spec.seqlen_q >= ranks && spec.seqlen_k >= ranks
-}
-
 /// Runs a case over ranks and holds it against the oracle; gives the largest error as a fraction of what is allowed.
-///
-/// # Errors
-/// Case, seed, tensor, index, expected and got; or what a rank reports.
-pub(crate) fn check_ring(device: &dyn Backend, case: &Case, ranks: usize, cut: Cut) -> Result<f64, String> {
+fn check(device: &dyn Backend, case: &Case, way: Way) -> Result<f64, String> {
     let check = || {
         let inputs = Inputs::draw(case);
-        let partitions = (cut.of(case.spec.seqlen_q, ranks), cut.of(case.spec.seqlen_k, ranks));
-        let (Some(queries), Some(keys)) = partitions else { return Err("sequence shorter than ranks".to_owned()) };
-        let ring = RingAttention::new(case.spec.clone(), queries.clone(), keys.clone()).map_err(text)?;
-        let parts = on_ranks(ranks, |comm| run(device, &ring, comm, case, &inputs, &queries, &keys))?;
+        let partitions = [case.spec.seqlen_q, case.spec.seqlen_k].map(|seqlen| way.cut.of(seqlen, way.ranks));
+        let [Some(queries), Some(keys)] = partitions else { return Err("sequence shorter than ranks".to_owned()) };
+        let run = |comm: &Communicator| run(device, comm, case, way, &inputs, &queries, &keys);
+        let parts = on_ranks(way.ranks, run)?;
         let results = gathered(case, &parts, &queries, &keys)?;
-        let chunks: usize = (0..ranks).map(|rank| keys.chunks(rank).len()).sum();
+        let chunks: usize = (0..way.ranks).map(|rank| keys.chunks(rank).len()).sum();
         Expected::of(case, &inputs)?.check_sharded(case, u32::try_from(chunks).map_err(text)?, &results)
     };
-    check().map_err(|message| format!("{}, seed {:#x}, {ranks} ranks, {cut:?}: {message}", case.title(), case.seed))
+    check().map_err(|message| format!("{}, seed {:#x}, {way:?}: {message}", case.title(), case.seed))
 }
 
 /// One rank's results, by name.
 type Part = Vec<(String, Tensor)>;
 
-fn on_ranks<T: Send>(ranks: usize, work: impl Fn(Communicator) -> Result<T, String> + Sync) -> Result<Vec<T>, String> {
+fn on_ranks<T: Send>(ranks: usize, work: impl Fn(&Communicator) -> Result<T, String> + Sync) -> Result<Vec<T>, String> {
     let work = &work;
     let results: Vec<_> = std::thread::scope(|scope| {
         let threads: Vec<_> =
-            Communicator::threads(ranks).into_iter().map(|comm| scope.spawn(move || work(comm))).collect();
+            Communicator::threads(ranks).into_iter().map(|comm| scope.spawn(move || work(&comm))).collect();
         threads.into_iter().map(std::thread::ScopedJoinHandle::join).collect()
     });
     let results = results.into_iter().map(|result| result.unwrap_or_else(|_| Err("a rank panicked".to_owned())));
@@ -118,15 +143,15 @@ fn on_ranks<T: Send>(ranks: usize, work: impl Fn(Communicator) -> Result<T, Stri
 
 fn run(
     device: &dyn Backend,
-    ring: &RingAttention,
-    comm: Communicator,
+    comm: &Communicator,
     case: &Case,
+    way: Way,
     inputs: &Inputs,
     queries: &Partition,
     keys: &Partition,
 ) -> Result<Part, String> {
     let stream = device.stream().map_err(text)?;
-    let rank = Rank { comm: &comm, device, stream: &stream };
+    let rank = Rank { comm, device, stream: &stream };
     let (my_queries, my_keys): (Vec<usize>, Vec<usize>) =
         (queries.positions(comm.rank()).collect(), keys.positions(comm.rank()).collect());
     let upload = |host: &Host| upload(&rank, host);
@@ -142,6 +167,7 @@ fn run(
     let key_mask = inputs.key_mask.as_ref().map(|host| of_keys(host, 2)).transpose()?;
     let q_segments = inputs.segments.as_ref().map(|[host, _]| of_queries(host, 2)).transpose()?;
     let k_segments = inputs.segments.as_ref().map(|[_, host]| of_keys(host, 2)).transpose()?;
+    let gate = inputs.gate.as_ref().map(|host| of_queries(host, 2)).transpose()?;
     let shard = Shard {
         q: q.view(),
         k: Arc::new(of_keys(&inputs.k, 2)?),
@@ -150,17 +176,27 @@ fn run(
         key_mask: key_mask.as_ref().map(Tensor::view),
         q_segments: q_segments.as_ref().map(Tensor::view),
         k_segments: k_segments.as_ref().map(Tensor::view),
-        gate: None,
+        gate: gate.as_ref().map(Tensor::view),
     };
-    let forward = ring.forward(&rank, &shard).map_err(text)?;
     let d_out = of_queries(&inputs.d_out, 2)?;
-    let backward = ring.backward(&rank, &shard, &forward, &d_out.view()).map_err(text)?;
-    let mut part =
-        vec![("out".to_owned(), forward.out), ("lse".to_owned(), forward.lse), ("lse_low".to_owned(), forward.lse_low)];
-    for (name, gradient) in [("dq", backward.dq), ("dk", backward.dk), ("dv", backward.dv)] {
+    let (spec, queries, keys) = (case.spec.clone(), queries.clone(), keys.clone());
+    let (mut part, backward) = if way.group == 1 {
+        let ring = RingAttention::new(spec, queries, keys).map_err(text)?;
+        let forward = ring.forward(&rank, &shard).map_err(text)?;
+        let backward = ring.backward(&rank, &shard, &forward, &d_out.view()).map_err(text)?;
+        let ShardForward { out, lse, lse_low } = forward;
+        (vec![("out".to_owned(), out), ("lse".to_owned(), lse), ("lse_low".to_owned(), lse_low)], backward)
+    } else {
+        let ulysses = UlyssesAttention::new(comm, spec, queries, keys, way.group).map_err(text)?;
+        let forward = ulysses.forward(&rank, &shard).map_err(text)?;
+        let backward = ulysses.backward(&rank, &forward, &d_out.view()).map_err(text)?;
+        (vec![("out".to_owned(), forward.out)], backward)
+    };
+    let ShardBackward { dq, dk, dv, d_gate, dbiases } = backward;
+    for (name, gradient) in [("dq", dq), ("dk", dk), ("dv", dv), ("d_gate", d_gate)] {
         part.extend(gradient.map(|gradient| (name.to_owned(), gradient)));
     }
-    for (number, gradient) in backward.dbiases.into_iter().enumerate() {
+    for (number, gradient) in dbiases.into_iter().enumerate() {
         part.extend(gradient.map(|gradient| (format!("dbias{number}"), gradient)));
     }
     let download = |(name, tensor): (String, Tensor)| {
@@ -176,7 +212,7 @@ fn gathered(case: &Case, parts: &[Part], queries: &Partition, keys: &Partition) 
     let mut results = Results::new();
     for (number, (name, _)) in parts[0].iter().enumerate() {
         let (shape, axis, partition) = match name.as_str() {
-            "out" => (problem.out_shape().to_vec(), 2, Some(queries)),
+            "out" | "d_gate" => (problem.out_shape().to_vec(), 2, Some(queries)),
             "dq" => (problem.q_shape().to_vec(), 2, Some(queries)),
             "dk" => (problem.k_shape().to_vec(), 2, Some(keys)),
             "dv" => (problem.v_shape().to_vec(), 2, Some(keys)),

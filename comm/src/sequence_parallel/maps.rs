@@ -157,11 +157,11 @@ impl Map for ReduceScatter {
     type Adjoint = AllGather;
 
     fn apply(&self, rank: &Rank<'_>, x: &TensorView<'_>) -> Result<Tensor> {
-        let checked = self.0.check_whole(rank, x).map(|()| format!("{:?} {} {:?}", self.0, x.dtype(), x.shape()));
-        rank.comm.agree("reduce_scatter", checked)?;
-        let parts =
-            (0..rank.comm.world_size()).map(|to| Ok(vec![rank.pack_shared(&Arc::new(self.0.part(rank, x, to)?))?]));
-        let sum = rank.comm.reduce_parts("reduce_scatter", parts.collect::<Result<_>>()?, Reduction::Sum)?;
+        let name = "reduce_scatter";
+        let parcels = self.0.check_whole(rank, x).and_then(|()| self.0.parcels(rank, x));
+        let parcels = rank.comm.checked(name, parcels)?;
+        let kind = format!("{:?} {} {:?}", self.0, x.dtype(), x.shape());
+        let sum = rank.comm.reduce_parts(name, &kind, parcels, Reduction::Sum)?;
         rank.own(rank.unpack(Arc::new(sum))?)
     }
 
@@ -174,14 +174,11 @@ impl Map for Switch {
     type Adjoint = Self;
 
     fn apply(&self, rank: &Rank<'_>, x: &TensorView<'_>) -> Result<Tensor> {
-        let here = rank.comm.rank();
-        let checked = (self.from.check_part(rank, x, here))
-            .and_then(|()| self.to.check_whole(rank, x))
-            .map(|()| format!("{self:?} {} {:?}", x.dtype(), shape_without(x.shape(), self.from.axis)));
-        rank.comm.agree("switch", checked)?;
-        let ranks = rank.comm.world_size();
-        let parcels = (0..ranks).map(|to| Ok(vec![rank.pack_shared(&Arc::new(self.to.part(rank, x, to)?))?]));
-        let parcels = rank.comm.exchange_as("switch", parcels.collect::<Result<_>>()?)?;
+        let (name, here) = ("switch", rank.comm.rank());
+        let checked = self.from.check_part(rank, x, here).and_then(|()| self.to.check_whole(rank, x));
+        let parcels = rank.comm.checked(name, checked.and_then(|()| self.to.parcels(rank, x)))?;
+        let kind = format!("{self:?} {} {:?}", x.dtype(), shape_without(x.shape(), self.from.axis));
+        let parcels = rank.comm.exchange(name, &kind, parcels)?;
         let mut shape = x.shape().to_vec();
         shape[self.from.axis] = self.from.partition.seqlen();
         shape[self.to.axis] = self.to.partition.count(here);
@@ -214,13 +211,18 @@ impl Split {
         Ok(part)
     }
 
+    /// Each rank's part of a whole tensor, to be sent.
+    fn parcels(&self, rank: &Rank<'_>, whole: &TensorView<'_>) -> Result<Vec<Parcel>> {
+        let part = |to| Ok(vec![rank.pack_shared(&Arc::new(self.part(rank, whole, to)?))?]);
+        (0..rank.comm.world_size()).map(part).collect()
+    }
+
     /// The whole of a tensor from the parts of all ranks.
     pub(crate) fn gather(&self, rank: &Rank<'_>, x: &TensorView<'_>) -> Result<Tensor> {
-        let rest = shape_without(x.shape(), self.axis);
-        let checked = self.check_part(rank, x, rank.comm.rank());
-        rank.comm.agree("gather", checked.map(|()| format!("{self:?} {} {rest:?}", x.dtype())))?;
-        let parcel = vec![rank.pack(x)?];
-        let parcels = rank.comm.exchange_as("gather", vec![parcel; rank.comm.world_size()])?;
+        let parcel = self.check_part(rank, x, rank.comm.rank()).and_then(|()| Ok(vec![rank.pack(x)?]));
+        let parcel = rank.comm.checked("gather", parcel)?;
+        let kind = format!("{self:?} {} {:?}", x.dtype(), shape_without(x.shape(), self.axis));
+        let parcels = rank.comm.exchange("gather", &kind, vec![parcel; rank.comm.world_size()])?;
         let mut shape = x.shape().to_vec();
         shape[self.axis] = self.partition.seqlen();
         self.assemble(rank, parcels, x, &shape)

@@ -33,7 +33,7 @@ use crate::transport::Parcel;
 /// What keys and values are called on their way.
 const KEYS: &str = "ring_attention keys";
 /// Names of biases in errors.
-const BIAS_NAMES: [&str; MAX_BIASES] = ["bias0", "bias1", "bias2", "bias3"];
+pub(super) const BIAS_NAMES: [&str; MAX_BIASES] = ["bias0", "bias1", "bias2", "bias3"];
 
 /// One attention over a sequence that is split over ranks.
 ///
@@ -99,7 +99,7 @@ pub struct ShardBackward {
 
 /// Which axis of the logits a bias is split along.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Split {
+pub(super) enum SplitAlong {
     /// It stays where its queries are.
     Queries,
     /// It travels with its keys.
@@ -108,7 +108,7 @@ pub(super) enum Split {
     Nothing,
 }
 
-impl Split {
+impl SplitAlong {
     pub(super) fn of(bias: &BiasSpec) -> Self {
         match bias.shape {
             [.., 1, 1] => Self::Nothing,
@@ -221,7 +221,7 @@ impl RingAttention {
         shard: &Shard<'_>,
         outputs: Option<(&ShardForward, &TensorView<'_>)>,
     ) -> Result<()> {
-        let checked = self.check(rank, shard).and_then(|()| {
+        let checked = check_shard(&self.problem, &self.queries, &self.keys, rank.comm, shard).and_then(|()| {
             let Some((forward, d_out)) = outputs else { return Ok(()) };
             let (here, spec) = (rank.comm.rank(), self.problem.spec());
             let shape = with_axis(self.problem.out_shape(), 2, self.queries.count(here));
@@ -232,38 +232,6 @@ impl RingAttention {
         rank.comm.agree("ring_attention", checked.map(|()| format!("{pass} {self:?}")))
     }
 
-    fn check(&self, rank: &Rank<'_>, shard: &Shard<'_>) -> Result<()> {
-        let (here, got, expected) = (rank.comm.rank(), rank.comm.world_size(), self.queries.ranks());
-        if got != expected {
-            return Err(CommError::WorldSize { what: "partition", expected, got }.into());
-        }
-        let spec = self.problem.spec();
-        let (queries, keys) = (self.queries.count(here), self.keys.count(here));
-        exact("q", &shard.q, &with_axis(self.problem.q_shape(), 2, queries), spec.dtype)?;
-        exact("k", &shard.k.view(), &with_axis(self.problem.k_shape(), 2, keys), spec.dtype)?;
-        exact("v", &shard.v.view(), &with_axis(self.problem.v_shape(), 2, keys), spec.dtype)?;
-        if shard.biases.len() != spec.biases.len() {
-            let (expected, got) = (spec.biases.len().to_string(), shard.biases.len());
-            return Err(ProblemError::Length { list: "biases", expected, got }.into());
-        }
-        for ((bias, view), name) in spec.biases.iter().zip(&shard.biases).zip(BIAS_NAMES) {
-            exact(name, view, &self.bias_shape(bias, queries, keys), bias.dtype)?;
-        }
-        let (queries, keys) = ([spec.batch, spec.rows, queries], [spec.batch, spec.rows, keys]);
-        optional("key_mask", shard.key_mask.as_ref(), spec.key_mask, &keys, DType::Bool)?;
-        optional("q_segments", shard.q_segments.as_ref(), spec.segments, &queries, DType::I32)?;
-        optional("k_segments", shard.k_segments.as_ref(), spec.segments, &keys, DType::I32)
-    }
-
-    /// The shape of a rank's part of a bias.
-    pub(super) fn bias_shape(&self, bias: &BiasSpec, queries: usize, keys: usize) -> [usize; 5] {
-        match Split::of(bias) {
-            Split::Queries => with_axis(bias.shape, 3, queries),
-            Split::Keys => with_axis(bias.shape, 4, keys),
-            Split::Nothing => bias.shape,
-        }
-    }
-
     /// This rank's keys and what goes with them.
     pub(super) fn outgoing(&self, rank: &Rank<'_>, shard: &Shard<'_>) -> Result<Parcel> {
         let mut parcel = vec![rank.pack_shared(&shard.k)?, rank.pack_shared(&shard.v)?];
@@ -271,7 +239,7 @@ impl RingAttention {
             parcel.push(rank.pack(view)?);
         }
         for (bias, view) in self.problem.spec().biases.iter().zip(&shard.biases) {
-            if Split::of(bias) == Split::Keys {
+            if SplitAlong::of(bias) == SplitAlong::Keys {
                 parcel.push(rank.pack(view)?);
             }
         }
@@ -288,7 +256,7 @@ impl RingAttention {
         let (k, v) = (next("k")?, next("v")?);
         let key_mask = spec.key_mask.then(|| next("key_mask")).transpose()?;
         let k_segments = spec.segments.then(|| next("k_segments")).transpose()?;
-        let split = spec.biases.iter().filter(|bias| Split::of(bias) == Split::Keys);
+        let split = spec.biases.iter().filter(|bias| SplitAlong::of(bias) == SplitAlong::Keys);
         let biases = split.map(|_| next("bias")).collect::<Result<_>>()?;
         Ok(Block { k, v, key_mask, k_segments, biases })
     }
@@ -353,11 +321,14 @@ impl RingAttention {
 
     pub(super) fn inputs<'s>(&self, shard: &'s Shard<'_>, block: &'s Block, pair: &Pair) -> Result<Operands<'s>> {
         let mut travelling = block.biases.iter();
-        let biases = self.problem.spec().biases.iter().zip(&shard.biases).map(|(bias, view)| match Split::of(bias) {
-            Split::Queries => along(&along(view, 3, pair.q.clone())?, 4, pair.k_global.clone()),
-            Split::Keys => travelling.next().map_or(Ok(view.clone()), |view| along(&view.view(), 4, pair.k.clone())),
-            Split::Nothing => Ok(view.clone()),
-        });
+        let biases =
+            self.problem.spec().biases.iter().zip(&shard.biases).map(|(bias, view)| match SplitAlong::of(bias) {
+                SplitAlong::Queries => along(&along(view, 3, pair.q.clone())?, 4, pair.k_global.clone()),
+                SplitAlong::Keys => {
+                    travelling.next().map_or(Ok(view.clone()), |view| along(&view.view(), 4, pair.k.clone()))
+                }
+                SplitAlong::Nothing => Ok(view.clone()),
+            });
         let keys = |tensor: &'s Option<Arc<Tensor>>| {
             tensor.as_ref().map(|tensor| along(&tensor.view(), 2, pair.k.clone())).transpose()
         };
@@ -371,5 +342,52 @@ impl RingAttention {
             k_segments: keys(&block.k_segments)?,
             gate: None,
         })
+    }
+}
+
+/// The shape of a rank's part of a bias.
+pub(super) fn bias_shape(bias: &BiasSpec, queries: usize, keys: usize) -> [usize; 5] {
+    match SplitAlong::of(bias) {
+        SplitAlong::Queries => with_axis(bias.shape, 3, queries),
+        SplitAlong::Keys => with_axis(bias.shape, 4, keys),
+        SplitAlong::Nothing => bias.shape,
+    }
+}
+
+/// Checks a rank's part of a problem's operands.
+///
+/// # Errors
+/// A [`ProblemError`] that names tensor and dimension; [`CommError::WorldSize`] for a partition over other ranks.
+pub(super) fn check_shard(
+    problem: &AttentionProblem,
+    queries: &Partition,
+    keys: &Partition,
+    comm: &Communicator,
+    shard: &Shard<'_>,
+) -> Result<()> {
+    let (here, got, expected) = (comm.rank(), comm.world_size(), queries.ranks());
+    if got != expected {
+        return Err(CommError::WorldSize { what: "partition", expected, got }.into());
+    }
+    let spec = problem.spec();
+    let (queries, keys) = (queries.count(here), keys.count(here));
+    exact("q", &shard.q, &with_axis(problem.q_shape(), 2, queries), spec.dtype)?;
+    exact("k", &shard.k.view(), &with_axis(problem.k_shape(), 2, keys), spec.dtype)?;
+    exact("v", &shard.v.view(), &with_axis(problem.v_shape(), 2, keys), spec.dtype)?;
+    if shard.biases.len() != spec.biases.len() {
+        let (expected, got) = (spec.biases.len().to_string(), shard.biases.len());
+        return Err(ProblemError::Length { list: "biases", expected, got }.into());
+    }
+    for ((bias, view), name) in spec.biases.iter().zip(&shard.biases).zip(BIAS_NAMES) {
+        exact(name, view, &bias_shape(bias, queries, keys), bias.dtype)?;
+    }
+    let gate = with_axis(problem.out_shape(), 2, queries);
+    let (queries, keys) = ([spec.batch, spec.rows, queries], [spec.batch, spec.rows, keys]);
+    optional("key_mask", shard.key_mask.as_ref(), spec.key_mask, &keys, DType::Bool)?;
+    optional("q_segments", shard.q_segments.as_ref(), spec.segments, &queries, DType::I32)?;
+    optional("k_segments", shard.k_segments.as_ref(), spec.segments, &keys, DType::I32)?;
+    match &shard.gate {
+        Some(view) if spec.gate => exact("gate", view, &gate, spec.dtype),
+        view => optional("gate", view.as_ref(), spec.gate, &gate, spec.dtype),
     }
 }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use tilefold_core::{BackwardArgs, BackwardOperands, DType, Tensor, TensorView, TensorViewMut};
 
 use super::local::Operands;
-use super::ring::{Pair, RingAttention, Shard, ShardBackward, ShardForward, Split};
+use super::ring::{Pair, RingAttention, Shard, ShardBackward, ShardForward, SplitAlong, bias_shape};
 use crate::communicator::Shift;
 use crate::error::Result;
 use crate::rank::{Rank, along_mut};
@@ -92,12 +92,12 @@ impl RingAttention {
         let mut dbiases = Vec::new();
         let mut travelling = usize::from(wanted.k) + usize::from(wanted.v);
         for (bias, wanted) in spec.biases.iter().zip(wanted.biases) {
-            let shape = self.bias_shape(bias, queries, 1);
-            dbiases.push(match Split::of(bias) {
+            let shape = bias_shape(bias, queries, 1);
+            dbiases.push(match SplitAlong::of(bias) {
                 _ if !wanted => DBias::None,
-                Split::Queries if bias.shape[4] > 1 => DBias::Rectangles(rank.zeros(bias.dtype, &shape)?),
-                Split::Queries | Split::Nothing => DBias::Sum(rank.zeros(DType::F32, &shape)?),
-                Split::Keys => {
+                SplitAlong::Queries if bias.shape[4] > 1 => DBias::Rectangles(rank.zeros(bias.dtype, &shape)?),
+                SplitAlong::Queries | SplitAlong::Nothing => DBias::Sum(rank.zeros(DType::F32, &shape)?),
+                SplitAlong::Keys => {
                     travelling += 1;
                     DBias::Travelling(travelling - 1)
                 }
@@ -114,8 +114,8 @@ impl RingAttention {
         shapes.extend(spec.gradients.k.then(|| with_axis(self.problem.k_shape(), 2, keys)));
         shapes.extend(spec.gradients.v.then(|| with_axis(self.problem.v_shape(), 2, keys)));
         for (bias, wanted) in spec.biases.iter().zip(spec.gradients.biases) {
-            if wanted && Split::of(bias) == Split::Keys {
-                shapes.push(self.bias_shape(bias, 1, keys));
+            if wanted && SplitAlong::of(bias) == SplitAlong::Keys {
+                shapes.push(bias_shape(bias, 1, keys));
             }
         }
         shapes.iter().map(|shape| rank.zeros(DType::F32, shape)).collect()
@@ -199,35 +199,29 @@ impl RingAttention {
     fn finish(&self, rank: &Rank<'_>, resident: Resident, home: Travelling) -> Result<ShardBackward> {
         let spec = self.problem.spec();
         let mut home: Vec<Option<Tensor>> = home.into_iter().map(Some).collect();
-        let rounded = |sum: Tensor, dtype: DType| {
-            if dtype == DType::F32 {
-                return Ok(sum);
-            }
-            let mut rounded = rank.zeros(dtype, sum.shape())?;
-            rank.copy(sum.view(), rounded.view_mut())?;
-            Ok::<_, crate::Error>(rounded)
-        };
         let mut dbiases = Vec::new();
         for (bias, dbias) in spec.biases.iter().zip(resident.dbiases) {
             dbiases.push(match dbias {
                 DBias::None => None,
                 DBias::Rectangles(whole) => Some(whole),
-                DBias::Sum(sum) if Split::of(bias) == Split::Nothing => {
+                DBias::Sum(sum) if SplitAlong::of(bias) == SplitAlong::Nothing => {
                     let packed = rank.pack_shared(&Arc::new(sum))?;
                     let sum = Arc::new(rank.comm.all_reduce(&packed.view(), Reduction::Sum)?);
-                    Some(rounded(rank.own(rank.unpack(sum)?)?, bias.dtype)?)
+                    Some(rank.rounded(rank.own(rank.unpack(sum)?)?, bias.dtype)?)
                 }
-                DBias::Sum(sum) => Some(rounded(sum, bias.dtype)?),
-                DBias::Travelling(number) => home[number].take().map(|sum| rounded(sum, bias.dtype)).transpose()?,
+                DBias::Sum(sum) => Some(rank.rounded(sum, bias.dtype)?),
+                DBias::Travelling(number) => {
+                    home[number].take().map(|sum| rank.rounded(sum, bias.dtype)).transpose()?
+                }
             });
         }
         let mut home = home.into_iter().flatten();
         let mut next = |wanted: bool| {
             let sum = if wanted { home.next() } else { None };
-            sum.map(|sum| rounded(sum, spec.dtype)).transpose()
+            sum.map(|sum| rank.rounded(sum, spec.dtype)).transpose()
         };
         let (dk, dv) = (next(spec.gradients.k)?, next(spec.gradients.v)?);
-        let dq = resident.dq.map(|dq| rounded(dq, spec.dtype)).transpose()?;
+        let dq = resident.dq.map(|dq| rank.rounded(dq, spec.dtype)).transpose()?;
         Ok(ShardBackward { dq, dk, dv, d_gate: None, dbiases })
     }
 }
