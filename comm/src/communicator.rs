@@ -10,6 +10,8 @@ use tilefold_core::{ProblemError, Tensor, TensorView};
 
 use crate::error::{CommError, Error, Result};
 use crate::host;
+#[cfg(feature = "mpi")]
+use crate::mpi::MpiGroup;
 use crate::reduce::{Reduction, reduce};
 use crate::threads::ThreadGroup;
 use crate::transport::{Engine, Parcel, Transport};
@@ -83,6 +85,23 @@ impl Communicator {
     #[must_use]
     pub fn threads(world_size: usize) -> Vec<Self> {
         ThreadGroup::world(world_size).into_iter().map(|place| Self::over(place.into())).collect()
+    }
+
+    /// This process's end of a group of all processes of its MPI job.
+    ///
+    /// MPI starts at the first call, on a thread that makes all its calls from then on, and ends when the process exits:
+    /// when `main` returns or `std::process::exit` is called, in both cases after a panic too. Each further call gives
+    /// another group of the same processes, also after a failure has made an earlier one unusable; all processes make
+    /// their groups in the same order. Without `mpirun` the group has one rank.
+    ///
+    /// *Exit*: a process waits for the exit of all others, as `MPI_Finalize` does; but where one has missed a deadline
+    /// and not been heard of since, it waits so long once more, and then ends the whole job with `MPI_Abort`.
+    ///
+    /// # Errors
+    /// [`CommError::Driver`] when MPI does not start, or something else in this process has started it.
+    #[cfg(feature = "mpi")]
+    pub fn mpi() -> Result<Self> {
+        Ok(Self::over(MpiGroup::world()?.into()))
     }
 
     pub(crate) fn over(engine: Engine) -> Self {

@@ -3,6 +3,8 @@
 mod communicator;
 mod error;
 mod host;
+#[cfg(feature = "mpi")]
+mod mpi;
 mod partition;
 mod rank;
 mod reduce;

@@ -1,4 +1,6 @@
 //! Ranks as threads of one process: tensors are handed over, not copied.
+//!
+//! The same place serves a rank whose peers are in other processes: there, an engine brings what they say.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -18,6 +20,8 @@ pub(crate) struct ThreadGroup {
 #[derive(Debug)]
 struct Shared {
     world_size: usize,
+    /// Ranks that fetch from an exchange here: all, or one whose peers are in other processes.
+    fetching: usize,
     state: Mutex<State>,
     changed: Condvar,
 }
@@ -44,8 +48,61 @@ struct Round {
 impl ThreadGroup {
     /// All places of a new group, by rank.
     pub(crate) fn world(world_size: usize) -> Vec<Self> {
-        let shared = Shared::new(world_size);
+        let shared = Shared::new(world_size, world_size);
         (0..world_size).map(|rank| Self { rank, shared: Arc::clone(&shared) }).collect()
+    }
+
+    /// The place of a rank whose peers are in other processes.
+    #[cfg(feature = "mpi")]
+    pub(crate) fn apart(rank: usize, world_size: usize) -> Self {
+        Self { rank, shared: Shared::new(world_size, 1) }
+    }
+
+    /// What a rank brings to an exchange: one parcel for each rank.
+    ///
+    /// # Errors
+    /// The group's failure, when there has been one.
+    pub(crate) fn bring(
+        &self,
+        from: usize,
+        number: u64,
+        operation: &str,
+        parcels: Vec<Parcel>,
+    ) -> Result<(), CommError> {
+        let mut state = self.shared.lock();
+        if let Some(failure) = &state.failure {
+            return Err(failure.clone());
+        }
+        let (ranks, to_fetch) = (self.shared.world_size, self.shared.fetching);
+        let round = state
+            .rounds
+            .entry(number)
+            .or_insert_with(|| Round { posted: (0..ranks).map(|_| None).collect(), to_fetch });
+        round.posted[from] = Some((operation.to_owned(), parcels));
+        drop(state);
+        self.shared.changed.notify_all();
+        Ok(())
+    }
+
+    /// A letter of one rank to another.
+    ///
+    /// # Errors
+    /// The group's failure, when there has been one.
+    pub(crate) fn deliver(&self, from: usize, to: usize, operation: &str, parcel: Parcel) -> Result<(), CommError> {
+        let mut state = self.shared.lock();
+        if let Some(failure) = &state.failure {
+            return Err(failure.clone());
+        }
+        state.letters.entry((from, to)).or_default().push_back((operation.to_owned(), parcel));
+        drop(state);
+        self.shared.changed.notify_all();
+        Ok(())
+    }
+
+    /// A rank is gone; the first word about it counts.
+    pub(crate) fn leave(&self, rank: usize, panicked: bool) {
+        self.shared.lock().gone.entry(rank).or_insert(panicked);
+        self.shared.changed.notify_all();
     }
 
     /// Waits until `ready` gives something, the group fails, or time is up; `missing` says who is waited for.
@@ -88,8 +145,8 @@ impl ThreadGroup {
 }
 
 impl Shared {
-    fn new(world_size: usize) -> Arc<Self> {
-        Arc::new(Self { world_size, state: Mutex::default(), changed: Condvar::new() })
+    fn new(world_size: usize, fetching: usize) -> Arc<Self> {
+        Arc::new(Self { world_size, fetching, state: Mutex::default(), changed: Condvar::new() })
     }
 
     /// A panic of another rank leaves the state whole: every change is made under one lock.
@@ -108,19 +165,7 @@ impl Transport for ThreadGroup {
     }
 
     fn post(&self, number: u64, operation: &str, parcels: Vec<Parcel>) -> Result<(), CommError> {
-        let mut state = self.shared.lock();
-        if let Some(failure) = &state.failure {
-            return Err(failure.clone());
-        }
-        let ranks = self.shared.world_size;
-        let round = state
-            .rounds
-            .entry(number)
-            .or_insert_with(|| Round { posted: (0..ranks).map(|_| None).collect(), to_fetch: ranks });
-        round.posted[self.rank] = Some((operation.to_owned(), parcels));
-        drop(state);
-        self.shared.changed.notify_all();
-        Ok(())
+        self.bring(self.rank, number, operation, parcels)
     }
 
     fn collect(&self, number: u64, operation: &str, deadline: Duration) -> Result<Vec<Parcel>, CommError> {
@@ -155,14 +200,7 @@ impl Transport for ThreadGroup {
     }
 
     fn send(&self, to: usize, operation: &str, parcel: Parcel) -> Result<(), CommError> {
-        let mut state = self.shared.lock();
-        if let Some(failure) = &state.failure {
-            return Err(failure.clone());
-        }
-        state.letters.entry((self.rank, to)).or_default().push_back((operation.to_owned(), parcel));
-        drop(state);
-        self.shared.changed.notify_all();
-        Ok(())
+        self.deliver(self.rank, to, operation, parcel)
     }
 
     fn receive(&self, from: usize, operation: &str, deadline: Duration) -> Result<Parcel, CommError> {
@@ -182,7 +220,7 @@ impl Transport for ThreadGroup {
         let mut state = self.shared.lock();
         let key = (number, members.to_vec());
         let entry = state.subgroups.entry(key.clone());
-        let (shared, to_come) = entry.or_insert_with(|| (Shared::new(members.len()), members.len()));
+        let (shared, to_come) = entry.or_insert_with(|| (Shared::new(members.len(), members.len()), members.len()));
         *to_come -= 1;
         let (shared, complete) = (Arc::clone(shared), *to_come == 0);
         if complete {
@@ -207,7 +245,6 @@ impl Transport for ThreadGroup {
 
 impl Drop for ThreadGroup {
     fn drop(&mut self) {
-        self.shared.lock().gone.insert(self.rank, std::thread::panicking());
-        self.shared.changed.notify_all();
+        self.leave(self.rank, std::thread::panicking());
     }
 }

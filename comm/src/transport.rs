@@ -7,6 +7,8 @@ use enum_dispatch::enum_dispatch;
 use tilefold_core::Tensor;
 
 use crate::error::CommError;
+#[cfg(feature = "mpi")]
+use crate::mpi::MpiGroup;
 use crate::threads::ThreadGroup;
 
 /// Row-major host tensors on their way from one rank to another: shared, not copied, between threads.
@@ -68,4 +70,7 @@ pub(crate) trait Transport {
 pub(crate) enum Engine {
     /// Ranks are threads of this process.
     ThreadGroup,
+    /// Ranks are processes of an MPI job.
+    #[cfg(feature = "mpi")]
+    MpiGroup,
 }
