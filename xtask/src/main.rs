@@ -8,6 +8,7 @@ mod emulate;
 mod files;
 mod kernels;
 mod licences;
+mod mpi;
 mod report;
 mod setup;
 mod suite;

@@ -13,7 +13,7 @@ use crate::clang::Clang;
 use crate::command::{artifacts, output, run};
 use crate::report::{Count, Report};
 use crate::virtual_gpu::with_virtual_gpu;
-use crate::{cuda, files, kernels, licences, setup, vulkan, wgsl};
+use crate::{cuda, files, kernels, licences, mpi, setup, vulkan, wgsl};
 
 /// Runs everything; with `quick` what takes long is left out. Whether all passed.
 pub(crate) fn run_suite(quick: bool) -> bool {
@@ -38,12 +38,17 @@ fn steps(report: &mut Report, quick: bool) -> Result<()> {
     if vulkan::SUPPORTED {
         report.step("Vulkan driver", vulkan::driver)?;
     }
+    // Before anything is built with all features: one of them links it.
+    report.step("MPI libraries", mpi::install)?;
     let features = feature_combinations(&facade_features()?);
     let (all, others) = features.split_last().context("no combination of features")?;
-    lints(report, all)?;
+    lints(report, &[all, mpi::FEATURE].join(","))?;
     tests(report)?;
     examples(report)?;
     if !quick {
+        for library in mpi::others() {
+            report.step(&format!("ranks as processes of {}", library.name), || library.test())?;
+        }
         virtual_gpu(report)?;
         wgpu(report)?;
         kernels(report)?;

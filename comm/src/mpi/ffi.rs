@@ -154,13 +154,7 @@ impl World {
     }
 
     /// Begins to send memory in chunks of at most `chunk_bytes`.
-    pub(super) fn send(
-        &self,
-        to: usize,
-        tag: Tag,
-        memory: Memory,
-        chunk_bytes: usize,
-    ) -> Result<InFlight, CommError> {
+    pub(super) fn send(&self, to: usize, tag: Tag, memory: Memory, chunk_bytes: usize) -> Result<InFlight, CommError> {
         let (peer, comm) = (count(to)?, self.comm);
         // SAFETY: a constant of the C library.
         let byte = unsafe { RSMPI_UINT8_T };

@@ -34,7 +34,7 @@ pub(crate) fn play(role: Role) {
                 thread::sleep(DEADLINE + LATE);
             }
         }
-        Role::Panic | Role::Exit | Role::Kill | Role::Hang => return die(role, &comm),
+        Role::Panic | Role::Exit | Role::Kill | Role::Stop | Role::Hang => return die(role, &comm),
     }
     say(rank, "ok");
 }
@@ -47,9 +47,9 @@ fn die(role: Role, comm: &Communicator) {
             match role {
                 Role::Panic => panic!("planted"),
                 Role::Exit => process::exit(3),
-                Role::Kill => {
-                    Command::new("kill").args(["-9", &process::id().to_string()]).status().unwrap();
-                }
+                Role::Kill => signal("-KILL"),
+                // Its other thread, too, falls silent.
+                Role::Stop => signal("-STOP"),
                 // For longer than the driver's limit.
                 _ => thread::sleep(Duration::from_secs(600)),
             }
@@ -61,6 +61,10 @@ fn die(role: Role, comm: &Communicator) {
     assert!(started.elapsed() < DEADLINE + LATE);
     assert!(!comm.is_usable());
     say(comm.rank(), &write_error(&error));
+}
+
+fn signal(signal: &str) {
+    Command::new("kill").args([signal, &process::id().to_string()]).status().unwrap();
 }
 
 fn write_error(error: &CommError) -> String {

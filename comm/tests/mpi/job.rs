@@ -32,17 +32,19 @@ pub(crate) enum Role {
     Panic,
     Exit,
     Kill,
+    Stop,
     Hang,
     Farewell,
     Long,
 }
 
-const ROLES: [Role; 8] = [
+const ROLES: [Role; 9] = [
     Role::Checks,
     Role::Faults,
     Role::Panic,
     Role::Exit,
     Role::Kill,
+    Role::Stop,
     Role::Hang,
     Role::Farewell,
     Role::Long,
@@ -135,16 +137,22 @@ impl Job {
         if !self.under_mpirun {
             return Ok(Command::new(this));
         }
-        let launcher = env::var("TILEFOLD_MPIRUN").unwrap_or_else(|_| "mpirun".into());
-        let mut command = Command::new(&launcher);
+        let mut command = Command::new(launcher());
         if self.surviving {
-            let version = Command::new(&launcher).arg("--version").output()?.stdout;
-            let is_mpich = String::from_utf8_lossy(&version).contains("HYDRA");
-            command.arg(if is_mpich { "-disable-auto-cleanup" } else { "--enable-recovery" });
+            command.arg("--enable-recovery");
         }
         command.arg("-n").arg(self.ranks.to_string()).arg(this);
         Ok(command)
     }
+}
+
+fn launcher() -> String {
+    env::var("TILEFOLD_MPIRUN").unwrap_or_else(|_| "mpirun".into())
+}
+
+pub(crate) fn launcher_is_hydra() -> bool {
+    let version = Command::new(launcher()).arg("--version").output();
+    version.is_ok_and(|version| String::from_utf8_lossy(&version.stdout).contains("HYDRA"))
 }
 
 /// `None` when it had to be ended.
