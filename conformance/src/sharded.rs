@@ -1,10 +1,11 @@
-//! Cases whose sequence is split over ranks, each rank a thread with a part of the operands on the device under test: results
-//! are put together and held against the same oracle as those of one device.
+//! Cases whose sequence, or rows, are split over ranks, each rank a thread with a part of the operands on the device under
+//! test: results are put together and held against the same oracle as those of one device.
 
 use std::sync::Arc;
 
 use tilefold::comm::{
-    Communicator, Partition, Rank, RingAttention, Shard, ShardBackward, ShardForward, UlyssesAttention,
+    AxialAttention, Communicator, Partition, Rank, RingAttention, Shard, ShardBackward, ShardForward, SharedBias,
+    UlyssesAttention,
 };
 use tilefold_core::{AttentionProblem, AttentionSpec, Backend, BiasSpec, EmptyRows, Tensor};
 
@@ -53,47 +54,122 @@ impl Cut {
     }
 }
 
+/// Who computes what.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Method {
+    /// Keys travel.
+    Ring,
+    /// So many ranks split heads; the groups stand in a ring.
+    Ulysses(usize),
+    /// Rows are split.
+    Axial(SharedBias),
+}
+
 /// How a case is computed by ranks.
 #[derive(Clone, Copy, Debug)]
 struct Way {
-    /// How many there are.
     ranks: usize,
-    /// How many of them split heads; the groups stand in a ring.
-    group: usize,
+    method: Method,
     cut: Cut,
 }
 
+const GATHERED: Method = Method::Axial(SharedBias::Gathered);
+const TRAVELLING: Method = Method::Axial(SharedBias::Travelling);
+
 /// Each case takes its turn.
 #[rustfmt::skip]
-const WAYS: [Way; 13] = [
-    Way { ranks: 2, group: 1, cut: Cut::Contiguous },
-    Way { ranks: 2, group: 2, cut: Cut::Contiguous },
-    Way { ranks: 3, group: 1, cut: Cut::Zigzag },
-    Way { ranks: 3, group: 3, cut: Cut::Zigzag },
-    Way { ranks: 1, group: 1, cut: Cut::Zigzag },
-    Way { ranks: 4, group: 2, cut: Cut::Zigzag },
-    Way { ranks: 5, group: 1, cut: Cut::Contiguous },
-    Way { ranks: 2, group: 2, cut: Cut::Uneven },
-    Way { ranks: 2, group: 1, cut: Cut::Zigzag },
-    Way { ranks: 5, group: 5, cut: Cut::Contiguous },
-    Way { ranks: 3, group: 1, cut: Cut::Uneven },
-    Way { ranks: 6, group: 2, cut: Cut::Uneven },
-    Way { ranks: 8, group: 1, cut: Cut::Zigzag },
+const WAYS: [Way; 17] = [
+    Way { ranks: 2, method: Method::Ring, cut: Cut::Contiguous },
+    Way { ranks: 2, method: Method::Ulysses(2), cut: Cut::Contiguous },
+    Way { ranks: 3, method: TRAVELLING, cut: Cut::Contiguous },
+    Way { ranks: 3, method: Method::Ring, cut: Cut::Zigzag },
+    Way { ranks: 3, method: Method::Ulysses(3), cut: Cut::Zigzag },
+    Way { ranks: 2, method: GATHERED, cut: Cut::Zigzag },
+    Way { ranks: 1, method: Method::Ring, cut: Cut::Zigzag },
+    Way { ranks: 4, method: Method::Ulysses(2), cut: Cut::Zigzag },
+    Way { ranks: 5, method: Method::Ring, cut: Cut::Contiguous },
+    Way { ranks: 2, method: TRAVELLING, cut: Cut::Uneven },
+    Way { ranks: 2, method: Method::Ulysses(2), cut: Cut::Uneven },
+    Way { ranks: 2, method: Method::Ring, cut: Cut::Zigzag },
+    Way { ranks: 5, method: Method::Ulysses(5), cut: Cut::Contiguous },
+    Way { ranks: 3, method: GATHERED, cut: Cut::Uneven },
+    Way { ranks: 3, method: Method::Ring, cut: Cut::Uneven },
+    Way { ranks: 6, method: Method::Ulysses(2), cut: Cut::Uneven },
+    Way { ranks: 8, method: Method::Ring, cut: Cut::Zigzag },
 ];
 
 impl Way {
-    /// Whether a case can be computed so: with several groups, a gate and the mean of v come after the last merge.
+    /// Whether a case can be computed so: where parts over different keys are merged, a gate and the mean of v come after that.
     fn applies(self, spec: &AttentionSpec) -> bool {
-        let is_whole = self.group == self.ranks && self.ranks > 1;
         let merges = !spec.gate && spec.empty_rows == EmptyRows::Zero;
-        let fits = spec.seqlen_q >= self.ranks && spec.seqlen_k >= self.ranks && spec.heads >= self.group;
-        fits && (is_whole || merges)
+        let sequence = spec.seqlen_q >= self.ranks && spec.seqlen_k >= self.ranks;
+        match self.method {
+            Method::Ring => sequence && merges,
+            Method::Ulysses(group) => sequence && spec.heads >= group && (merges || group == self.ranks),
+            Method::Axial(_) => {
+                let by_row = spec.kv_lengths.as_ref().is_some_and(|lengths| lengths.len() > spec.batch);
+                spec.rows >= self.ranks && spec.seqlen_q >= self.ranks && !by_row
+            }
+        }
     }
 
     fn title(self) -> String {
-        let Self { ranks, group, cut } = self;
-        let way = if group == 1 { "ring".into() } else { format!("ulysses_{group}") };
-        format!("{ranks}_ranks_{way}_{cut:?}").to_lowercase()
+        let method = match self.method {
+            Method::Ring => "ring".to_owned(),
+            Method::Ulysses(group) => format!("ulysses_{group}"),
+            Method::Axial(shared) => format!("axial_{shared:?}"),
+        };
+        format!("{}_ranks_{method}_{:?}", self.ranks, self.cut).to_lowercase()
+    }
+}
+
+/// A case and which rank holds what of it.
+struct Sharded<'a> {
+    case: &'a Case,
+    way: Way,
+    rows: Partition,
+    queries: Partition,
+    keys: Partition,
+}
+
+/// An axis that ranks hold parts of; none for what every rank has whole.
+type Axis<'p> = Option<(usize, &'p Partition)>;
+
+impl<'a> Sharded<'a> {
+    fn new(case: &'a Case, way: Way) -> Result<Self, String> {
+        let cut = |size: usize| way.cut.of(size, way.ranks);
+        let one = || Partition::contiguous(1, 1).map_err(text);
+        let s = &case.spec;
+        let short = || format!("shorter than {} ranks", way.ranks);
+        let queries = cut(s.seqlen_q).ok_or_else(short)?;
+        let (rows, keys) = match way.method {
+            Method::Axial(_) => (cut(s.rows).ok_or_else(short)?, one()?),
+            _ => (one()?, cut(s.seqlen_k).ok_or_else(short)?),
+        };
+        Ok(Self { case, way, rows, queries, keys })
+    }
+
+    /// The axis that is split of an operand or result with queries, at `axis` where rows are not.
+    fn of_queries(&self, axis: usize) -> Axis<'_> {
+        if self.is_axial() { Some((1, &self.rows)) } else { Some((axis, &self.queries)) }
+    }
+
+    fn of_keys(&self) -> Axis<'_> {
+        if self.is_axial() { Some((1, &self.rows)) } else { Some((2, &self.keys)) }
+    }
+
+    fn of_bias(&self, bias: &BiasSpec) -> Axis<'_> {
+        match (self.is_axial(), bias.shape) {
+            (true, [_, 1, _, 1, _]) | (false, [.., 1, 1]) => None,
+            (true, [_, 1, ..]) => Some((3, &self.queries)),
+            (true, _) => Some((1, &self.rows)),
+            (false, [.., 1, _]) => Some((4, &self.keys)),
+            (false, _) => Some((3, &self.queries)),
+        }
+    }
+
+    fn is_axial(&self) -> bool {
+        matches!(self.way.method, Method::Axial(_))
     }
 }
 
@@ -116,12 +192,11 @@ pub(crate) fn trials(device: &Arc<dyn Backend>, table: &[Case]) -> Vec<Trial> {
 fn check(device: &dyn Backend, case: &Case, way: Way) -> Result<f64, String> {
     let check = || {
         let inputs = Inputs::draw(case);
-        let partitions = [case.spec.seqlen_q, case.spec.seqlen_k].map(|seqlen| way.cut.of(seqlen, way.ranks));
-        let [Some(queries), Some(keys)] = partitions else { return Err("sequence shorter than ranks".to_owned()) };
-        let run = |comm: &Communicator| run(device, comm, case, way, &inputs, &queries, &keys);
-        let parts = on_ranks(way.ranks, run)?;
-        let results = gathered(case, &parts, &queries, &keys)?;
-        let chunks: usize = (0..way.ranks).map(|rank| keys.chunks(rank).len()).sum();
+        let sharded = Sharded::new(case, way)?;
+        let parts = on_ranks(way.ranks, |comm| run(device, comm, &sharded, &inputs))?;
+        let results = gathered(&sharded, &parts)?;
+        let split = if sharded.is_axial() { &sharded.queries } else { &sharded.keys };
+        let chunks: usize = (0..way.ranks).map(|rank| split.chunks(rank).len()).sum();
         Expected::of(case, &inputs)?.check_sharded(case, u32::try_from(chunks).map_err(text)?, &results)
     };
     check().map_err(|message| format!("{}, seed {:#x}, {way:?}: {message}", case.title(), case.seed))
@@ -141,56 +216,59 @@ fn on_ranks<T: Send>(ranks: usize, work: impl Fn(&Communicator) -> Result<T, Str
     results.collect()
 }
 
-fn run(
-    device: &dyn Backend,
-    comm: &Communicator,
-    case: &Case,
-    way: Way,
-    inputs: &Inputs,
-    queries: &Partition,
-    keys: &Partition,
-) -> Result<Part, String> {
+fn run(device: &dyn Backend, comm: &Communicator, sharded: &Sharded<'_>, inputs: &Inputs) -> Result<Part, String> {
     let stream = device.stream().map_err(text)?;
     let rank = Rank { comm, device, stream: &stream };
-    let (my_queries, my_keys): (Vec<usize>, Vec<usize>) =
-        (queries.positions(comm.rank()).collect(), keys.positions(comm.rank()).collect());
-    let upload = |host: &Host| upload(&rank, host);
-    let of_queries = |host: &Host, axis| upload(&host.select(axis, &my_queries));
-    let of_keys = |host: &Host, axis| upload(&host.select(axis, &my_keys));
-    let q = of_queries(&inputs.q, 2)?;
-    let biases = case.spec.biases.iter().zip(&inputs.biases).map(|(bias, host)| match bias.shape {
-        [.., 1, 1] => upload(host),
-        [.., 1, _] => of_keys(host, 4),
-        _ => of_queries(host, 3),
-    });
+    let part = |host: &Host, axis: Axis<'_>| match axis {
+        Some((axis, partition)) => {
+            upload(&rank, &host.select(axis, &partition.positions(comm.rank()).collect::<Vec<_>>()))
+        }
+        None => upload(&rank, host),
+    };
+    let (of_queries, of_keys) = (sharded.of_queries(2), sharded.of_keys());
+    let spec = &sharded.case.spec;
+    let q = part(&inputs.q, of_queries)?;
+    let biases = spec.biases.iter().zip(&inputs.biases).map(|(bias, host)| part(host, sharded.of_bias(bias)));
     let biases = biases.collect::<Result<Vec<_>, _>>()?;
-    let key_mask = inputs.key_mask.as_ref().map(|host| of_keys(host, 2)).transpose()?;
-    let q_segments = inputs.segments.as_ref().map(|[host, _]| of_queries(host, 2)).transpose()?;
-    let k_segments = inputs.segments.as_ref().map(|[_, host]| of_keys(host, 2)).transpose()?;
-    let gate = inputs.gate.as_ref().map(|host| of_queries(host, 2)).transpose()?;
+    let key_mask = inputs.key_mask.as_ref().map(|host| part(host, of_keys)).transpose()?;
+    let q_segments = inputs.segments.as_ref().map(|[host, _]| part(host, of_queries)).transpose()?;
+    let k_segments = inputs.segments.as_ref().map(|[_, host]| part(host, of_keys)).transpose()?;
+    let gate = inputs.gate.as_ref().map(|host| part(host, of_queries)).transpose()?;
     let shard = Shard {
         q: q.view(),
-        k: Arc::new(of_keys(&inputs.k, 2)?),
-        v: Arc::new(of_keys(&inputs.v, 2)?),
+        k: Arc::new(part(&inputs.k, of_keys)?),
+        v: Arc::new(part(&inputs.v, of_keys)?),
         biases: biases.iter().map(Tensor::view).collect(),
         key_mask: key_mask.as_ref().map(Tensor::view),
         q_segments: q_segments.as_ref().map(Tensor::view),
         k_segments: k_segments.as_ref().map(Tensor::view),
         gate: gate.as_ref().map(Tensor::view),
     };
-    let d_out = of_queries(&inputs.d_out, 2)?;
-    let (spec, queries, keys) = (case.spec.clone(), queries.clone(), keys.clone());
-    let (mut part, backward) = if way.group == 1 {
-        let ring = RingAttention::new(spec, queries, keys).map_err(text)?;
-        let forward = ring.forward(&rank, &shard).map_err(text)?;
-        let backward = ring.backward(&rank, &shard, &forward, &d_out.view()).map_err(text)?;
-        let ShardForward { out, lse, lse_low } = forward;
-        (vec![("out".to_owned(), out), ("lse".to_owned(), lse), ("lse_low".to_owned(), lse_low)], backward)
-    } else {
-        let ulysses = UlyssesAttention::new(comm, spec, queries, keys, way.group).map_err(text)?;
-        let forward = ulysses.forward(&rank, &shard).map_err(text)?;
-        let backward = ulysses.backward(&rank, &forward, &d_out.view()).map_err(text)?;
-        (vec![("out".to_owned(), forward.out)], backward)
+    let d_out = part(&inputs.d_out, of_queries)?;
+    let d_out = d_out.view();
+    let (spec, queries, keys) = (spec.clone(), sharded.queries.clone(), sharded.keys.clone());
+    let named = |ShardForward { out, lse, lse_low }| {
+        vec![("out".to_owned(), out), ("lse".to_owned(), lse), ("lse_low".to_owned(), lse_low)]
+    };
+    let (mut part, backward) = match sharded.way.method {
+        Method::Ring => {
+            let ring = RingAttention::new(spec, queries, keys).map_err(text)?;
+            let forward = ring.forward(&rank, &shard).map_err(text)?;
+            let backward = ring.backward(&rank, &shard, &forward, &d_out).map_err(text)?;
+            (named(forward), backward)
+        }
+        Method::Ulysses(group) => {
+            let ulysses = UlyssesAttention::new(comm, spec, queries, keys, group).map_err(text)?;
+            let forward = ulysses.forward(&rank, &shard).map_err(text)?;
+            let backward = ulysses.backward(&rank, &forward, &d_out).map_err(text)?;
+            (vec![("out".to_owned(), forward.out)], backward)
+        }
+        Method::Axial(shared) => {
+            let axial = AxialAttention::new(spec, sharded.rows.clone(), queries, shared).map_err(text)?;
+            let forward = axial.forward(&rank, &shard).map_err(text)?;
+            let backward = axial.backward(&rank, &shard, &forward, &d_out).map_err(text)?;
+            (named(forward), backward)
+        }
     };
     let ShardBackward { dq, dk, dv, d_gate, dbiases } = backward;
     for (name, gradient) in [("dq", dq), ("dk", dk), ("dv", dv), ("d_gate", d_gate)] {
@@ -207,31 +285,27 @@ fn run(
 }
 
 /// Results of the whole sequence from those of the ranks.
-fn gathered(case: &Case, parts: &[Part], queries: &Partition, keys: &Partition) -> Result<Results, String> {
-    let problem = AttentionProblem::new(case.spec.clone()).map_err(text)?;
+fn gathered(sharded: &Sharded<'_>, parts: &[Part]) -> Result<Results, String> {
+    let spec = &sharded.case.spec;
+    let problem = AttentionProblem::new(spec.clone()).map_err(text)?;
     let mut results = Results::new();
     for (number, (name, _)) in parts[0].iter().enumerate() {
-        let (shape, axis, partition) = match name.as_str() {
-            "out" | "d_gate" => (problem.out_shape().to_vec(), 2, Some(queries)),
-            "dq" => (problem.q_shape().to_vec(), 2, Some(queries)),
-            "dk" => (problem.k_shape().to_vec(), 2, Some(keys)),
-            "dv" => (problem.v_shape().to_vec(), 2, Some(keys)),
-            "lse" | "lse_low" => (problem.lse_shape().to_vec(), 3, Some(queries)),
+        let (shape, axis) = match name.as_str() {
+            "out" | "d_gate" => (problem.out_shape().to_vec(), sharded.of_queries(2)),
+            "dq" => (problem.q_shape().to_vec(), sharded.of_queries(2)),
+            "dk" => (problem.k_shape().to_vec(), sharded.of_keys()),
+            "dv" => (problem.v_shape().to_vec(), sharded.of_keys()),
+            "lse" | "lse_low" => (problem.lse_shape().to_vec(), sharded.of_queries(3)),
             _ => {
-                let bias =
-                    name.strip_prefix("dbias").and_then(|number| case.spec.biases.get(number.parse::<usize>().ok()?));
-                let BiasSpec { shape, .. } = bias.ok_or_else(|| format!("{name}: no such result"))?;
-                match shape {
-                    [.., 1, 1] => (shape.to_vec(), 0, None),
-                    [.., 1, _] => (shape.to_vec(), 4, Some(keys)),
-                    _ => (shape.to_vec(), 3, Some(queries)),
-                }
+                let bias = name.strip_prefix("dbias").and_then(|number| spec.biases.get(number.parse::<usize>().ok()?));
+                let bias = bias.ok_or_else(|| format!("{name}: no such result"))?;
+                (bias.shape.to_vec(), sharded.of_bias(bias))
             }
         };
         let mut values = vec![f64::NAN; shape.iter().product()];
         for (rank, part) in parts.iter().enumerate() {
             let own = part[number].1.to_f64().map_err(text)?;
-            let Some(partition) = partition else {
+            let Some((axis, partition)) = axis else {
                 // Every rank has the same, to the bit.
                 if rank > 0 && own != values {
                     return Err(format!("{name}: rank {rank} has other values than rank 0"));
