@@ -23,6 +23,10 @@ const CHUNK_VARIABLE: &str = "TILEFOLD_MPI_CHUNK_BYTES";
 /// How much longer than the pump's own patience an exit waits for the pump.
 const GRACE: Duration = Duration::from_secs(5);
 
+/// How long an exit waits for `MPI_Finalize`, for which every process is ready then. MPICH 4.0 over TCP hangs in it now and
+/// then, as it does in programs of C: one process waits there for what another, there too, no longer sends.
+const FINISH_LIMIT: Duration = Duration::from_secs(10);
+
 static PROCESS: OnceLock<Process> = OnceLock::new();
 
 /// This process, as one of an MPI job.
@@ -67,6 +71,8 @@ pub(super) enum Phase {
     },
     /// The process is about to exit.
     Leaving,
+    /// All processes are, and MPI ends.
+    Finishing,
     Ended(Option<CommError>),
 }
 
@@ -216,14 +222,19 @@ impl Process {
         }
         desk.phase = Phase::Leaving;
         self.work.notify_all();
+        // The pump ends the job by itself when its patience does; the rest is for one that is stuck in a call.
         let started = Instant::now();
         while desk.phase == Phase::Leaving {
-            // The pump ends the job by itself at that time; this is for one that is stuck in a call.
             let waited = started.elapsed().saturating_sub(GRACE);
             if desk.patience_left(waited).is_some_and(|left| left.is_zero()) {
                 return;
             }
             desk = self.phase.wait_timeout(desk, GRACE).unwrap_or_else(PoisonError::into_inner).0;
+        }
+        let finishing = |desk: &mut Desk| desk.phase == Phase::Finishing;
+        let waited = self.phase.wait_timeout_while(desk, FINISH_LIMIT, finishing);
+        if waited.unwrap_or_else(PoisonError::into_inner).1.timed_out() {
+            tracing::error!("MPI_Finalize does not return; all work is done");
         }
     }
 }

@@ -50,6 +50,7 @@ pub(super) fn run(process: &'static Process) {
     let mut pump = Pump { process, world, sending: Vec::new(), arriving, deaf: false };
     pump.work_until_leaving();
     if pump.say_goodbye() {
+        process.enter(Phase::Finishing);
         if let Err(error) = pump.world.finish() {
             tracing::error!(%error, "MPI did not end well");
         }

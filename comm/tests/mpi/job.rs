@@ -1,7 +1,7 @@
 //! One run of `mpirun`, with a limit of time, and what its ranks wrote.
 
 use std::fs::{self, File};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus};
 use std::time::{Duration, Instant};
 use std::{env, io, thread};
@@ -71,7 +71,7 @@ pub(crate) fn say(rank: usize, word: &str) {
 pub(crate) struct Job {
     ranks: usize,
     role: Role,
-    environment: Vec<(&'static str, &'static str)>,
+    environment: Vec<String>,
     under_mpirun: bool,
     surviving: bool,
 }
@@ -88,15 +88,15 @@ pub(crate) struct Done {
 
 impl Job {
     pub(crate) fn new(ranks: usize, role: Role) -> Self {
-        Self { ranks, role, environment: ENVIRONMENT.to_vec(), under_mpirun: true, surviving: false }
+        Self { ranks, role, environment: Vec::new(), under_mpirun: true, surviving: false }
     }
 
     pub(crate) fn alone(role: Role) -> Self {
         Self { under_mpirun: false, ..Self::new(1, role) }
     }
 
-    pub(crate) fn with(mut self, variable: &'static str, value: &'static str) -> Self {
-        self.environment.push((variable, value));
+    pub(crate) fn with(mut self, variable: &str, value: &str) -> Self {
+        self.environment.push(format!("{variable}={value}"));
         self
     }
 
@@ -112,9 +112,8 @@ impl Job {
     pub(crate) fn run(&self) -> Result<Done, Failed> {
         let folder = tempfile::tempdir()?;
         let output = folder.path().join("output");
-        let mut command = self.command()?;
-        command.envs(self.environment.iter().copied());
-        command.env(ROLE, format!("{:?}", self.role)).env(WORDS, folder.path());
+        let mut command = self.command(folder.path())?;
+        command.envs(ENVIRONMENT);
         command.stdout(File::create(&output)?).stderr(File::options().append(true).open(&output)?);
         let started = command.spawn().map_err(|error| format!("cannot start {:?}: {error}", command.get_program()))?;
         let status = wait(started)?;
@@ -132,26 +131,33 @@ impl Job {
         Ok(done)
     }
 
-    fn command(&self) -> io::Result<Command> {
-        let this = env::current_exe()?;
-        if !self.under_mpirun {
-            return Ok(Command::new(this));
+    fn command(&self, words: &Path) -> io::Result<Command> {
+        let mut command = Command::new("env");
+        if self.under_mpirun {
+            command = launcher();
+            if self.surviving {
+                command.arg("--enable-recovery");
+            }
+            // Launchers differ in which variables they pass on to other hosts.
+            command.args(["-n", &self.ranks.to_string(), "env"]);
         }
-        let mut command = Command::new(launcher());
-        if self.surviving {
-            command.arg("--enable-recovery");
-        }
-        command.arg("-n").arg(self.ranks.to_string()).arg(this);
+        command.arg(format!("{ROLE}={:?}", self.role)).arg(format!("{WORDS}={}", words.display()));
+        command.args(&self.environment).arg(env::current_exe()?);
         Ok(command)
     }
 }
 
-fn launcher() -> String {
-    env::var("TILEFOLD_MPIRUN").unwrap_or_else(|_| "mpirun".into())
+/// The program, and the arguments that follow it.
+fn launcher() -> Command {
+    let words = env::var("TILEFOLD_MPIRUN").unwrap_or_else(|_| "mpirun".into());
+    let mut words = words.split_whitespace();
+    let mut command = Command::new(words.next().unwrap_or("mpirun"));
+    command.args(words);
+    command
 }
 
 pub(crate) fn launcher_is_hydra() -> bool {
-    let version = Command::new(launcher()).arg("--version").output();
+    let version = launcher().arg("--version").output();
     version.is_ok_and(|version| String::from_utf8_lossy(&version.stdout).contains("HYDRA"))
 }
 
