@@ -6,6 +6,7 @@
 //! Source: Jacobs et al., "DeepSpeed Ulysses", 2023; the hybrid: Fang and Zhao, "USP: A Unified Sequence Parallelism
 //! Approach for Long Context Generative AI", 2024.
 
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use tilefold_core::{AttentionProblem, AttentionSpec, BiasSpec, DType, Tensor, TensorView};
@@ -13,7 +14,7 @@ use tilefold_core::{AttentionProblem, AttentionSpec, BiasSpec, DType, Tensor, Te
 use super::local::{self, Operands};
 use super::maps::{AllGather, Gather, Map, Reduce, ReduceScatter, Scatter, Split, Switch};
 use super::ring::{RingAttention, Shard, ShardBackward, ShardForward, SplitAlong, check_shard};
-use crate::communicator::Communicator;
+use crate::communicator::{Communicator, Traffic};
 use crate::error::{CommError, Result};
 use crate::partition::Partition;
 use crate::rank::Rank;
@@ -217,6 +218,18 @@ impl UlyssesAttention {
             Inner::Ring(Box::new(RingAttention::new(inner, rings, keys.grouped(group)?)?))
         };
         Ok((problem, heads, inner))
+    }
+
+    /// What this rank has sent to others of its group and its ring, by operation.
+    #[must_use]
+    pub fn traffic(&self) -> BTreeMap<&'static str, Traffic> {
+        let mut all = self.group.traffic();
+        for (name, ring) in self.ring.traffic() {
+            let traffic = all.entry(name).or_default();
+            traffic.calls += ring.calls;
+            traffic.bytes_sent += ring.bytes_sent;
+        }
+        all
     }
 
     /// Attention of this rank's queries over all keys. Called by all ranks.
