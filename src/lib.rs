@@ -40,3 +40,8 @@ struct Readme;
 #[cfg(doctest)]
 #[doc = include_str!("../docs/adding-a-backend.md")]
 struct AddingABackend;
+
+/// And that in the guide to sequence parallelism.
+#[cfg(doctest)]
+#[doc = include_str!("../docs/sequence-parallel.md")]
+struct SequenceParallel;

@@ -1,4 +1,8 @@
 //! Sequence parallelism: attention over sequences that are split over ranks.
+//!
+//! The data's way: a [`Communicator`] is one rank's end of a group, and carries tensors ([`Parcel`]) through an engine, threads or
+//! MPI; a [`Partition`] says who holds which positions; a [`Rank`] is a communicator with a device; what ranks compute
+//! together is in [`sequence_parallel`]. `docs/sequence-parallel.md` has pictures, memory and traffic.
 
 mod communicator;
 mod error;

@@ -97,6 +97,14 @@ pub struct ShardBackward {
     pub dbiases: Vec<Option<Tensor>>,
 }
 
+impl<'a> Shard<'a> {
+    /// Plain attention: no bias, mask or gate.
+    #[must_use]
+    pub fn new(q: TensorView<'a>, k: Arc<Tensor>, v: Arc<Tensor>) -> Self {
+        Self { q, k, v, biases: Vec::new(), key_mask: None, q_segments: None, k_segments: None, gate: None }
+    }
+}
+
 /// Which axis of the logits a bias is split along.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum SplitAlong {
