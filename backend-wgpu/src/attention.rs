@@ -2,14 +2,17 @@
 
 use std::sync::Arc;
 
-use tilefold_core::{AttentionPlan, AttentionProblem, BackwardArgs, DeviceResult, ForwardArgs};
+use tilefold_core::{
+    AttentionPlan, AttentionProblem, BackwardArgs, DeviceResult, ForwardArgs, ForwardOperands, MAX_BIASES, TensorView,
+    TensorViewMut,
+};
 use tilefold_kernels::params::Operand;
 use tilefold_kernels::{AttentionOperands, BackwardOperands, DeviceLists, wgsl};
 
+use crate::calls::{Space, What, enqueue};
 use crate::context::Context;
 use crate::error::{Refused, unsupported};
-use crate::memory::{Block, write};
-use crate::module::submit;
+use crate::memory::write;
 
 /// Tiles and workspace of a problem.
 ///
@@ -40,12 +43,18 @@ pub(crate) fn plan(context: &Context, problem: &AttentionProblem) -> DeviceResul
 /// [`DeviceError::Unsupported`] for a layout that no binding can show, and what wgpu reports.
 pub(crate) fn forward(context: &Arc<Context>, args: ForwardArgs<'_>) -> DeviceResult<()> {
     let problem = &args.plan().problem;
-    let lists = Lists::of(problem).upload(context)?;
-    let (operands, outputs) = AttentionOperands::of_forward(&args.into_operands(), lists.on_device);
-    let mut blocks = Vec::new();
-    let workspace = |bytes| workspace(context, bytes, &mut blocks);
-    let dispatches = wgsl::forward(problem, &operands, &outputs, &context.limits, workspace);
-    submit(context, dispatches.map_err(|refused| refused.0)?)
+    let operands = args.into_operands();
+    let ForwardOperands { q, k, v, biases, key_mask, q_segments, k_segments, gate, out, lse, lse_low } = &operands;
+    let [bias0, bias1, bias2, bias3] = std::array::from_fn(|i| biases.get(i));
+    let [key_mask, q_segments, k_segments, gate] = [key_mask, q_segments, k_segments, gate].map(Option::as_ref);
+    let [lse, lse_low] = [lse, lse_low].map(written);
+    let [q, k, v, out] = [q, k, v, out.as_view()].map(Some);
+    let views = [q, k, v, bias0, bias1, bias2, bias3, key_mask, q_segments, k_segments, gate, out, lse, lse_low];
+    enqueue(context, What::Forward(problem), &views, |space| {
+        let (operands, outputs) = AttentionOperands::of_forward(&operands, Lists::of(problem).upload(space)?);
+        let workspace = |bytes| space.workspace(bytes).map_err(Refused);
+        wgsl::forward(problem, &operands, &outputs, &context.limits, workspace).map_err(|refused| refused.0)
+    })
 }
 
 /// Enqueues the launches of a backward pass.
@@ -54,21 +63,35 @@ pub(crate) fn forward(context: &Arc<Context>, args: ForwardArgs<'_>) -> DeviceRe
 /// As [`forward`].
 pub(crate) fn backward(context: &Arc<Context>, args: BackwardArgs<'_>) -> DeviceResult<()> {
     let problem = &args.plan().problem;
-    let lists = Lists::of(problem).upload(context)?;
-    let operands = BackwardOperands::of(&args.into_operands(), lists.on_device);
-    let mut blocks = Vec::new();
-    let workspace = |bytes| workspace(context, bytes, &mut blocks);
-    let dispatches = wgsl::backward(problem, &operands, &context.limits, workspace);
-    submit(context, dispatches.map_err(|refused| refused.0)?)
+    let operands = args.into_operands();
+    #[rustfmt::skip]
+    let tilefold_core::BackwardOperands {
+        q, k, v, biases, key_mask, q_segments, k_segments, gate, out, lse, lse_low, d_out, dq, dk, dv, dbiases, d_gate,
+    } = &operands;
+    let [bias0, bias1, bias2, bias3] = std::array::from_fn(|i| biases.get(i));
+    let [dbias0, dbias1, dbias2, dbias3] = std::array::from_fn(|i| dbiases.get(i).and_then(written));
+    let [key_mask, q_segments, k_segments, gate] = [key_mask, q_segments, k_segments, gate].map(Option::as_ref);
+    let [q, k, v, out, lse, lse_low, d_out] = [q, k, v, out, lse, lse_low, d_out].map(Some);
+    let [dq, dk, dv, d_gate] = [dq, dk, dv, d_gate].map(written);
+    #[rustfmt::skip]
+    let views = [
+        q, k, v, bias0, bias1, bias2, bias3, key_mask, q_segments, k_segments, gate, out, lse, lse_low, d_out,
+        dq, dk, dv, dbias0, dbias1, dbias2, dbias3, d_gate,
+    ];
+    enqueue(context, What::Backward(problem), &views, |space| {
+        let operands = BackwardOperands::of(&operands, Lists::of(problem).upload(space)?);
+        let workspace = |bytes| space.workspace(bytes).map_err(Refused);
+        wgsl::backward(problem, &operands, &context.limits, workspace).map_err(|refused| refused.0)
+    })
 }
 
-/// The address of memory that lives as long as `blocks`.
-fn workspace(context: &Arc<Context>, bytes: u64, blocks: &mut Vec<Block>) -> Result<u64, Refused> {
-    let block = Block::new(context, bytes).map_err(Refused)?;
-    let address = block.address();
-    blocks.push(block);
-    Ok(address)
+/// A result as a view of what is there.
+fn written<'v>(view: &'v Option<TensorViewMut<'_>>) -> Option<&'v TensorView<'v>> {
+    view.as_ref().map(TensorViewMut::as_view)
 }
+
+// The keys of calls have room for so many.
+const _: () = assert!(MAX_BIASES == 4);
 
 /// Lists of a problem that the kernels read from the device.
 #[derive(Debug, Default)]
@@ -77,13 +100,6 @@ struct Lists {
     words: Vec<u32>,
     kv_lengths: Option<[i64; 2]>,
     slopes_at: Option<usize>,
-}
-
-/// Lists on the device, until dropped.
-#[derive(Debug, Default)]
-struct Uploaded {
-    on_device: DeviceLists,
-    _block: Option<Block>,
 }
 
 impl Lists {
@@ -101,16 +117,15 @@ impl Lists {
         lists
     }
 
-    fn upload(self, context: &Arc<Context>) -> DeviceResult<Uploaded> {
+    fn upload(self, space: &mut Space<'_>) -> DeviceResult<DeviceLists> {
         if self.words.is_empty() {
-            return Ok(Uploaded::default());
+            return Ok(DeviceLists::default());
         }
         let bytes: &[u8] = bytemuck::cast_slice(&self.words);
-        let block = Block::new(context, bytes.len() as u64)?;
-        let address = block.address();
-        write(context, bytes, address)?;
+        let address = space.kept(bytes.len() as u64)?;
+        write(space.context, bytes, address)?;
         let alibi_slopes = self.slopes_at.map(|at| address + 4 * at as u64);
         let kv_lengths = self.kv_lengths.map(|[batch, row]| Operand { data: address, strides: [batch, row, 0, 0, 0] });
-        Ok(Uploaded { on_device: DeviceLists { kv_lengths, alibi_slopes }, _block: Some(block) })
+        Ok(DeviceLists { kv_lengths, alibi_slopes })
     }
 }

@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use tilefold_core::{DeviceError, DeviceId, DeviceKind, DeviceResult, OpenError};
 use tilefold_kernels::wgsl::Limits;
 
+use crate::calls::Calls;
 use crate::error::{caught, driver};
 use crate::memory::Memory;
 use crate::module::Pipelines;
@@ -57,6 +58,7 @@ pub(crate) struct Context {
     pub(crate) limits: Limits,
     pub(crate) memory: Memory,
     pub(crate) pipelines: Pipelines,
+    pub(crate) calls: Calls,
     state: Arc<State>,
 }
 
@@ -65,7 +67,7 @@ pub(crate) struct Context {
 struct State {
     lost: OnceLock<String>,
     /// The first error that no scope has caught, until someone is told.
-    failed: Mutex<Option<String>>,
+    failed: Mutex<Option<DeviceError>>,
 }
 
 /// A lock that a panic of another thread does not spoil: what it guards is replaced as a whole.
@@ -147,7 +149,7 @@ impl Context {
         });
         let told = Arc::clone(&state);
         device.on_uncaptured_error(Arc::new(move |error: wgpu::Error| {
-            lock(&told.failed).get_or_insert(error.to_string());
+            lock(&told.failed).get_or_insert_with(|| caught("submit", &error));
         }));
         let software = info.device_type == wgpu::DeviceType::Cpu;
         let staged = options.workgroup_memory.unwrap_or(!software);
@@ -163,7 +165,7 @@ impl Context {
         };
         let memory = Memory::new(limits.max_buffer_size);
         let pipelines = Pipelines::new(u64::from(limits.min_uniform_buffer_offset_alignment));
-        Ok(Self { id, device, queue, limits: kernel_limits, memory, pipelines, state })
+        Ok(Self { id, device, queue, limits: kernel_limits, memory, pipelines, calls: Calls::default(), state })
     }
 
     /// Runs `work`, and gives what it reports: errors of its own, those that wgpu has found in it, and a lost device.
@@ -197,10 +199,16 @@ impl Context {
         let waits = self.device.poll(wgpu::PollType::Wait { submission_index: submission, timeout: None });
         self.check_lost()?;
         waits.map_err(|error| driver("poll", error.to_string()))?;
-        match lock(&self.state.failed).take() {
-            Some(message) => Err(driver("an earlier launch", message)),
-            None => Ok(()),
-        }
+        self.check()
+    }
+
+    /// Whether all is well.
+    ///
+    /// # Errors
+    /// [`DeviceError::Lost`], and what no scope has caught, once.
+    pub(crate) fn check(&self) -> DeviceResult<()> {
+        self.check_lost()?;
+        lock(&self.state.failed).take().map_or(Ok(()), Err)
     }
 
     fn check_lost(&self) -> DeviceResult<()> {

@@ -4,6 +4,7 @@
 //! WGSL, specialised for a problem and compiled by the driver at the first launch that needs them.
 
 mod attention;
+mod calls;
 mod context;
 mod device;
 mod error;

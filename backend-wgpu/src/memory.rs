@@ -1,10 +1,10 @@
 //! Memory of a device: buffers under addresses of our own making, zeroed, used again once nothing holds them.
 //!
 //! WebGPU has no addresses, and the contract's tensors have. Each buffer gets a range of numbers that no other buffer of the
-//! process ever has; a launch finds the buffer again by the address of its operand. Work of one queue runs in order, so a
-//! buffer may be handed out again as soon as its owner is dropped: what comes later is enqueued later.
+//! process ever has, and keeps it when it is handed out again; a launch finds the buffer by the address of its operand. Work
+//! of one queue runs in order, so a buffer may be handed out again as soon as its owner is dropped: what comes later is
+//! enqueued later.
 
-use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, Weak};
 
@@ -26,68 +26,147 @@ const COPY_BYTES: usize = 1 << 24;
 #[derive(Debug)]
 pub(crate) struct Memory {
     max_buffer_bytes: u64,
-    lists: Mutex<Lists>,
+    buffers: Mutex<Buffers>,
     /// A buffer the host reads through; who uses it holds the lock.
     staging: Mutex<Option<wgpu::Buffer>>,
 }
 
-#[derive(Debug)]
-struct Lists {
-    /// By first address.
-    in_use: BTreeMap<u64, wgpu::Buffer>,
-    /// By size.
-    idle: BTreeMap<u64, Vec<wgpu::Buffer>>,
+#[derive(Debug, Default)]
+struct Buffers {
+    /// In the order of their addresses.
+    all: Vec<Addressed>,
     idle_bytes: u64,
     /// In use, and the most there were.
     bytes: u64,
     peak_bytes: u64,
 }
 
+#[derive(Debug)]
+struct Addressed {
+    address: u64,
+    buffer: wgpu::Buffer,
+    is_idle: bool,
+}
+
 impl Memory {
     pub(crate) fn new(max_buffer_bytes: u64) -> Self {
-        let lists = Lists { in_use: BTreeMap::new(), idle: BTreeMap::new(), idle_bytes: 0, bytes: 0, peak_bytes: 0 };
-        Self { max_buffer_bytes, lists: Mutex::new(lists), staging: Mutex::default() }
+        Self { max_buffer_bytes, buffers: Mutex::default(), staging: Mutex::default() }
     }
 
-    /// The buffer that an address lies in, and the offset there.
+    /// The buffer that an address lies in, its own address, and the offset there.
     ///
     /// # Errors
     /// [`DeviceError::Unsupported`] for an address that is of no buffer in use.
-    pub(crate) fn find(&self, address: u64) -> DeviceResult<(wgpu::Buffer, u64)> {
-        let lists = lock(&self.lists);
-        let found = lists.in_use.range(..=address).next_back();
-        let found = found.filter(|(first, buffer)| address - **first < buffer.size());
-        found.map(|(first, buffer)| (buffer.clone(), address - first)).ok_or_else(|| {
+    pub(crate) fn find(&self, address: u64) -> DeviceResult<Place> {
+        let buffers = lock(&self.buffers);
+        let behind = buffers.all.partition_point(|buffer| buffer.address <= address);
+        let found = buffers.all[..behind].last().filter(|found| !found.is_idle);
+        let place = found.map(|found| Place {
+            buffer: found.buffer.clone(),
+            first: found.address,
+            offset: address - found.address,
+        });
+        place.filter(|place| place.offset < place.buffer.size()).ok_or_else(|| {
             let limit = format!("address {address:#x} is of no memory in use on this device");
             DeviceError::Unsupported { limit }
         })
     }
 
+    /// Takes these very buffers into use until the claim is dropped; `None` where one of them is in use, or gone.
+    pub(crate) fn claim<'a>(&'a self, addresses: &'a [u64]) -> Option<Claim<'a>> {
+        let mut buffers = lock(&self.buffers);
+        let is_idle = |&address: &u64| buffers.at(address).is_some_and(|at| buffers.all[at].is_idle);
+        if !addresses.iter().all(is_idle) {
+            return None;
+        }
+        for &address in addresses {
+            if let Some(at) = buffers.at(address) {
+                buffers.start(at);
+            }
+        }
+        Some(Claim { memory: self, addresses })
+    }
+
     /// Bytes in use now, and the most there were.
     pub(crate) fn in_use(&self) -> [u64; 2] {
-        let lists = lock(&self.lists);
-        [lists.bytes, lists.peak_bytes]
+        let buffers = lock(&self.buffers);
+        [buffers.bytes, buffers.peak_bytes]
     }
 }
 
-impl Lists {
-    /// An idle buffer of about this size.
-    fn take(&mut self, bytes: u64) -> Option<wgpu::Buffer> {
-        let (&size, buffers) = self.idle.range_mut(bytes..=bytes + bytes / 4).next()?;
-        let buffer = buffers.pop();
-        if buffers.is_empty() {
-            self.idle.remove(&size);
+/// Where an address lies.
+#[derive(Clone, Debug)]
+pub(crate) struct Place {
+    pub(crate) buffer: wgpu::Buffer,
+    /// The buffer's address.
+    pub(crate) first: u64,
+    pub(crate) offset: u64,
+}
+
+/// Idle buffers in use for a moment.
+#[derive(Debug)]
+pub(crate) struct Claim<'a> {
+    memory: &'a Memory,
+    addresses: &'a [u64],
+}
+
+impl Drop for Claim<'_> {
+    fn drop(&mut self) {
+        let mut buffers = lock(&self.memory.buffers);
+        for &address in self.addresses {
+            if let Some(at) = buffers.at(address) {
+                buffers.stop(at);
+            }
         }
-        self.idle_bytes -= buffer.as_ref().map_or(0, |_| size);
-        buffer
+    }
+}
+
+impl Buffers {
+    fn at(&self, address: u64) -> Option<usize> {
+        self.all.binary_search_by_key(&address, |buffer| buffer.address).ok()
     }
 
-    fn keep(&mut self, buffer: wgpu::Buffer) {
+    /// An idle buffer of about this size: the smallest, and the oldest of these, so that what comes again in the same order
+    /// meets the same buffers.
+    fn take(&mut self, bytes: u64) -> Option<u64> {
+        let sizes = bytes..=bytes.saturating_add(bytes / 4);
+        let idle = self.all.iter().enumerate().filter(|(_, buffer)| buffer.is_idle);
+        let fits = idle.filter(|(_, buffer)| sizes.contains(&buffer.buffer.size()));
+        let (at, _) = fits.min_by_key(|(_, buffer)| buffer.buffer.size())?;
+        self.start(at);
+        Some(self.all[at].address)
+    }
+
+    /// An idle buffer is in use.
+    fn start(&mut self, at: usize) {
+        let size = self.all[at].buffer.size();
+        self.all[at].is_idle = false;
+        self.idle_bytes -= size;
+        self.count(size);
+    }
+
+    fn count(&mut self, bytes: u64) {
+        self.bytes += bytes;
+        self.peak_bytes = self.peak_bytes.max(self.bytes);
+    }
+
+    /// A buffer in use is idle.
+    fn stop(&mut self, at: usize) {
+        let size = self.all[at].buffer.size();
+        self.all[at].is_idle = true;
+        self.idle_bytes += size;
+        self.bytes -= size;
+    }
+
+    /// A new buffer in use, and its address.
+    fn add(&mut self, buffer: wgpu::Buffer) -> u64 {
         let size = buffer.size();
-        if self.idle_bytes + size <= MAX_IDLE_BYTES {
-            self.idle_bytes += size;
-            self.idle.entry(size).or_default().push(buffer);
-        }
+        let taken = (size + ALIGNMENT).next_multiple_of(ALIGNMENT);
+        // Under the lock, so that addresses are in order.
+        let address = NEXT_ADDRESS.fetch_add(taken, Ordering::Relaxed);
+        self.count(size);
+        self.all.push(Addressed { address, buffer, is_idle: false });
+        address
     }
 }
 
@@ -115,29 +194,20 @@ impl Block {
         }
         // Bindings end at multiples of 4 bytes, and quads at multiples of 16.
         let size = bytes.max(1).next_multiple_of(256).min(memory.max_buffer_bytes);
-        let idle = lock(&memory.lists).take(size);
-        let used = idle.is_some();
-        let buffer = match idle {
-            Some(buffer) => buffer,
-            None => create(context, size).or_else(|error| match error {
-                DeviceError::OutOfMemory { .. } => {
-                    // What is idle may be what is missing.
-                    let idle = std::mem::take(&mut lock(&memory.lists).idle);
-                    lock(&memory.lists).idle_bytes = 0;
-                    drop(idle);
-                    context.wait(None)?;
-                    create(context, size)
-                }
-                error => Err(error),
-            })?,
-        };
-        let mut lists = lock(&memory.lists);
-        let taken = (size + ALIGNMENT).next_multiple_of(ALIGNMENT);
-        let address = NEXT_ADDRESS.fetch_add(taken, Ordering::Relaxed);
-        lists.bytes += buffer.size();
-        lists.peak_bytes = lists.peak_bytes.max(lists.bytes);
-        lists.in_use.insert(address, buffer);
-        Ok((Self { context: Arc::downgrade(context), address }, used))
+        let block = |address| Self { context: Arc::downgrade(context), address };
+        let idle = lock(&memory.buffers).take(size);
+        if let Some(address) = idle {
+            return Ok((block(address), true));
+        }
+        let buffer = create(context, size).or_else(|error| match error {
+            DeviceError::OutOfMemory { .. } => {
+                free_idle(context)?;
+                create(context, size)
+            }
+            error => Err(error),
+        })?;
+        let address = lock(&memory.buffers).add(buffer);
+        Ok((block(address), false))
     }
 
     /// First byte.
@@ -149,12 +219,31 @@ impl Block {
 impl Drop for Block {
     fn drop(&mut self) {
         let Some(context) = self.context.upgrade() else { return };
-        let mut lists = lock(&context.memory.lists);
-        if let Some(buffer) = lists.in_use.remove(&self.address) {
-            lists.bytes -= buffer.size();
-            lists.keep(buffer);
+        let mut buffers = lock(&context.memory.buffers);
+        let Some(at) = buffers.at(self.address) else { return };
+        buffers.stop(at);
+        if buffers.idle_bytes <= MAX_IDLE_BYTES {
+            return;
         }
+        let gone = buffers.all.remove(at).buffer;
+        buffers.idle_bytes -= gone.size();
+        drop(buffers);
+        // Their bindings hold the memory.
+        context.calls.forget(self.address);
     }
+}
+
+/// Gives back what is idle, which may be what is missing.
+///
+/// # Errors
+/// As [`Context::wait`].
+fn free_idle(context: &Context) -> DeviceResult<()> {
+    context.calls.clear();
+    let mut buffers = lock(&context.memory.buffers);
+    buffers.all.retain(|buffer| !buffer.is_idle);
+    buffers.idle_bytes = 0;
+    drop(buffers);
+    context.wait(None)
 }
 
 fn create(context: &Context, size: u64) -> DeviceResult<wgpu::Buffer> {
@@ -175,7 +264,7 @@ pub(crate) fn storage(context: &Arc<Context>, bytes: usize) -> DeviceResult<Stor
     let (block, used) = Block::with_origin(context, wide)?;
     let address = block.address();
     if used {
-        let (buffer, _) = context.memory.find(address)?;
+        let Place { buffer, .. } = context.memory.find(address)?;
         context.guarded("clearBuffer", || {
             let mut encoder = context.device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
             encoder.clear_buffer(&buffer, 0, None);
@@ -205,7 +294,7 @@ pub(crate) fn upload(context: &Context, source: &[u8], destination: &Storage) ->
 /// # Errors
 /// What wgpu reports.
 pub(crate) fn write(context: &Context, source: &[u8], address: u64) -> DeviceResult<()> {
-    let (buffer, offset) = context.memory.find(address)?;
+    let Place { buffer, offset, .. } = context.memory.find(address)?;
     let (words, rest) = source.split_at(source.len() - source.len() % 4);
     context.guarded("writeBuffer", || {
         let mut at = offset;
@@ -246,7 +335,7 @@ pub(crate) fn download(context: &Context, source: &Storage, destination: &mut [u
 }
 
 fn read(context: &Context, address: u64, destination: &mut [u8]) -> DeviceResult<()> {
-    let (buffer, mut offset) = context.memory.find(address)?;
+    let Place { buffer, mut offset, .. } = context.memory.find(address)?;
     let mut staging = lock(&context.memory.staging);
     let bytes = (destination.len().min(COPY_BYTES) as u64).next_multiple_of(4);
     let kept = staging.take().filter(|kept| kept.size() >= bytes);

@@ -4,9 +4,11 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 
 use tilefold_core::DeviceResult;
-use tilefold_kernels::wgsl::{Dispatch, Shader};
+use tilefold_kernels::wgsl::{Binding, Dispatch, OperandKey, Shader, Use};
 
 use crate::context::{Context, lock};
+use crate::error::driver;
+use crate::memory::Place;
 
 /// Pipelines kept at a time: a driver's code for one may take a megabyte.
 const MAX_PIPELINES: usize = 256;
@@ -16,8 +18,6 @@ const MAX_PIPELINES: usize = 256;
 pub(crate) struct Pipelines {
     /// By shader and by which of its inputs lie in buffers that it also writes.
     made: Mutex<HashMap<(Shader, u32), Arc<Pipeline>>>,
-    /// Arguments of the dispatches of one submission; who fills it holds the lock until the submission.
-    arguments: Mutex<Option<wgpu::Buffer>>,
     argument_alignment: u64,
 }
 
@@ -29,93 +29,108 @@ struct Pipeline {
 
 impl Pipelines {
     pub(crate) fn new(argument_alignment: u64) -> Self {
-        Self { made: Mutex::default(), arguments: Mutex::default(), argument_alignment }
+        Self { made: Mutex::default(), argument_alignment }
     }
 }
 
-/// A dispatch whose operands have been found.
-struct Found {
+/// A dispatch with all that it needs in place.
+#[derive(Debug)]
+pub(crate) struct Launch {
     pipeline: Arc<Pipeline>,
-    buffers: Vec<(wgpu::Buffer, u64)>,
-    argument_at: u64,
+    bindings: wgpu::BindGroup,
+    groups: [u32; 2],
+    /// Addresses of the buffers it reaches.
+    pub(crate) buffers: Vec<u64>,
 }
 
-/// Enqueues dispatches, in order, as one submission.
+/// Puts in place what dispatches need: pipelines, bindings, arguments.
 ///
 /// # Errors
 /// What wgpu reports.
-pub(crate) fn submit(context: &Context, dispatches: Vec<Dispatch>) -> DeviceResult<()> {
+pub(crate) fn prepare(context: &Context, dispatches: &[Dispatch]) -> DeviceResult<Vec<Launch>> {
     if dispatches.is_empty() {
-        return Ok(());
+        return Ok(Vec::new());
     }
+    let alignment = usize::try_from(context.pipelines.argument_alignment).unwrap_or(256);
     let mut arguments = Vec::new();
     let mut found = Vec::new();
-    for dispatch in &dispatches {
-        let buffers = dispatch
-            .bindings
-            .iter()
-            .map(|binding| context.memory.find(binding.address))
-            .collect::<DeviceResult<Vec<_>>>()?;
-        let pipeline = pipeline(context, dispatch, written(dispatch, &buffers))?;
-        let alignment = usize::try_from(context.pipelines.argument_alignment).unwrap_or(256);
+    for dispatch in dispatches {
+        let places = dispatch.bindings.iter().map(|binding| context.memory.find(binding.address));
+        let places = places.collect::<DeviceResult<Vec<_>>>()?;
+        let pipeline = pipeline(context, dispatch, written(dispatch, &places))?;
         arguments.resize(arguments.len().next_multiple_of(alignment), 0);
-        let argument_at = arguments.len() as u64;
+        found.push((pipeline, places, arguments.len() as u64));
         arguments.extend_from_slice(bytemuck::cast_slice(&dispatch.params));
-        found.push(Found { pipeline, buffers, argument_at });
     }
-    context.guarded("submit", || {
-        let mut kept = lock(&context.pipelines.arguments);
-        let size = arguments.len() as u64;
-        let buffer = kept.take().filter(|buffer| buffer.size() >= size);
-        let buffer = buffer.unwrap_or_else(|| {
-            let usage = wgpu::BufferUsages::UNIFORM | wgpu::BufferUsages::COPY_DST;
-            let size = size.next_power_of_two().max(4096);
-            let descriptor = wgpu::BufferDescriptor { label: None, size, usage, mapped_at_creation: false };
-            context.device.create_buffer(&descriptor)
-        });
-        context.queue.write_buffer(&buffer, 0, &arguments);
-        let mut encoder = context.device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
-        for (dispatch, found) in dispatches.iter().zip(&found) {
-            encode(context, &mut encoder, dispatch, found, &buffer);
-        }
-        context.queue.submit([encoder.finish()]);
-        *kept = Some(buffer);
-        Ok(())
+    context.guarded("createBindGroup", || {
+        let arguments = constant(context, &arguments)?;
+        let launches = dispatches.iter().zip(found);
+        Ok(launches
+            .map(|(dispatch, (pipeline, places, at))| Launch {
+                bindings: bind(context, dispatch, &pipeline, &places, (&arguments, at)),
+                pipeline,
+                groups: dispatch.groups,
+                buffers: places.iter().map(|place| place.first).collect(),
+            })
+            .collect())
     })
 }
 
-fn encode(
+/// A uniform buffer with this content.
+fn constant(context: &Context, content: &[u8]) -> DeviceResult<wgpu::Buffer> {
+    let usage = wgpu::BufferUsages::UNIFORM;
+    let size = content.len() as u64;
+    let descriptor = wgpu::BufferDescriptor { label: None, size, usage, mapped_at_creation: true };
+    let buffer = context.device.create_buffer(&descriptor);
+    let mapped = buffer.get_mapped_range_mut(..).map_err(|error| driver("getMappedRange", error.to_string()))?;
+    { mapped }.copy_from_slice(content);
+    buffer.unmap();
+    Ok(buffer)
+}
+
+fn bind(
     context: &Context,
-    encoder: &mut wgpu::CommandEncoder,
     dispatch: &Dispatch,
-    found: &Found,
-    arguments: &wgpu::Buffer,
-) {
+    pipeline: &Pipeline,
+    places: &[Place],
+    (arguments, at): (&wgpu::Buffer, u64),
+) -> wgpu::BindGroup {
     let bound = |buffer, offset, size| {
         wgpu::BindingResource::Buffer(wgpu::BufferBinding { buffer, offset, size: wgpu::BufferSize::new(size) })
     };
     let size = size_of_val(dispatch.params.as_slice()) as u64;
-    let mut entries = vec![wgpu::BindGroupEntry { binding: 0, resource: bound(arguments, found.argument_at, size) }];
-    for (number, (binding, (buffer, offset))) in (1..).zip(dispatch.bindings.iter().zip(&found.buffers)) {
-        entries.push(wgpu::BindGroupEntry { binding: number, resource: bound(buffer, *offset, binding.bytes) });
+    let mut entries = vec![wgpu::BindGroupEntry { binding: 0, resource: bound(arguments, at, size) }];
+    for (number, (binding, place)) in (1..).zip(dispatch.bindings.iter().zip(places)) {
+        let resource = bound(&place.buffer, place.offset, binding.bytes);
+        entries.push(wgpu::BindGroupEntry { binding: number, resource });
     }
-    let descriptor = wgpu::BindGroupDescriptor { label: None, layout: &found.pipeline.layout, entries: &entries };
-    let group = context.device.create_bind_group(&descriptor);
-    let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor::default());
-    pass.set_pipeline(&found.pipeline.pipeline);
-    pass.set_bind_group(0, &group, &[]);
-    let [x, y] = dispatch.groups;
-    pass.dispatch_workgroups(x, y, 1);
+    let descriptor = wgpu::BindGroupDescriptor { label: None, layout: &pipeline.layout, entries: &entries };
+    context.device.create_bind_group(&descriptor)
+}
+
+/// Enqueues launches, in order, as one submission: each sees what those before it have written.
+pub(crate) fn submit(context: &Context, launches: &[Launch]) {
+    if launches.is_empty() {
+        return;
+    }
+    let mut encoder = context.device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
+    {
+        let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor::default());
+        for Launch { pipeline, bindings, groups: [x, y], .. } in launches {
+            pass.set_pipeline(&pipeline.pipeline);
+            pass.set_bind_group(0, bindings, &[]);
+            pass.dispatch_workgroups(*x, *y, 1);
+        }
+    }
+    context.queue.submit([encoder.finish()]);
 }
 
 /// Bits of the bindings that lie in a buffer which the dispatch writes: a buffer cannot be read-only and writable at once.
-fn written(dispatch: &Dispatch, buffers: &[(wgpu::Buffer, u64)]) -> u32 {
+fn written(dispatch: &Dispatch, places: &[Place]) -> u32 {
     let mut bits = 0;
-    for (i, (buffer, _)) in buffers.iter().enumerate() {
-        let writes = |(binding, other): (&tilefold_kernels::wgsl::Binding, &(wgpu::Buffer, u64))| {
-            binding.writes && other.0 == *buffer
-        };
-        if dispatch.bindings.iter().zip(buffers).any(writes) {
+    for (i, place) in places.iter().enumerate() {
+        let writes = |(binding, other): (&Binding, &Place)| binding.writes && other.first == place.first;
+        if dispatch.bindings.iter().zip(places).any(writes) {
             bits |= 1 << i;
         }
     }
@@ -140,6 +155,15 @@ fn pipeline(context: &Context, dispatch: &Dispatch, written: u32) -> DeviceResul
     Ok(Arc::clone(made.entry(key).or_insert(pipeline)))
 }
 
+/// Size of the elements of a shader's binding.
+fn element_bytes(shader: &Shader, slot: u32) -> u64 {
+    let declares = |operand: &&OperandKey| operand.slot == slot && operand.usage != Use::Absent;
+    match shader.operands.iter().find(declares).map(|operand| operand.usage) {
+        Some(Use::ReadQuads(dtype) | Use::WriteQuads(dtype)) => 4 * dtype.size_bytes() as u64,
+        _ => 4,
+    }
+}
+
 fn make(context: &Context, dispatch: &Dispatch, written: u32) -> Pipeline {
     let device = &context.device;
     let name = dispatch.shader.file.name();
@@ -150,16 +174,18 @@ fn make(context: &Context, dispatch: &Dispatch, written: u32) -> Pipeline {
     // SAFETY: kernels of this crate's own: their loops end, their divisors are not 0, and operands that `core` has checked lie
     // inside the bindings.
     let module = unsafe { device.create_shader_module_trusted(descriptor, wgpu::ShaderRuntimeChecks::unchecked()) };
-    let entry = |binding, ty| wgpu::BindGroupLayoutEntry {
-        binding,
-        visibility: wgpu::ShaderStages::COMPUTE,
-        ty: wgpu::BindingType::Buffer { ty, has_dynamic_offset: false, min_binding_size: None },
-        count: None,
+    // With their least sizes, which wgpu otherwise looks up, and keeps, at every dispatch.
+    let entry = |binding, ty, bytes| {
+        let ty =
+            wgpu::BindingType::Buffer { ty, has_dynamic_offset: false, min_binding_size: wgpu::BufferSize::new(bytes) };
+        wgpu::BindGroupLayoutEntry { binding, visibility: wgpu::ShaderStages::COMPUTE, ty, count: None }
     };
-    let mut entries = vec![entry(0, wgpu::BufferBindingType::Uniform)];
-    for (number, binding) in (1_u32..).zip(&dispatch.bindings) {
-        let read_only = !binding.writes && written & (1 << (number - 1)) == 0;
-        entries.push(entry(number, wgpu::BufferBindingType::Storage { read_only }));
+    let arguments = size_of_val(dispatch.params.as_slice()) as u64;
+    let mut entries = vec![entry(0, wgpu::BufferBindingType::Uniform, arguments)];
+    for (slot, binding) in (0_u32..).zip(&dispatch.bindings) {
+        let read_only = !binding.writes && written & (1 << slot) == 0;
+        let ty = wgpu::BufferBindingType::Storage { read_only };
+        entries.push(entry(slot + 1, ty, element_bytes(&dispatch.shader, slot)));
     }
     let layout =
         device.create_bind_group_layout(&wgpu::BindGroupLayoutDescriptor { label: Some(name), entries: &entries });
