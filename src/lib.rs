@@ -4,6 +4,7 @@ mod attention;
 mod device;
 mod error;
 pub mod evoformer;
+mod mask;
 #[cfg(feature = "ndarray")]
 pub mod ndarray;
 pub mod safetensors;
@@ -30,6 +31,10 @@ pub use crate::attention::{
 };
 pub use crate::device::{DEVICE_VARIABLE, Device, Discovery};
 pub use crate::error::Error;
+pub use crate::mask::{
+    AddTile, KeepTile, MASK_BYTES_OF_UNKNOWN_MEMORY, MASK_SHARE, MASK_SLAB_BYTES, Mask, MaskForm, MaskOptions,
+    MaskPlacement, MaskSource, build_mask,
+};
 
 /// The code in the README compiles and runs.
 #[cfg(doctest)]
