@@ -177,6 +177,9 @@ fn ring_attention() {
         assert_eq!(sent(rank.comm, &names), (P - 1) * 2 * PART, "forward");
         // out and lse, and those of half the queries, a chunk of two.
         assert_eq!(peak, (PART + 2 * LSE) * 3 / 2, "forward");
+        // q, k, v, out and lse of one rank alone, to which attention in one launch adds nothing of that size.
+        let alone = P * (4 * PART + 2 * LSE);
+        assert!((3 * PART + peak) * 10 < alone * 3, "{} of {alone} bytes", 3 * PART + peak);
 
         let (_, peak) = device.peak_of(|| ring.backward(rank, &shard, &forward, &q.view()).unwrap());
         assert_eq!(sent(rank.comm, &names), 2 * (P - 1) * 2 * PART + P * 2 * PART, "backward");
