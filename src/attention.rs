@@ -5,8 +5,8 @@ use tracing::debug;
 use crate::{
     AccumulateArgs, AttentionPlan, AttentionProblem, AttentionSpec, Backend, BackwardArgs, BackwardOperands, BiasSpec,
     DType, Device, DeviceError, DeviceId, EmptyRows, Error, ForwardArgs, ForwardOperands, Gradients, MAX_BIASES,
-    MergeArgs, MergeOperands, ProblemError, Products, RelayoutArgs, Stream, StructuralMask, Tensor, TensorView,
-    TensorViewMut,
+    MergeArgs, MergeOperands, ProblemError, Products, RelayoutArgs, RopeArgs, RopeSpec, Stream, StructuralMask, Tensor,
+    TensorView, TensorViewMut,
 };
 
 /// Tensors that attention reads.
@@ -453,6 +453,38 @@ pub fn accumulate(device: &Device, source: TensorView<'_>, destination: TensorVi
     let args = AccumulateArgs::new(source, destination)?;
     check_device("tensors", device, args.device())?;
     launch(device, |stream| device.accumulate(stream, args))
+}
+
+/// Rotary position embedding: turns pairs of channels by angles that grow with the position. See [`RopeSpec`].
+///
+/// *Shapes*: source and destination `[batch, rows, seqlen, heads, head_dim]`, any strides, without a common element; the
+/// dtypes are alike. With `inverse` it is the gradient: `dq` of attention becomes the gradient of what was turned.
+///
+/// ```
+/// use tilefold::{DType, Device, RopePairs, RopeSpec, TensorView, rope};
+/// let device = Device::cpu()?;
+/// let x: Vec<f32> = (0_u8..32).map(f32::from).collect();
+/// let x = TensorView::from_slice(&x, &[1, 1, 2, 2, 8])?;
+/// let (mut turned, mut back) = (device.zeros(DType::F32, x.shape())?, device.zeros(DType::F32, x.shape())?);
+/// let mut spec = RopeSpec { offset: 1 << 31, ..RopeSpec::new(8, RopePairs::Halves) };
+/// rope(&device, &spec, x.clone(), turned.view_mut())?;
+/// spec.inverse = true;
+/// rope(&device, &spec, turned.view(), back.view_mut())?;
+/// assert!(back.to_f64()?.iter().zip(x.to_f64()?).all(|(back, x)| (back - x).abs() < 2e-5));
+/// # Ok::<(), tilefold::Error>(())
+/// ```
+///
+/// # Errors
+/// [`Error::Problem`] for options out of range, and when the tensors do not fit together; [`Error::Device`].
+pub fn rope(
+    device: &Device,
+    spec: &RopeSpec,
+    source: TensorView<'_>,
+    destination: TensorViewMut<'_>,
+) -> Result<(), Error> {
+    let args = RopeArgs::new(spec, source, destination)?;
+    check_device("tensors", device, args.device())?;
+    launch(device, |stream| device.rope(stream, args))
 }
 
 fn check_device(what: &'static str, device: &Device, got: DeviceId) -> Result<(), DeviceError> {

@@ -11,7 +11,7 @@ use crate::WgpuBackend;
 use crate::{
     AccumulateArgs, AttentionPlan, AttentionProblem, Backend, BackwardArgs, CpuBackend, DType, DeviceError, DeviceId,
     DeviceInfo, DeviceResult, Error, Event, ForwardArgs, Layout, MergeArgs, OpenError, ProblemError, RelayoutArgs,
-    Storage, Stream, Tensor, TensorViewMut,
+    RopeArgs, Storage, Stream, Tensor, TensorViewMut,
 };
 
 /// The environment variable that names the device [`Device::best`] opens.
@@ -313,6 +313,10 @@ impl Backend for Device {
 
     fn accumulate(&self, stream: &Stream, args: AccumulateArgs<'_>) -> DeviceResult<()> {
         dispatch!(self, backend => backend.accumulate(stream, args))
+    }
+
+    fn rope(&self, stream: &Stream, args: RopeArgs<'_>) -> DeviceResult<()> {
+        dispatch!(self, backend => backend.rope(stream, args))
     }
 
     fn record(&self, stream: &Stream) -> DeviceResult<Event> {

@@ -22,12 +22,13 @@ pub use tilefold_core::{
     AccumulateArgs, AttentionPlan, AttentionProblem, AttentionSpec, Backend, BackwardArgs, BackwardOperands, BiasSpec,
     DType, DeviceError, DeviceId, DeviceInfo, DeviceKind, DeviceResult, Element, EmptyRows, Event, ForwardArgs,
     ForwardOperands, Gradients, Layout, MAX_BIASES, MAX_HEAD_DIM, MergeArgs, MergeOperands, OpenError, Precision,
-    ProblemError, Products, RelayoutArgs, Storage, Stream, StructuralMask, Tensor, TensorView, TensorViewMut, Window,
+    ProblemError, Products, RelayoutArgs, RopeArgs, RopePairs, RopeSpec, Storage, Stream, StructuralMask, Tensor,
+    TensorView, TensorViewMut, Window,
 };
 
 pub use crate::attention::{
     Backward, Forward, Inputs, Options, accumulate, all_gradients, attention, attention_backward,
-    attention_backward_into, attention_into, merge, problem, relayout,
+    attention_backward_into, attention_into, merge, problem, relayout, rope,
 };
 pub use crate::device::{DEVICE_VARIABLE, Device, Discovery};
 pub use crate::error::Error;

@@ -7,9 +7,6 @@ use crate::arch::Arch;
 use crate::attention::Float;
 use crate::walk::{Origin, Run, Walk};
 
-/// Elements widened at a time where a dtype converts whole slices only.
-const BUFFER: usize = 256;
-
 /// Adds source to destination element by element.
 pub(crate) fn accumulate(arch: Arch, args: AccumulateArgs<'_>) {
     let (source, mut destination) = args.into_parts();
@@ -80,20 +77,7 @@ impl Sum {
 
 #[inline(always)]
 fn add_dense<A: Float, B: Float>(from: &[A], to: &mut [B]) {
-    if A::BY_ELEMENT && B::BY_ELEMENT {
-        for (to, from) in to.iter_mut().zip(from) {
-            *to = B::from_f32(to.to_f32() + from.to_f32());
-        }
-        return;
-    }
-    for (to, from) in to.chunks_mut(BUFFER).zip(from.chunks(BUFFER)) {
-        let (mut sum, mut part) = ([0.0; BUFFER], [0.0; BUFFER]);
-        let (sum, part) = (&mut sum[..to.len()], &mut part[..from.len()]);
-        B::widen(to, sum);
-        A::widen(from, part);
-        for (sum, part) in sum.iter_mut().zip(&*part) {
-            *sum += *part;
-        }
-        B::narrow(sum, to);
+    for (to, from) in to.iter_mut().zip(from) {
+        *to = B::from_f32(to.to_f32() + from.to_f32());
     }
 }

@@ -4,11 +4,11 @@ use std::sync::Arc;
 
 use tilefold_core::{
     AccumulateArgs, AttentionPlan, AttentionProblem, Backend, BackwardArgs, DType, DeviceError, DeviceId, DeviceInfo,
-    DeviceResult, Event, ForwardArgs, MergeArgs, OpenError, RelayoutArgs, Storage, Stream, TensorViewMut,
+    DeviceResult, Event, ForwardArgs, MergeArgs, OpenError, RelayoutArgs, RopeArgs, Storage, Stream, TensorViewMut,
 };
 
 use crate::arch::Arch;
-use crate::{accumulate, attention, memory, merge, relayout};
+use crate::{accumulate, attention, memory, merge, relayout, rope};
 
 /// All processors of the host as one device.
 ///
@@ -112,13 +112,19 @@ impl Backend for CpuBackend {
 
     fn relayout(&self, stream: &Stream, args: RelayoutArgs<'_>) -> DeviceResult<()> {
         ours(stream, "source", args.device())?;
-        self.install(|| relayout::relayout(args));
+        self.install(|| relayout::relayout(self.arch, args));
         Ok(())
     }
 
     fn accumulate(&self, stream: &Stream, args: AccumulateArgs<'_>) -> DeviceResult<()> {
         ours(stream, "source", args.device())?;
         self.install(|| accumulate::accumulate(self.arch, args));
+        Ok(())
+    }
+
+    fn rope(&self, stream: &Stream, args: RopeArgs<'_>) -> DeviceResult<()> {
+        ours(stream, "source", args.device())?;
+        self.install(|| rope::rope(self.arch, args));
         Ok(())
     }
 
@@ -150,7 +156,7 @@ impl Backend for CpuBackend {
 
     fn merge(&self, stream: &Stream, args: MergeArgs<'_>) -> DeviceResult<()> {
         ours(stream, "out", args.device())?;
-        self.install(|| merge::merge(args));
+        self.install(|| merge::merge(self.arch, args));
         Ok(())
     }
 }

@@ -15,6 +15,7 @@ mod device;
 mod memory;
 mod merge;
 mod relayout;
+mod rope;
 mod walk;
 
 pub use arch::Arch;

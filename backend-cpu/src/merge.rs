@@ -1,48 +1,119 @@
 //! Merging (out, lse) pairs over disjoint keys (equations (17)-(18)).
 
+use half::{bf16, f16};
 use rayon::prelude::*;
-use tilefold_core::MergeArgs;
+use tilefold_core::{DType, MergeArgs, TensorView};
 
-use crate::attention::{Operand, Row};
+use crate::arch::Arch;
+use crate::attention::{Float, Operand};
+
+/// Queries of a task: few heads of one row leave enough of them.
+const QUERIES: usize = 32;
 
 /// Adds the operands' part into their accumulator.
-pub(crate) fn merge(args: MergeArgs<'_>) {
+pub(crate) fn merge(arch: Arch, args: MergeArgs<'_>) {
     let operands = args.into_operands();
     let shape: [usize; 5] = std::array::from_fn(|dim| operands.out.shape()[dim]);
-    let [_, rows, seqlen, heads, channels] = shape;
-    let part = [Operand::<4>::read(&operands.lse), Operand::read(&operands.lse_low)];
-    let out = Operand::<5>::read(&operands.out);
-    let acc = [Operand::<4>::write(operands.acc_lse), Operand::write(operands.acc_lse_low)];
-    let acc_out = Operand::<5>::write(operands.acc_out);
-    (0..shape[0] * rows * heads).into_par_iter().for_each(|index| {
-        let (batch, row, head) = (index / heads / rows, index / heads % rows, index % heads);
-        let mut values = vec![0_f32; channels];
-        let mut sum = vec![0_f32; channels];
-        for query in 0..seqlen {
+    let sum = Sum {
+        shape,
+        heads_first: heads_first(operands.acc_out.as_view()),
+        part: [Operand::read(&operands.lse), Operand::read(&operands.lse_low)],
+        out: Operand::read(&operands.out),
+        acc: [Operand::write(operands.acc_lse), Operand::write(operands.acc_lse_low)],
+        acc_out: Operand::write(operands.acc_out),
+    };
+    match operands.out.dtype() {
+        DType::F32 => sum.of::<f32>(arch),
+        DType::F16 => sum.of::<f16>(arch),
+        _ => sum.of::<bf16>(arch),
+    }
+}
+
+/// Whether the queries of a head lie closer together than the heads of a query.
+fn heads_first(view: &TensorView<'_>) -> bool {
+    let strides = view.layout().strides();
+    strides[3].unsigned_abs() > strides[2].unsigned_abs()
+}
+
+struct Sum {
+    shape: [usize; 5],
+    heads_first: bool,
+    part: [Operand<4>; 2],
+    out: Operand<5>,
+    acc: [Operand<4>; 2],
+    acc_out: Operand<5>,
+}
+
+impl Sum {
+    fn of<A: Float>(&self, arch: Arch) {
+        match self.acc_out.dtype {
+            DType::F32 => self.run::<A, f32>(arch),
+            DType::F16 => self.run::<A, f16>(arch),
+            _ => self.run::<A, bf16>(arch),
+        }
+    }
+
+    fn run<A: Float, B: Float>(&self, arch: Arch) {
+        let [batch, rows, seqlen, ..] = self.shape;
+        let blocks = seqlen.div_ceil(QUERIES);
+        (0..batch * rows * blocks).into_par_iter().for_each(|task| {
+            let (outer, first) = (task / blocks, task % blocks * QUERIES);
+            arch.vectorize(
+                #[inline(always)]
+                || self.block::<A, B>([outer / rows, outer % rows], first, QUERIES.min(seqlen - first)),
+            );
+        });
+    }
+
+    /// Some queries of one row, all heads, in the order in which they lie.
+    #[inline(always)]
+    fn block<A: Float, B: Float>(&self, [batch, row]: [usize; 2], first: usize, count: usize) {
+        let [.., heads, channels] = self.shape;
+        for i in 0..count * heads {
+            let (query, head) = if self.heads_first { (i % count, i / count) } else { (i / heads, i % heads) };
+            let query = first + query;
             let at = [batch, row, head, query];
             // SAFETY: f32 elements inside the operands; the accumulators' belong to this worker.
-            let read = |[high, low]: [Operand<4>; 2]| unsafe {
+            let read = |[high, low]: &[Operand<4>; 2]| unsafe {
                 f64::from(high.at(at).cast::<f32>().read()) + f64::from(low.at(at).cast::<f32>().read())
             };
-            let weights = Weights::new(read(acc), read(part));
-            let data = |operand: &Operand<5>| Row {
-                data: operand.at([batch, row, query, head, 0]),
-                dtype: operand.dtype,
-                stride: operand.strides[4],
-            };
-            // SAFETY: rows of `channels` elements; the accumulators' belong to this worker.
+            let weights = Weights::new(read(&self.acc), read(&self.part));
+            let data = |operand: &Operand<5>| (operand.at([batch, row, query, head, 0]), operand.strides[4]);
+            // SAFETY: rows of `channels` elements of their dtypes; the accumulators' belong to this worker.
             unsafe {
-                data(&out).read(channels, values.as_mut_ptr());
-                data(&acc_out).read(channels, sum.as_mut_ptr());
-                for (sum, value) in sum.iter_mut().zip(&values) {
-                    *sum = weights.mix(*sum, *value);
-                }
-                data(&acc_out).write(channels, sum.as_ptr());
-                acc[0].at(at).cast::<f32>().write(weights.lse);
-                acc[1].at(at).cast::<f32>().write(weights.lse_low);
+                mix_row::<A, B>(&weights, channels, data(&self.out), data(&self.acc_out));
+                self.acc[0].at(at).cast::<f32>().write(weights.lse);
+                self.acc[1].at(at).cast::<f32>().write(weights.lse_low);
             }
         }
-    });
+    }
+}
+
+/// A row's address and the elements from one of its channels to the next.
+type Channels = (*mut u8, isize);
+
+/// Mixes a row of the part into one of the accumulator.
+///
+/// # Safety
+/// Both rows have `channels` elements, of A and of B; no other thread touches the accumulator's, and they share none.
+#[inline(always)]
+unsafe fn mix_row<A: Float, B: Float>(weights: &Weights, channels: usize, part: Channels, acc: Channels) {
+    let (from, to) = (part.0.cast::<A>().cast_const(), acc.0.cast::<B>());
+    // SAFETY: the caller's.
+    unsafe {
+        if (part.1, acc.1) == (1, 1) {
+            let from = std::slice::from_raw_parts(from, channels);
+            let to = std::slice::from_raw_parts_mut(to, channels);
+            for (to, from) in to.iter_mut().zip(from) {
+                *to = B::from_f32(weights.mix(to.to_f32(), from.to_f32()));
+            }
+            return;
+        }
+        for i in 0..channels.cast_signed() {
+            let to = to.offset(i * acc.1);
+            *to = B::from_f32(weights.mix((*to).to_f32(), (*from.offset(i * part.1)).to_f32()));
+        }
+    }
 }
 
 /// Shares of two parts in their union, and the union's lse in two parts.
@@ -61,13 +132,18 @@ impl Weights {
         }
         // NaN on one side only: the maximum is the other side, the sum NaN.
         let max = first.max(second);
-        let lse = max + ((first - max).exp() + (second - max).exp()).ln();
+        // +inf spreads as NaN does: no sum of finite logits gives it.
+        let ratio = if max == f64::INFINITY { f64::NAN } else { (-(first - second).abs()).exp() };
+        let lse = max + ratio.ln_1p();
+        let (larger, smaller) = (1.0 / (1.0 + ratio), ratio / (1.0 + ratio));
+        let (first, second) = if first < second { (smaller, larger) } else { (larger, smaller) };
         let low = if (lse as f32).is_finite() { (lse - f64::from(lse as f32)) as f32 } else { 0.0 };
-        Self { first: (first - lse).exp() as f32, second: (second - lse).exp() as f32, lse: lse as f32, lse_low: low }
+        Self { first: first as f32, second: second as f32, lse: lse as f32, lse_low: low }
     }
 
     /// A part without weight has no say, whatever it holds; two empty parts keep the accumulator, which may be the mean
     /// of v under `EmptyRows::Uniform`.
+    #[inline(always)]
     fn mix(&self, first: f32, second: f32) -> f32 {
         match (self.first == 0.0, self.second == 0.0) {
             (_, true) => first,

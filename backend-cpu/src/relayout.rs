@@ -1,132 +1,131 @@
 //! Strided copies, casts and fills.
 
-use rayon::prelude::*;
-use tilefold_core::{DType, Layout, RelayoutArgs, TensorViewMut};
+use half::{bf16, f16};
+use tilefold_core::{DType, Element, RelayoutArgs, TensorViewMut};
 
-use crate::attention::Row;
-
-/// Rows of a tensor: positions of their first elements, and the last axis.
-struct Rows {
-    layout: Layout,
-    count: usize,
-    length: usize,
-    stride: isize,
-}
-
-impl Rows {
-    fn of(layout: &Layout) -> Self {
-        let (length, stride) = match (layout.shape().last(), layout.strides().last()) {
-            (Some(&length), Some(&stride)) => (length, isize::try_from(stride).unwrap_or(0)),
-            _ => (1, 1),
-        };
-        Self { layout: layout.clone(), count: layout.len() / length, length, stride }
-    }
-
-    /// Elements from the tensor's first element to the first of row `row`.
-    fn start(&self, mut row: usize) -> isize {
-        let outer = self.layout.shape().len().saturating_sub(1);
-        let mut position = 0_i64;
-        for dim in (0..outer).rev() {
-            let size = self.layout.shape()[dim];
-            position += self.layout.strides()[dim] * i64::try_from(row % size).unwrap_or(0);
-            row /= size;
-        }
-        isize::try_from(position).unwrap_or(0)
-    }
-}
-
-#[derive(Clone, Copy)]
-struct Address(*mut u8);
-
-// SAFETY: an address is data; rows written through it belong to one worker each.
-unsafe impl Send for Address {}
-// SAFETY: as above.
-unsafe impl Sync for Address {}
-
-impl Address {
-    /// Row `row` from its element `first`.
-    fn piece(self, rows: &Rows, (row, first): (usize, usize), dtype: DType) -> Row {
-        let position = rows.start(row).wrapping_add(rows.stride.wrapping_mul(first.cast_signed()));
-        let bytes = position.wrapping_mul(dtype.size_bytes().cast_signed());
-        Row { data: self.0.wrapping_offset(bytes), dtype, stride: rows.stride }
-    }
-}
-
-/// Elements converted at a time: they fit the stack, and long rows are shared.
-const PIECE: usize = 4096;
+use crate::arch::Arch;
+use crate::attention::Float;
+use crate::walk::{Origin, Run, Walk};
 
 /// Copies source to destination element by element, rounding where the dtypes differ.
-pub(crate) fn relayout(args: RelayoutArgs<'_>) {
-    let (from_dtype, to_dtype) = args.dtypes();
+pub(crate) fn relayout(arch: Arch, args: RelayoutArgs<'_>) {
+    let (from, to) = args.dtypes();
     let (source, mut destination) = args.into_parts();
-    let (from, to) = (Rows::of(source.layout()), Rows::of(destination.as_view().layout()));
-    let (source, destination) = (Address(source.origin().cast_mut()), Address(destination.origin()));
-    let pieces = to.length.div_ceil(PIECE);
-    (0..to.count * pieces).into_par_iter().with_min_len(16).for_each(|index| {
-        let (row, first) = (index / pieces, index % pieces * PIECE);
-        let from = source.piece(&from, (row, first), from_dtype);
-        let to_row = destination.piece(&to, (row, first), to_dtype);
-        let length = PIECE.min(to.length - first);
-        // SAFETY: both rows are inside their tensors, as core checked; the destination's piece belongs to this worker.
-        unsafe {
-            if from_dtype == to_dtype {
-                copy_row(from, to_row, length);
-            } else {
-                let mut buffer = [0_f32; PIECE];
-                from.read(length, buffer.as_mut_ptr());
-                to_row.write(length, buffer.as_ptr());
-            }
-        }
-    });
+    let copy = Transfer {
+        arch,
+        walk: Walk::of([source.layout(), destination.as_view().layout()]),
+        source: Origin::read(&source),
+        destination: Origin::write(&mut destination),
+    };
+    match (from, to) {
+        // Bits are kept, NaN payloads included.
+        _ if from == to => match from.size_bytes() {
+            1 => copy.keep::<u8>(),
+            2 => copy.keep::<u16>(),
+            _ => copy.keep::<u32>(),
+        },
+        (DType::F32, DType::F16) => copy.cast::<f32, f16>(),
+        (DType::F32, _) => copy.cast::<f32, bf16>(),
+        (DType::F16, DType::F32) => copy.cast::<f16, f32>(),
+        (DType::F16, _) => copy.cast::<f16, bf16>(),
+        (_, DType::F32) => copy.cast::<bf16, f32>(),
+        _ => copy.cast::<bf16, f16>(),
+    }
 }
 
-/// Bits are kept, NaN payloads included.
-unsafe fn copy_row(from: Row, to: Row, length: usize) {
-    let size = from.dtype.size_bytes();
-    let step =
-        |row: Row, i: usize| row.data.wrapping_offset((i.cast_signed() * row.stride).wrapping_mul(size.cast_signed()));
-    // SAFETY: the caller's.
-    unsafe {
-        if from.stride == 1 && to.stride == 1 {
-            from.data.copy_to_nonoverlapping(to.data, length * size);
-            return;
-        }
-        for i in 0..length {
-            step(from, i).copy_to_nonoverlapping(step(to, i), size);
-        }
+struct Transfer {
+    arch: Arch,
+    walk: Walk<2>,
+    source: Origin,
+    destination: Origin,
+}
+
+impl Transfer {
+    fn keep<T: Copy>(&self) {
+        let strides = self.walk.strides();
+        self.each_run(
+            #[inline(always)]
+            |([from, to], length)| {
+                let (from, to) = (self.source.element::<T>(from), self.destination.element::<T>(to));
+                // SAFETY: elements of both tensors, as core checked, which share none; the destination's belong to this worker.
+                unsafe {
+                    if strides == [1, 1] {
+                        from.copy_to_nonoverlapping(to, length);
+                        return;
+                    }
+                    for i in 0..length.cast_signed() {
+                        *to.offset(i * strides[1]) = *from.offset(i * strides[0]);
+                    }
+                }
+            },
+        );
+    }
+
+    fn cast<A: Float, B: Float>(&self) {
+        let strides = self.walk.strides();
+        self.each_run(
+            #[inline(always)]
+            |([from, to], length)| {
+                let (from, to) = (self.source.element::<A>(from), self.destination.element::<B>(to));
+                // SAFETY: as above.
+                unsafe {
+                    if strides == [1, 1] {
+                        let from = std::slice::from_raw_parts(from, length);
+                        cast_dense(from, std::slice::from_raw_parts_mut(to, length));
+                        return;
+                    }
+                    for i in 0..length.cast_signed() {
+                        *to.offset(i * strides[1]) = B::from_f32((*from.offset(i * strides[0])).to_f32());
+                    }
+                }
+            },
+        );
+    }
+
+    #[inline(always)]
+    fn each_run(&self, work: impl Fn(Run<2>) + Send + Sync) {
+        self.walk.for_each_task(|task| {
+            self.arch.vectorize(
+                #[inline(always)]
+                || self.walk.for_each_run(task, &work),
+            );
+        });
+    }
+}
+
+#[inline(always)]
+fn cast_dense<A: Float, B: Float>(from: &[A], to: &mut [B]) {
+    for (to, from) in to.iter_mut().zip(from) {
+        *to = B::from_f32(from.to_f32());
     }
 }
 
 /// Sets every element to `value`.
-pub(crate) fn fill(mut destination: TensorViewMut<'_>, value: f64) {
-    let (dtype, rows) = (destination.as_view().dtype(), Rows::of(destination.as_view().layout()));
-    let address = Address(destination.origin());
-    let mut one = [0_u8; 4];
-    match dtype {
-        DType::I32 => one = element::<i32>(value),
-        DType::Bool => one[0] = u8::from(value != 0.0),
-        DType::F16 => one = element::<half::f16>(value),
-        DType::BF16 => one = element::<half::bf16>(value),
-        _ => one = element::<f32>(value),
+pub(crate) fn fill(destination: TensorViewMut<'_>, value: f64) {
+    match destination.as_view().dtype() {
+        DType::I32 => fill_with(destination, i32::from_f64(value)),
+        DType::Bool => fill_with(destination, u8::from(value != 0.0)),
+        DType::F16 => fill_with(destination, <f16 as Element>::from_f64(value)),
+        DType::BF16 => fill_with(destination, <bf16 as Element>::from_f64(value)),
+        _ => fill_with(destination, f32::from_f64(value)),
     }
-    // Rows of a view that overlaps itself belong to one worker.
-    let least = if destination.as_view().layout().overlaps_itself() { rows.count } else { 16 };
-    (0..rows.count).into_par_iter().with_min_len(least).for_each(|row| {
-        let row = address.piece(&rows, (row, 0), dtype);
-        let size = dtype.size_bytes();
-        for i in 0..rows.length {
-            let offset = (i.cast_signed() * row.stride).wrapping_mul(size.cast_signed());
-            // SAFETY: the element is inside the tensor, as core checked, and belongs to this worker.
-            unsafe { row.data.wrapping_offset(offset).copy_from_nonoverlapping(one.as_ptr(), size) };
-        }
-    });
 }
 
-/// The bytes of a value rounded to `T`.
-fn element<T: tilefold_core::Element>(value: f64) -> [u8; 4] {
-    let value = T::from_f64(value);
-    let mut bytes = [0; 4];
-    // SAFETY: every element type has at most 4 bytes and no padding.
-    unsafe { (&raw const value).cast::<u8>().copy_to_nonoverlapping(bytes.as_mut_ptr(), size_of::<T>()) };
-    bytes
+fn fill_with<T: Element>(mut destination: TensorViewMut<'_>, value: T) {
+    let walk = Walk::of([destination.as_view().layout()]);
+    let overlaps = destination.as_view().layout().overlaps_itself();
+    let (origin, [stride]) = (Origin::write(&mut destination), walk.strides());
+    let set = |([first], length): Run<1>| {
+        let first = origin.element::<T>(first);
+        for i in 0..length.cast_signed() {
+            // SAFETY: an element of the tensor, as core checked, that belongs to this worker.
+            unsafe { *first.offset(i * stride) = value };
+        }
+    };
+    // Elements of a view that overlaps itself belong to one worker.
+    if overlaps {
+        (0..walk.tasks()).for_each(|task| walk.for_each_run(task, set));
+    } else {
+        walk.for_each_task(|task| walk.for_each_run(task, set));
+    }
 }

@@ -61,8 +61,12 @@ impl<const N: usize> Walk<N> {
 
     /// Calls `work` with the number of every task, on all workers.
     pub(crate) fn for_each_task(&self, work: impl Fn(usize) + Send + Sync) {
-        let tasks = self.rows().div_ceil(self.rows_of_task()) * self.pieces();
-        (0..tasks).into_par_iter().for_each(work);
+        (0..self.tasks()).into_par_iter().for_each(work);
+    }
+
+    /// Tasks there are.
+    pub(crate) fn tasks(&self) -> usize {
+        self.rows().div_ceil(self.rows_of_task()) * self.pieces()
     }
 
     /// Calls `work` with every run of a task.

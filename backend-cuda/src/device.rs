@@ -7,14 +7,15 @@ use std::sync::Arc;
 use cudarc::driver::sys::CUdevice_attribute as Attribute;
 use tilefold_core::{
     AccumulateArgs, AttentionPlan, AttentionProblem, Backend, BackwardArgs, DType, DeviceError, DeviceId, DeviceInfo,
-    DeviceKind, DeviceResult, Event, ForwardArgs, MergeArgs, OpenError, RelayoutArgs, Storage, Stream, TensorViewMut,
+    DeviceKind, DeviceResult, Event, ForwardArgs, MergeArgs, OpenError, RelayoutArgs, RopeArgs, Storage, Stream,
+    TensorViewMut,
 };
 
 use crate::context::Context;
 use crate::driver::Driver;
 use crate::nvrtc::Compiler;
 use crate::stream::CudaStream;
-use crate::{attention, event, memory, merge, relayout};
+use crate::{accumulate, attention, event, memory, merge, relayout, rope};
 
 /// Oldest architecture the kernels run on, as 80 for sm_80.
 const MIN_ARCH: c_int = 80;
@@ -254,8 +255,12 @@ impl Backend for CudaBackend {
         relayout::relayout(self.ours(stream, "source", args.device())?, self.limits, args)
     }
 
-    fn accumulate(&self, _: &Stream, _: AccumulateArgs<'_>) -> DeviceResult<()> {
-        Err(DeviceError::Unsupported { limit: "accumulate runs on the CPU alone as yet".into() })
+    fn accumulate(&self, stream: &Stream, args: AccumulateArgs<'_>) -> DeviceResult<()> {
+        accumulate::accumulate(self.ours(stream, "source", args.device())?, self.limits, args)
+    }
+
+    fn rope(&self, stream: &Stream, args: RopeArgs<'_>) -> DeviceResult<()> {
+        rope::rope(self.ours(stream, "source", args.device())?, self.limits, args)
     }
 
     fn record(&self, stream: &Stream) -> DeviceResult<Event> {

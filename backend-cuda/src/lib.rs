@@ -4,6 +4,7 @@
 //! what is missing or too old is a typed error that says what to install. Kernels are specialised and compiled for the
 //! device at the first launch that needs them, and kept on disk: [`CACHE_VARIABLE`] says where.
 
+mod accumulate;
 mod attention;
 mod cache;
 mod context;
@@ -16,6 +17,7 @@ mod merge;
 mod module;
 mod nvrtc;
 mod relayout;
+mod rope;
 mod stream;
 
 pub use cache::CACHE_VARIABLE;

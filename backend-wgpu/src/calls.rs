@@ -7,7 +7,7 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 
-use tilefold_core::{AttentionProblem, DeviceResult, TensorView};
+use tilefold_core::{AttentionProblem, DeviceResult, RopePairs, RopeSpec, TensorView};
 use tilefold_kernels::wgsl::Dispatch;
 
 use crate::context::{Context, lock};
@@ -38,6 +38,8 @@ pub(crate) enum What<'a> {
     Backward(&'a AttentionProblem),
     Merge,
     Relayout,
+    Accumulate,
+    Rope(&'a RopeSpec),
     Fill(f64),
 }
 
@@ -81,7 +83,13 @@ impl<'a> What<'a> {
             Self::Merge => [2, 0],
             Self::Relayout => [3, 0],
             Self::Fill(value) => [4, value.to_bits()],
+            Self::Accumulate => [5, 0],
+            Self::Rope(spec) => [6, spec.rotary_dim as u64],
         });
+        if let Self::Rope(RopeSpec { rotary_dim: _, pairs, base, position_scale, offset, inverse }) = self {
+            let flags = 2 * u64::from(*pairs == RopePairs::Halves) + u64::from(*inverse);
+            key.extend([flags, base.to_bits(), position_scale.to_bits(), offset.cast_unsigned()]);
+        }
         for view in views {
             // No tensor lies at 0.
             let Some(view) = view else {

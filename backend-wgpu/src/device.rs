@@ -4,12 +4,13 @@ use std::sync::Arc;
 
 use tilefold_core::{
     AccumulateArgs, AttentionPlan, AttentionProblem, Backend, BackwardArgs, DType, DeviceError, DeviceId, DeviceInfo,
-    DeviceKind, DeviceResult, Event, ForwardArgs, MergeArgs, OpenError, RelayoutArgs, Storage, Stream, TensorViewMut,
+    DeviceKind, DeviceResult, Event, ForwardArgs, MergeArgs, OpenError, RelayoutArgs, RopeArgs, Storage, Stream,
+    TensorViewMut,
 };
 
 use crate::context::{Context, WgpuOptions, adapters};
 use crate::stream::WgpuStream;
-use crate::{attention, event, memory, merge, relayout};
+use crate::{accumulate, attention, event, memory, merge, relayout, rope};
 
 /// One Vulkan, Metal or DX12 device.
 ///
@@ -170,8 +171,14 @@ impl Backend for WgpuBackend {
         relayout::relayout(&self.context, args)
     }
 
-    fn accumulate(&self, _: &Stream, _: AccumulateArgs<'_>) -> DeviceResult<()> {
-        Err(DeviceError::Unsupported { limit: "accumulate runs on the CPU alone as yet".into() })
+    fn accumulate(&self, stream: &Stream, args: AccumulateArgs<'_>) -> DeviceResult<()> {
+        self.check(stream, "source", args.device())?;
+        accumulate::accumulate(&self.context, args)
+    }
+
+    fn rope(&self, stream: &Stream, args: RopeArgs<'_>) -> DeviceResult<()> {
+        self.check(stream, "source", args.device())?;
+        rope::rope(&self.context, args)
     }
 
     fn record(&self, stream: &Stream) -> DeviceResult<Event> {

@@ -3,6 +3,7 @@
 //! Building needs no SDK. Drivers are found when a device is opened; without one the error says what to install. Shaders are
 //! WGSL, specialised for a problem and compiled by the driver at the first launch that needs them.
 
+mod accumulate;
 mod attention;
 mod calls;
 mod context;
@@ -13,6 +14,7 @@ mod memory;
 mod merge;
 mod module;
 mod relayout;
+mod rope;
 mod stream;
 
 pub use context::WgpuOptions;

@@ -12,7 +12,8 @@ use tilefold_comm::{
 };
 use tilefold_core::{
     AccumulateArgs, AttentionPlan, AttentionProblem, AttentionSpec, Backend, BackwardArgs, BiasSpec, DType, DeviceInfo,
-    DeviceResult, Event, ForwardArgs, MergeArgs, RelayoutArgs, Storage, Stream, StructuralMask, Tensor, TensorViewMut,
+    DeviceResult, Event, ForwardArgs, MergeArgs, RelayoutArgs, RopeArgs, Storage, Stream, StructuralMask, Tensor,
+    TensorViewMut,
 };
 
 /// Ranks.
@@ -96,6 +97,9 @@ impl Backend for Counting {
     }
     fn accumulate(&self, stream: &Stream, args: AccumulateArgs<'_>) -> DeviceResult<()> {
         self.cpu.accumulate(stream, args)
+    }
+    fn rope(&self, stream: &Stream, args: RopeArgs<'_>) -> DeviceResult<()> {
+        self.cpu.rope(stream, args)
     }
     fn record(&self, stream: &Stream) -> DeviceResult<Event> {
         self.cpu.record(stream)

@@ -8,7 +8,7 @@ use tilefold_core::attention::reference::{self, ReferenceInputs};
 use tilefold_core::{
     AccumulateArgs, AttentionPlan, AttentionProblem, AttentionSpec, Backend, BackwardArgs, BiasSpec, DType,
     DeviceError, DeviceInfo, DeviceResult, EmptyRows, Event, ForwardArgs, MergeArgs, ProblemError, RelayoutArgs,
-    Storage, Stream, Tensor, TensorViewMut, Window,
+    RopeArgs, Storage, Stream, Tensor, TensorViewMut, Window,
 };
 
 use crate::values::{round_to, round_to_tf32};
@@ -84,11 +84,17 @@ pub enum Bug {
     MergeLowIgnored,
     /// In a merge an empty part is one with a very low lse.
     MergeEmptyPartCounts,
+    /// A sum is only its last part.
+    AccumulateOverwrites,
+    /// Positions of a rotation are numbers in f32.
+    RopePositionsInSingle,
+    /// The gradient of a rotation is the rotation.
+    RopeInverseForgotten,
 }
 
 impl Bug {
     /// Every bug.
-    pub const ALL: [Self; 34] = [
+    pub const ALL: [Self; 37] = [
         Self::CausalOffByOne,
         Self::WindowMirrored,
         Self::OffsetsIgnored,
@@ -123,6 +129,9 @@ impl Bug {
         Self::RelayoutTruncates,
         Self::MergeLowIgnored,
         Self::MergeEmptyPartCounts,
+        Self::AccumulateOverwrites,
+        Self::RopePositionsInSingle,
+        Self::RopeInverseForgotten,
     ];
 
     fn spec(self, s: &mut AttentionSpec) {
@@ -353,7 +362,11 @@ impl Backend for Planted {
     }
 
     fn accumulate(&self, stream: &Stream, args: AccumulateArgs<'_>) -> DeviceResult<()> {
-        self.inner.accumulate(stream, args)
+        moves::accumulate(&*self.inner, self.bug, stream, args)
+    }
+
+    fn rope(&self, stream: &Stream, args: RopeArgs<'_>) -> DeviceResult<()> {
+        moves::rope(&*self.inner, self.bug, stream, args)
     }
 
     fn record(&self, stream: &Stream) -> DeviceResult<Event> {

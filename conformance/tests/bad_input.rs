@@ -3,9 +3,9 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a panic in a test is a failed test")]
 
 use tilefold_core::{
-    AttentionPlan, AttentionProblem, AttentionSpec, BackwardArgs, BackwardOperands, BiasSpec, DType, DeviceId,
-    DeviceKind, ForwardArgs, ForwardOperands, Layout, MergeArgs, MergeOperands, ProblemError, Products, RelayoutArgs,
-    Tensor, TensorView, TensorViewMut,
+    AccumulateArgs, AttentionPlan, AttentionProblem, AttentionSpec, BackwardArgs, BackwardOperands, BiasSpec, DType,
+    DeviceId, DeviceKind, ForwardArgs, ForwardOperands, Layout, MergeArgs, MergeOperands, ProblemError, Products,
+    RelayoutArgs, RopeArgs, RopePairs, RopeSpec, Tensor, TensorView, TensorViewMut,
 };
 
 /// A bias that varies over heads and keys, in the dtype of q.
@@ -658,6 +658,61 @@ fn merges_that_do_not_fit() {
     refuses("dtype", &|acc| acc[2] = zeros(DType::BF16, &[1, 2, 4, 3]), error);
     let error = ProblemError::Rank { tensor: "acc_out", expected: 5, got: 1 };
     refuses("rank", &|acc| acc[0] = zeros(DType::F32, &[192]), error);
+}
+
+#[test]
+fn sums_that_do_not_fit() {
+    let zeros = |dtype, shape: &[usize]| Tensor::zeros(dtype, shape).unwrap();
+    let (floats, ids) = (zeros(DType::F32, &[2, 3]), zeros(DType::I32, &[2, 3]));
+    let refuses = |from: &Tensor, mut to: Tensor, expected: ProblemError, word: &str| {
+        assert_error("accumulate", AccumulateArgs::new(from.view(), to.view_mut()), &expected, &[word]);
+    };
+    let dtype = |tensor, got| ProblemError::UnsupportedDType { tensor, expected: "f32, f16 or bf16".into(), got };
+    refuses(&ids, zeros(DType::I32, &[2, 3]), dtype("source", DType::I32), "source");
+    refuses(&floats, zeros(DType::Bool, &[2, 3]), dtype("destination", DType::Bool), "destination");
+    let shape = ProblemError::Shape { tensor: "destination", dimension: "dimension 0", expected: 2, got: 1 };
+    refuses(&floats, zeros(DType::BF16, &[1, 3]), shape, "destination");
+    let same = aliased(&floats, Layout::new(&[2, 3], &[3, 1], 0).unwrap());
+    let expected = ProblemError::Overlap { output: "destination", other: "source" };
+    assert_error("itself", AccumulateArgs::new(floats.view(), same), &expected, &["destination", "source"]);
+}
+
+#[test]
+fn rotations_that_do_not_fit() {
+    let zeros = |dtype, shape: &[usize]| Tensor::zeros(dtype, shape).unwrap();
+    let source = zeros(DType::F16, &[1, 2, 3, 4, 600]);
+    let spec = RopeSpec::new(8, RopePairs::Halves);
+    let refuses = |spec: &RopeSpec, mut to: Tensor, expected: ProblemError, word: &str| {
+        assert_error("rope", RopeArgs::new(spec, source.view(), to.view_mut()), &expected, &[word]);
+    };
+    let fitting = || zeros(DType::F16, &[1, 2, 3, 4, 600]);
+    let tensor = "destination";
+    let dtype = ProblemError::UnsupportedDType { tensor, expected: "f16, as the source's".into(), got: DType::F32 };
+    refuses(&spec, zeros(DType::F32, &[1, 2, 3, 4, 600]), dtype, tensor);
+    refuses(&spec, zeros(DType::F16, &[6, 4, 600]), ProblemError::Rank { tensor, expected: 5, got: 3 }, tensor);
+    let shape = ProblemError::Shape { tensor, dimension: "heads", expected: 4, got: 3 };
+    refuses(&spec, zeros(DType::F16, &[1, 2, 3, 3, 600]), shape, "heads");
+    for rotary_dim in [0, 7, 602] {
+        let (parameter, expected) = ("rotary_dim", "an even number from 2 to head_dim = 600".to_owned());
+        let error = ProblemError::Parameter { parameter, expected, got: rotary_dim.to_string() };
+        refuses(&RopeSpec { rotary_dim, ..spec.clone() }, fitting(), error, "rotary_dim");
+    }
+    let limit = ProblemError::Limit { what: "rotary_dim", limit: 256, got: 600 };
+    refuses(&RopeSpec { rotary_dim: 600, ..spec.clone() }, fitting(), limit, "rotary_dim");
+    for (base, position_scale, parameter) in [
+        (0.5, 1.0, "base"),
+        (f64::NAN, 1.0, "base"),
+        (1e4, 0.0, "position_scale"),
+        (1e4, f64::INFINITY, "position_scale"),
+    ] {
+        let mut to = fitting();
+        let spec = RopeSpec { base, position_scale, ..spec.clone() };
+        let error = RopeArgs::new(&spec, source.view(), to.view_mut()).unwrap_err();
+        assert!(matches!(&error, ProblemError::Parameter { parameter: named, .. } if *named == parameter), "{error}");
+    }
+    let in_place = aliased(&source, source.layout().clone());
+    let expected = ProblemError::Overlap { output: tensor, other: "source" };
+    assert_error("in place", RopeArgs::new(&spec, source.view(), in_place), &expected, &[tensor, "source"]);
 }
 
 #[test]

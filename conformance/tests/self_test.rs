@@ -56,6 +56,9 @@ fn traces(bug: Bug) -> (&'static str, &'static str) {
         Bug::RelayoutTruncates => ("relayout/f32_to_bf16/flat", "element "),
         Bug::MergeLowIgnored => ("merge/arithmetic", "row 4: out"),
         Bug::MergeEmptyPartCounts => ("merge/all_parts_empty", "expected exactly"),
+        Bug::AccumulateOverwrites => ("accumulate/f32_to_f32/flat", "element "),
+        Bug::RopePositionsInSingle => ("far/forward", "element "),
+        Bug::RopeInverseForgotten => ("partial/adjoint", "<Rx, y>"),
     }
 }
 
@@ -64,8 +67,13 @@ fn every_planted_bug_is_found() {
     for bug in Bug::ALL {
         let (part, named) = traces(bug);
         let dtypes = match bug {
-            // Copies do not depend on the dtype of q.
-            Bug::FillMissesTail | Bug::RelayoutForwards | Bug::RelayoutTruncates => &DTYPES[..1],
+            // Copies, sums and rotations do not depend on the dtype of q.
+            Bug::FillMissesTail
+            | Bug::RelayoutForwards
+            | Bug::RelayoutTruncates
+            | Bug::AccumulateOverwrites
+            | Bug::RopePositionsInSingle
+            | Bug::RopeInverseForgotten => &DTYPES[..1],
             Bug::BiasGradientInHalf => &DTYPES[1..],
             Bug::RoundedToTf32 | Bug::RoundedToBf16 => &DTYPES[..1],
             _ => &DTYPES[..],
@@ -130,6 +138,8 @@ fn the_oracle_itself_passes() {
             "bias/b1hq1",
             "merge",
             "relayout",
+            "accumulate",
+            "rope",
             "window",
         ] {
             let report = report(None, dtype, part);

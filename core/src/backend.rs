@@ -4,7 +4,7 @@ use std::fmt::Debug;
 
 use crate::{
     AccumulateArgs, AttentionPlan, AttentionProblem, BackwardArgs, DeviceInfo, DeviceResult, Event, ForwardArgs,
-    MergeArgs, RelayoutArgs, Storage, Stream, TensorViewMut,
+    MergeArgs, RelayoutArgs, RopeArgs, Storage, Stream, TensorViewMut,
 };
 
 /// One device. Object-safe; how to write one is in `docs/adding-a-backend.md`.
@@ -56,6 +56,12 @@ pub trait Backend: Debug + Send + Sync {
     /// # Errors
     /// What the driver reports.
     fn accumulate(&self, stream: &Stream, args: AccumulateArgs<'_>) -> DeviceResult<()>;
+
+    /// Turns pairs of channels by angles that grow with the position: docs/mathematics.md, equations (19)-(21).
+    ///
+    /// # Errors
+    /// What the driver reports.
+    fn rope(&self, stream: &Stream, args: RopeArgs<'_>) -> DeviceResult<()>;
 
     /// Marks the work enqueued so far.
     ///

@@ -143,6 +143,16 @@ pub enum ProblemError {
         /// Its value.
         got: f64,
     },
+    /// A parameter has a value that it cannot have.
+    #[error("{parameter}: expected {expected}, got {got}")]
+    Parameter {
+        /// The parameter.
+        parameter: &'static str,
+        /// What would do.
+        expected: String,
+        /// Its value.
+        got: String,
+    },
     /// Query heads cannot be shared out evenly over key/value heads.
     #[error("k: kv_heads must divide heads = {heads}, got {kv_heads}")]
     HeadGroups {

@@ -108,6 +108,28 @@ struct MergeParams {
     i64 first_block;
 };
 
+constexpr int MAX_ROPE_PAIRS = 128;
+
+// The angle of a pair of channels at the first position, and from one to the next: 2^64 is one turn.
+struct RopeAngle {
+    u64 first;
+    u64 step;
+};
+
+// Axes of source and destination: batch, row, position, head, channel.
+struct RopeParams {
+    Operand source;
+    Operand destination;
+    i64 batch;
+    i64 rows;
+    i64 seqlen;
+    i64 heads;
+    i64 head_dim;
+    i64 pairs;
+    RopeAngle angles[MAX_ROPE_PAIRS];
+    i64 first_block;
+};
+
 constexpr int MAX_LAYOUT_AXES = 8;
 
 // Axes from the outermost to the innermost; the kernels' constant AXES says how many there are.
@@ -136,6 +158,7 @@ static_assert(sizeof(ForwardParams) == sizeof(AttentionInputs) + 3 * 48 + 8, "Fo
 static_assert(sizeof(BackwardParams) == sizeof(AttentionInputs) + 13 * 48 + 112, "BackwardParams");
 static_assert(sizeof(SumParams) == 48 + 8 + 10 * 8 + 8 * 8 + 16, "SumParams");
 static_assert(sizeof(MergeParams) == 6 * 48 + 48, "MergeParams");
+static_assert(sizeof(RopeParams) == 2 * 48 + 48 + 16 * 128 + 8, "RopeParams");
 static_assert(sizeof(RelayoutParams) == 16 + 3 * 64 + 16, "RelayoutParams");
 static_assert(sizeof(FillParams) == 16 + 2 * 64 + 16, "FillParams");
 // NVRTC 12 has no offsetof; all members are 8 bytes or pairs of floats, so that sizes leave no room for padding.

@@ -1,6 +1,6 @@
 //! Every kernel that a launch of this crate can choose, for checks of all of them.
 //!
-//! Copies, fills and merges have few variants, and all are here. Attention has more than anyone can compile: a head
+//! Copies, fills, sums, merges and rotations have few variants, and all are here. Attention has more than anyone can compile: a head
 //! dimension of 1 to 256 for q and for v, four biases of four kinds, nine switches. What is here are the combinations that
 //! models use, and problems that turn on each switch and are odd or strided, in the way in which the plan itself chooses
 //! their constants.
@@ -14,7 +14,7 @@ use tilefold_core::DType;
 
 use crate::kernel::{Kernel, KernelError};
 use crate::vendor::Vendor;
-use crate::{backward, fill, merge, relayout};
+use crate::{accumulate, backward, fill, merge, relayout, rope};
 
 /// One kernel.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -27,12 +27,13 @@ pub struct Entry {
     pub followed: bool,
 }
 
-/// All kernels for one vendor: those of copies, fills and merges in every dtype, those of attention.
+/// All kernels for one vendor: those of copies, fills, sums, merges and rotations in every dtype, those of attention.
 ///
 /// # Errors
 /// [`KernelError::MissingSource`].
 pub fn catalogue(vendor: Vendor) -> Result<Vec<Entry>, KernelError> {
-    let moves = fill::kernels().chain(relayout::kernels()).chain(merge::kernels());
+    let sums = accumulate::kernels().chain(merge::kernels());
+    let moves = fill::kernels().chain(relayout::kernels()).chain(sums).chain(rope::kernels());
     let mut entries: Vec<Entry> = Vec::new();
     let mut add = |kernel: Kernel, followed| {
         if !entries.iter().any(|entry| entry.kernel.hash == kernel.hash) {

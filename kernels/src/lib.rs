@@ -12,6 +12,7 @@
 //!
 //! The mathematics is in `docs/mathematics.md`, the kernels' own account in `attention/README.md`.
 
+mod accumulate;
 mod axes;
 mod backward;
 mod catalogue;
@@ -23,11 +24,13 @@ mod merge;
 mod operands;
 pub mod params;
 mod relayout;
+mod rope;
 mod source;
 mod tile;
 mod vendor;
 pub mod wgsl;
 
+pub use accumulate::accumulate;
 pub use backward::{BackwardLaunch, BackwardOperands, backward, backward_shared_bytes, backward_workspace_bytes};
 pub use catalogue::{Entry, Pass, Scores, Walk, catalogue};
 pub use constants::{AttentionConstants, BiasKind};
@@ -37,6 +40,7 @@ pub use kernel::{Kernel, KernelError, Launch, MAX_GRID_BLOCKS};
 pub use merge::merge;
 pub use operands::{AttentionOperands, DeviceLists, kv_lengths_strides};
 pub use relayout::relayout;
+pub use rope::rope;
 pub use source::{Constant, Source, kernel_files};
 pub use tile::{MAX_SHARED_BYTES, PIECE_BYTES, tile_bytes};
 pub use vendor::Vendor;

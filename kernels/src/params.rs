@@ -1,7 +1,7 @@
 //! Arguments of the kernels, the same structs as in `include/params.h`: sizes and offsets are asserted on both sides.
 
 use bytemuck::{Pod, Zeroable};
-use tilefold_core::MAX_BIASES;
+use tilefold_core::{MAX_BIASES, MAX_HEAD_DIM};
 
 /// An address on the device and strides in elements; axes that are broadcast or have one entry have stride 0.
 ///
@@ -203,10 +203,55 @@ pub struct MergeParams {
     pub first_block: i64,
 }
 
+/// Pairs of channels that `rope.cu` can turn.
+pub const MAX_ROPE_PAIRS: usize = 128;
+
+/// The angle of a pair of channels, where 2^64 is one turn.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
+pub struct Angle {
+    /// At the first position.
+    pub first: u64,
+    /// From one position to the next.
+    pub step: u64,
+}
+
+/// Argument of `rope.cu`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Pod, Zeroable)]
+pub struct RopeParams {
+    /// What is turned; axes batch, row, position, head, channel.
+    pub source: Operand,
+    /// The result, with its axes.
+    pub destination: Operand,
+    /// Size of the batch axis.
+    pub batch: i64,
+    /// Size of the row axis.
+    pub rows: i64,
+    /// Positions.
+    pub seqlen: i64,
+    /// Heads.
+    pub heads: i64,
+    /// Channels.
+    pub head_dim: i64,
+    /// Pairs of channels; those beyond are copied.
+    pub pairs: i64,
+    /// Angles of the pairs.
+    pub angles: [Angle; MAX_ROPE_PAIRS],
+    /// Blocks launched before this launch.
+    pub first_block: i64,
+}
+
+impl Default for RopeParams {
+    fn default() -> Self {
+        Self::zeroed()
+    }
+}
+
 /// Axes a relayout or a fill may have, once neighbouring axes are joined.
 pub const MAX_LAYOUT_AXES: usize = 8;
 
-/// Argument of `relayout.cu`; axes from the outermost to the innermost, 1 for sizes of those that are not there.
+/// Argument of `relayout.cu` and `accumulate.cu`; axes from the outermost to the innermost, 1 for sizes of those that are not there.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Pod, Zeroable)]
 pub struct RelayoutParams {
@@ -259,7 +304,7 @@ macro_rules! params {
         }
     )*};
 }
-params!(ForwardParams, BackwardParams, SumParams, MergeParams, RelayoutParams, FillParams);
+params!(ForwardParams, BackwardParams, SumParams, MergeParams, RelayoutParams, FillParams, RopeParams);
 
 const OPERAND: usize = 48;
 const INPUTS: usize = size_of::<AttentionInputs>();
@@ -270,6 +315,9 @@ const _: () = {
     assert!(size_of::<BackwardParams>() == INPUTS + 13 * OPERAND + 112);
     assert!(size_of::<SumParams>() == OPERAND + 8 + 10 * 8 + 8 * 8 + 16);
     assert!(size_of::<MergeParams>() == 6 * OPERAND + 48);
+    assert!(size_of::<RopeParams>() == 2 * OPERAND + 48 + 16 * MAX_ROPE_PAIRS + 8);
+    assert!(std::mem::offset_of!(RopeParams, angles) == 2 * OPERAND + 48);
+    assert!(MAX_HEAD_DIM == 2 * MAX_ROPE_PAIRS);
     assert!(size_of::<RelayoutParams>() == 16 + 3 * 64 + 16);
     assert!(size_of::<FillParams>() == 16 + 2 * 64 + 16);
     assert!(std::mem::offset_of!(AttentionInputs, alibi_slopes) == 12 * OPERAND);

@@ -18,8 +18,20 @@ const ELEMENTS_PER_THREAD: u32 = 4;
 /// # Errors
 /// [`KernelError::Limit`] with more than [`crate::params::MAX_LAYOUT_AXES`] axes that cannot be joined.
 pub fn relayout(source: &TensorView<'_>, destination: &TensorView<'_>) -> Result<Launch<RelayoutParams>, KernelError> {
+    let (axes, params) = between(source, destination)?;
+    let blocks = params.count.unsigned_abs().div_ceil(u64::from(BLOCK_THREADS * ELEMENTS_PER_THREAD));
+    Ok(Launch { kernel: kernel(types(source.dtype(), destination.dtype()), axes)?, blocks, params })
+}
+
+/// Axes of a kernel that meets the elements of two tensors in pairs, and its argument.
+///
+/// # Errors
+/// As [`relayout`].
+pub(crate) fn between(
+    source: &TensorView<'_>,
+    destination: &TensorView<'_>,
+) -> Result<(usize, RelayoutParams), KernelError> {
     let axes = Axes::new(source.layout(), destination.layout())?;
-    let (from, to) = (source.dtype(), destination.dtype());
     let address = |view: &TensorView<'_>, start| moved(view.origin().addr() as u64, start, view.dtype().size_bytes());
     let params = RelayoutParams {
         source: address(source, axes.source_start),
@@ -30,8 +42,7 @@ pub fn relayout(source: &TensorView<'_>, destination: &TensorView<'_>) -> Result
         count: axes.elements(),
         first_block: 0,
     };
-    let blocks = params.count.unsigned_abs().div_ceil(u64::from(BLOCK_THREADS * ELEMENTS_PER_THREAD));
-    Ok(Launch { kernel: kernel(types(from, to), axes.compiled())?, blocks, params })
+    Ok((axes.compiled(), params))
 }
 
 /// All kernels that a relayout can choose.

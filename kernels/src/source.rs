@@ -41,6 +41,8 @@ const FILES: &[(&str, &str)] = &[
     ("attention/sums.cu", include_str!("../attention/sums.cu")),
     ("merge.cu", include_str!("../merge.cu")),
     ("relayout.cu", include_str!("../relayout.cu")),
+    ("accumulate.cu", include_str!("../accumulate.cu")),
+    ("rope.cu", include_str!("../rope.cu")),
 ];
 
 /// A compile-time constant of a kernel: `#define NAME value` in front of its source.

@@ -17,8 +17,6 @@ pub(crate) struct Row {
 
 /// An element type the kernels read and write.
 pub(crate) trait Float: Copy + Send + Sync {
-    /// Whether conversions of single elements in a loop become vector instructions; otherwise slices are converted.
-    const BY_ELEMENT: bool;
     fn to_f32(self) -> f32;
     fn from_f32(value: f32) -> Self;
     /// Widens a dense run.
@@ -28,7 +26,6 @@ pub(crate) trait Float: Copy + Send + Sync {
 }
 
 impl Float for f32 {
-    const BY_ELEMENT: bool = true;
     #[inline(always)]
     fn to_f32(self) -> f32 {
         self
@@ -61,7 +58,6 @@ fn convert_short<A: Copy, B>(from: &[A], to: &mut [B], convert: impl Fn(A) -> B)
 }
 
 impl Float for bf16 {
-    const BY_ELEMENT: bool = true;
     #[inline(always)]
     fn to_f32(self) -> f32 {
         f32::from_bits(u32::from(self.to_bits()) << 16)
@@ -87,14 +83,33 @@ impl Float for bf16 {
 }
 
 impl Float for f16 {
-    const BY_ELEMENT: bool = false;
+    /// Branch-free, so that it vectorises.
     #[inline(always)]
     fn to_f32(self) -> f32 {
-        f16::to_f32(self)
+        // Exponent and mantissa where those of f32 are, and the difference of the biases, 112, as an exact factor.
+        let magnitude = u32::from(self.to_bits() & 0x7fff) << 13;
+        let scaled = (f32::from_bits(magnitude) * f32::from_bits((112 + 127) << 23)).to_bits();
+        // Infinity and NaN, which is quiet from here on.
+        let quiet = if magnitude > 0x0f80_0000 { 0x40_0000 } else { 0 };
+        let bits = if magnitude >= 0x0f80_0000 { magnitude | 0x7f80_0000 | quiet } else { scaled };
+        f32::from_bits(bits | u32::from(self.to_bits() & 0x8000) << 16)
     }
+    /// Round to nearest even; branch-free, so that it vectorises.
     #[inline(always)]
     fn from_f32(value: f32) -> Self {
-        f16::from_f32(value)
+        // The last bit of 2^-24 counts one of f16 in the mantissa of a sum with it.
+        const HALF: f32 = 0.5;
+        let bits = value.to_bits();
+        let magnitude = bits & 0x7fff_ffff;
+        let small = (f32::from_bits(magnitude) + HALF).to_bits().wrapping_sub(HALF.to_bits());
+        // From 2^-14 on: a carry goes into the exponent, up to infinity.
+        let normal = magnitude.wrapping_sub(112 << 23).wrapping_add(0xfff + ((magnitude >> 13) & 1)) >> 13;
+        let finite = if magnitude < 0x3880_0000 { small } else { normal };
+        let nan = 0x7e00 | ((magnitude >> 13) & 0x3ff);
+        let special = if magnitude > 0x7f80_0000 { nan } else { 0x7c00 };
+        let magnitude = if magnitude >= 0x4780_0000 { special } else { finite };
+        #[allow(clippy::cast_possible_truncation, reason = "all of these have 16 bits")]
+        Self::from_bits(magnitude as u16 | (bits >> 16) as u16 & 0x8000)
     }
     fn widen(from: &[Self], to: &mut [f32]) {
         from.convert_to_f32_slice(to);
@@ -411,5 +426,34 @@ pub(crate) unsafe fn scale(rows: usize, columns: usize, factor: f32, matrix: Mat
     for i in 0..rows {
         // SAFETY: the caller's.
         unsafe { std::slice::from_raw_parts_mut(matrix.at(i, 0), columns) }.iter_mut().for_each(|x| *x *= factor);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn conversions_of_f16_are_those_of_the_reference() {
+        for bits in 0..=u16::MAX {
+            let half = f16::from_bits(bits);
+            let wide = Float::to_f32(half);
+            assert!(wide.to_bits() == half.to_f32().to_bits(), "{bits:x}");
+            // The number itself, the middle to the next one, and what lies beside the middle.
+            let middle = f32::from_bits(wide.to_bits().wrapping_add(1 << 12));
+            for shift in [0, 1, u32::MAX] {
+                for near in [wide, middle].map(|x| f32::from_bits(x.to_bits().wrapping_add(shift))) {
+                    let expected = f16::from_f32(near);
+                    assert_eq!(<f16 as Float>::from_f32(near).to_bits(), expected.to_bits(), "{near:e}");
+                }
+            }
+        }
+        // Below the smallest normal number the spacing does not shrink.
+        for units in 0..2048_u16 {
+            for part in [0.25, 0.5, 0.500_001, 0.75, 1.0] {
+                let x = (f32::from(units) + part) * 2_f32.powi(-24);
+                assert_eq!(<f16 as Float>::from_f32(-x).to_bits(), f16::from_f32(-x).to_bits(), "{x:e}");
+            }
+        }
     }
 }

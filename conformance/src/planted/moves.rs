@@ -1,7 +1,8 @@
-//! Bugs in what a backend does besides attention: fills, copies, merges.
+//! Bugs in what a backend does besides attention: fills, copies, sums, merges, rotations.
 
 use tilefold_core::{
-    Backend, DType, DeviceResult, MergeArgs, MergeOperands, RelayoutArgs, Stream, Tensor, TensorViewMut,
+    AccumulateArgs, Backend, DType, DeviceResult, MergeArgs, MergeOperands, RelayoutArgs, RopeArgs, Stream, Tensor,
+    TensorViewMut,
 };
 
 use super::{Bug, failed};
@@ -50,6 +51,35 @@ pub(super) fn relayout(
 #[allow(clippy::cast_possible_truncation, reason = "every source dtype fits in f32")]
 fn truncated(value: f64) -> f64 {
     f64::from(f32::from_bits((value as f32).to_bits() & 0xffff_0000))
+}
+
+pub(super) fn accumulate(
+    inner: &dyn Backend,
+    bug: Option<Bug>,
+    stream: &Stream,
+    args: AccumulateArgs<'_>,
+) -> DeviceResult<()> {
+    if bug != Some(Bug::AccumulateOverwrites) {
+        return inner.accumulate(stream, args);
+    }
+    let (source, destination) = args.into_parts();
+    inner.relayout(stream, RelayoutArgs::new(source, destination).map_err(failed)?)
+}
+
+pub(super) fn rope(inner: &dyn Backend, bug: Option<Bug>, stream: &Stream, args: RopeArgs<'_>) -> DeviceResult<()> {
+    let mut spec = args.spec().clone();
+    match bug {
+        Some(Bug::RopePositionsInSingle) => spec.offset = in_single(spec.offset),
+        Some(Bug::RopeInverseForgotten) => spec.inverse = false,
+        _ => {}
+    }
+    let (source, destination) = args.into_parts();
+    inner.rope(stream, RopeArgs::new(&spec, source, destination).map_err(failed)?)
+}
+
+#[allow(clippy::cast_possible_truncation, clippy::cast_precision_loss, reason = "the bug")]
+fn in_single(position: i64) -> i64 {
+    position as f32 as i64
 }
 
 pub(super) fn merge(inner: &dyn Backend, bug: Option<Bug>, stream: &Stream, args: MergeArgs<'_>) -> DeviceResult<()> {

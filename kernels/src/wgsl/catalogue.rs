@@ -3,14 +3,15 @@
 use std::collections::HashSet;
 
 use tilefold_core::{
-    AttentionProblem, AttentionSpec, BiasSpec, DType, EmptyRows, MergeOperands, ProblemError, StructuralMask, Tensor,
+    AttentionProblem, AttentionSpec, BiasSpec, DType, EmptyRows, MergeOperands, ProblemError, RopeArgs, RopePairs,
+    RopeSpec, StructuralMask, Tensor,
 };
 
 use crate::ForwardOutputs;
 use crate::wgsl::backward::{NOWHERE, row_major};
 use crate::wgsl::dispatch::{Dispatch, DispatchError, Limits};
 use crate::wgsl::shader::Shader;
-use crate::wgsl::{backward, fill, forward, merge, relayout};
+use crate::wgsl::{accumulate, backward, fill, forward, merge, relayout, rope};
 
 /// Why there is no catalogue; the crate's tests say that it never happens.
 #[derive(Debug, thiserror::Error)]
@@ -92,7 +93,7 @@ fn attention(spec: AttentionSpec, limits: &Limits, dispatches: &mut Vec<Dispatch
     Ok(())
 }
 
-/// Copies between all dtypes, fills, merges.
+/// Copies and sums between all dtypes, fills, merges, rotations.
 fn moves(dtype: DType, limits: &Limits, dispatches: &mut Vec<Dispatch>) -> Result<(), CatalogueError> {
     let out = [1, 2, 3, 4, 5];
     let lse = || Tensor::zeros(DType::F32, &[1, 2, 4, 3]);
@@ -106,6 +107,8 @@ fn moves(dtype: DType, limits: &Limits, dispatches: &mut Vec<Dispatch>) -> Resul
         if to == DType::Bool {
             continue;
         }
+        dispatches.extend(accumulate(&source.view(), &destination.view(), limits)?);
+        dispatches.extend(accumulate(&source.view().permute(&[4, 3, 2, 1, 0])?, &turned.view(), limits)?);
         let [part_lse, part_low, mut acc_lse, mut acc_lse_low] = [lse()?, lse()?, lse()?, lse()?];
         let operands = MergeOperands {
             out: source.view(),
@@ -116,6 +119,14 @@ fn moves(dtype: DType, limits: &Limits, dispatches: &mut Vec<Dispatch>) -> Resul
             acc_lse_low: acc_lse_low.view_mut(),
         };
         dispatches.extend(merge(&operands, limits)?);
+    }
+    let (source, mut destination) = (Tensor::zeros(dtype, &out)?, Tensor::zeros(dtype, &out)?);
+    for pairs in [RopePairs::Interleaved, RopePairs::Halves] {
+        let spec = RopeSpec::new(4, pairs);
+        let args = RopeArgs::new(&spec, source.view(), destination.view_mut())?;
+        let angles = args.angles();
+        let (from, to) = args.into_parts();
+        dispatches.extend(rope(&spec, &angles, &from, to.as_view(), limits)?);
     }
     Ok(())
 }
@@ -128,7 +139,17 @@ mod tests {
     #[test]
     fn the_catalogue_has_every_file_within_every_limit() {
         let shaders = catalogue().unwrap();
-        for file in [File::Forward, File::Prepare, File::Queries, File::Keys, File::Sums, File::Merge, File::Relayout] {
+        for file in [
+            File::Forward,
+            File::Prepare,
+            File::Queries,
+            File::Keys,
+            File::Sums,
+            File::Merge,
+            File::Relayout,
+            File::Accumulate,
+            File::Rope,
+        ] {
             assert!(shaders.iter().any(|shader| shader.file == file), "{}", file.name());
         }
         let slots = |shader: &Shader| shader.operands.iter().map(|operand| operand.slot).max().unwrap_or(0) + 1;

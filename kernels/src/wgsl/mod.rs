@@ -9,6 +9,7 @@ mod catalogue;
 mod dispatch;
 mod forward;
 mod moves;
+mod rope;
 mod shader;
 
 pub use attention::Operands;
@@ -16,5 +17,6 @@ pub use backward::{backward, backward_workspace_bytes};
 pub use catalogue::{CatalogueError, catalogue};
 pub use dispatch::{Binding, Dispatch, DispatchError, Limits};
 pub use forward::{forward, forward_tile};
-pub use moves::{fill, merge, relayout};
+pub use moves::{accumulate, fill, merge, relayout};
+pub use rope::rope;
 pub use shader::{Constant, Elements, File, OperandKey, Shader, Sharing, Use};

@@ -1,4 +1,4 @@
-//! Strided copies, fills and merges.
+//! Strided copies, sums, fills and merges.
 
 use tilefold_core::{DType, Element, Layout, MergeOperands, TensorView};
 
@@ -10,7 +10,7 @@ use crate::wgsl::dispatch::{Builder, Dispatch, DispatchError, Limits, Part, View
 use crate::wgsl::shader::{Constant, Elements, File};
 
 /// Most elements of one dispatch: their numbers, rounded up to workgroups, are 32 bits.
-const MAX_ELEMENTS: i64 = 1 << 31;
+pub(crate) const MAX_ELEMENTS: i64 = 1 << 31;
 
 /// Fields of the argument of copies.
 const RELAYOUT_SCALARS: &[(&str, &str)] =
@@ -45,6 +45,34 @@ pub fn relayout(
         value: 0,
         source: Some(Side::of("source", source, axes.source_start)),
         destination: Side::of("destination", destination, axes.destination_start),
+        limits,
+    };
+    let mut dispatches = Vec::new();
+    moves.cut(Box::of(&axes), &mut dispatches)?;
+    Ok(dispatches)
+}
+
+/// The dispatches that add `source` to `destination`, which a [`tilefold_core::AccumulateArgs`] has checked.
+///
+/// # Errors
+/// [`DispatchError`].
+pub fn accumulate(
+    source: &TensorView<'_>,
+    destination: &TensorView<'_>,
+    limits: &Limits,
+) -> Result<Vec<Dispatch>, DispatchError> {
+    let axes = Axes::new(source.layout(), destination.layout()).map_err(too_many_axes)?;
+    let numbers = |side: Side, view: &TensorView<'_>| Side { elements: Elements::Numbers(view.dtype()), ..side };
+    let moves = Moves {
+        file: File::Accumulate,
+        constants: vec![
+            ("THREADS", Constant::Number(THREADS)),
+            ("NATIVE_EXP", Constant::Switch(false)),
+            ("AXES", Constant::Number(number(axes.compiled()))),
+        ],
+        value: 0,
+        source: Some(numbers(Side::of("source", source, axes.source_start), source)),
+        destination: numbers(Side::of("destination", destination, axes.destination_start), destination),
         limits,
     };
     let mut dispatches = Vec::new();
@@ -93,7 +121,10 @@ pub(crate) fn copy_view(source: &View, destination: &View, limits: &Limits) -> R
         ("SOURCE", Constant::Number(kinds[0])),
         ("DESTINATION", Constant::Number(kinds[1])),
     ];
-    let side = |name, view: &View| Side { name, bytes: number(view.size_bytes()), address: view.address };
+    let side = |name, view: &View| {
+        let elements = Elements::Bits(number(view.size_bytes()));
+        Side { name, elements, bytes: view.size_bytes().unsigned_abs() as usize, address: view.address }
+    };
     let moves = Moves {
         file: File::Relayout,
         constants,
@@ -132,7 +163,7 @@ pub(crate) fn zeros(address: u64, elements: i64, limits: &Limits) -> Result<Vec<
         constants: vec![("THREADS", Constant::Number(THREADS)), ("AXES", Constant::Number(number(MAX_LAYOUT_AXES)))],
         value: 0,
         source: None,
-        destination: Side { name: "dbias", bytes: 4, address },
+        destination: Side { name: "dbias", elements: Elements::Bits(4), bytes: 4, address },
         limits,
     };
     let mut dispatches = Vec::new();
@@ -168,7 +199,10 @@ fn bits(dtype: DType, value: f64) -> u32 {
 /// Elements of one tensor that are moved.
 struct Side {
     name: &'static str,
-    bytes: u32,
+    /// How the kernel takes them.
+    elements: Elements,
+    /// Of one element.
+    bytes: usize,
     /// Address of the first element of the axes.
     address: u64,
 }
@@ -176,7 +210,8 @@ struct Side {
 impl Side {
     fn of(name: &'static str, view: &TensorView<'_>, start: i64) -> Self {
         let bytes = view.dtype().size_bytes();
-        Self { name, bytes: number(bytes), address: crate::axes::moved(view.origin().addr() as u64, start, bytes) }
+        let address = crate::axes::moved(view.origin().addr() as u64, start, bytes);
+        Self { name, elements: Elements::Bits(number(bytes)), bytes, address }
     }
 
     /// Its part in a box whose first element lies `offset` elements on.
@@ -188,9 +223,9 @@ impl Side {
         };
         let [forwards, backwards] = [true, false].map(reach);
         View {
-            elements: Elements::Bits(self.bytes),
+            elements: self.elements,
             strides: [forwards, backwards, 0, 0, 0],
-            ..View::dense(self.name, crate::axes::moved(self.address, offset, self.bytes as usize), [2, 2, 1, 1, 1])
+            ..View::dense(self.name, crate::axes::moved(self.address, offset, self.bytes), [2, 2, 1, 1, 1])
         }
     }
 }

@@ -24,6 +24,10 @@ pub enum File {
     Sums,
     /// `merge.wgsl`
     Merge,
+    /// `accumulate.wgsl`
+    Accumulate,
+    /// `rope.wgsl`
+    Rope,
     /// `relayout.wgsl`
     Relayout,
     /// `fill.wgsl`
@@ -41,6 +45,8 @@ impl File {
             Self::Keys => "backward_keys",
             Self::Sums => "sums",
             Self::Merge => "merge",
+            Self::Accumulate => "accumulate",
+            Self::Rope => "rope",
             Self::Relayout => "relayout",
             Self::Fill => "fill",
         }
@@ -54,6 +60,8 @@ impl File {
             Self::Keys => &[NUMBERS, ATTENTION, BACKWARD, include_str!("../../attention/backward_keys.wgsl")],
             Self::Sums => &[NUMBERS, include_str!("../../attention/sums.wgsl")],
             Self::Merge => &[NUMBERS, include_str!("../../merge.wgsl")],
+            Self::Accumulate => &[NUMBERS, include_str!("../../accumulate.wgsl")],
+            Self::Rope => &[NUMBERS, include_str!("../../rope.wgsl")],
             Self::Relayout => &[NUMBERS, include_str!("../../relayout.wgsl")],
             Self::Fill => &[include_str!("../../fill.wgsl")],
         }

@@ -4,7 +4,7 @@
 use tilefold_backend_cpu::CpuBackend;
 use tilefold_core::{
     AccumulateArgs, AttentionPlan, AttentionProblem, Backend, BackwardArgs, DeviceError, DeviceInfo, DeviceResult,
-    Event, ForwardArgs, MergeArgs, RelayoutArgs, Storage, Stream, TensorViewMut,
+    Event, ForwardArgs, MergeArgs, RelayoutArgs, RopeArgs, Storage, Stream, TensorViewMut,
 };
 use tilefold_kernels::params::Operand;
 use tilefold_kernels::{
@@ -75,6 +75,10 @@ impl Backend for Lanes {
 
     fn accumulate(&self, stream: &Stream, args: AccumulateArgs<'_>) -> DeviceResult<()> {
         self.cpu.accumulate(stream, args)
+    }
+
+    fn rope(&self, stream: &Stream, args: RopeArgs<'_>) -> DeviceResult<()> {
+        self.cpu.rope(stream, args)
     }
 
     fn record(&self, stream: &Stream) -> DeviceResult<Event> {
