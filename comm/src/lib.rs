@@ -7,6 +7,7 @@
 mod communicator;
 mod error;
 mod host;
+pub mod memory_model;
 #[cfg(feature = "mpi")]
 mod mpi;
 mod partition;
