@@ -1,4 +1,8 @@
-//! `tilefold plan`: bytes a problem takes, fused and unfused, and the longest sequence that fits a memory size.
+//! `tilefold plan`: bytes a problem takes, fused and unfused, and the longest sequence that fits a memory size; of one
+//! attention, or of a training.
+
+mod paper;
+mod train;
 
 use anyhow::{Context, Result, ensure};
 use serde::Serialize;
@@ -20,7 +24,10 @@ fused:    operands + workspace of the device's plan";
 
 /// Options of `plan`.
 #[derive(Debug, clap::Args)]
+#[command(args_conflicts_with_subcommands = true, subcommand_negates_reqs = true)]
 pub(crate) struct Args {
+    #[command(subcommand)]
+    part: Option<Part>,
     /// rows,seqlen,heads,head_dim; the seqlen is where the search for the longest begins
     #[arg(long, value_delimiter = ',', required = true, value_name = "N,L,H,D")]
     shape: Vec<usize>,
@@ -42,6 +49,13 @@ pub(crate) struct Args {
     /// Prints JSON instead of a table
     #[arg(long)]
     json: bool,
+}
+
+/// What is planned instead of one attention.
+#[derive(Debug, clap::Subcommand)]
+enum Part {
+    /// Says what one rank holds while a transformer is trained, and what sequence fits; or compares that with published numbers
+    Train(train::Args),
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
@@ -88,6 +102,9 @@ struct Need {
 
 /// Prints the sizes.
 pub(crate) fn run(args: &Args, global: &Global) -> Result<Outcome> {
+    if let Some(Part::Train(args)) = &args.part {
+        return train::run(args);
+    }
     let device = global.open()?;
     let shape = list::shape(&args.shape)?;
     let passes = [("forward", false), ("forward and backward", true)];

@@ -103,3 +103,80 @@ fn help_names_every_command() {
         assert!(help.contains(command), "{command}");
     }
 }
+
+/// 33B on 32 GPUs, as the paper's new system.
+const TRAIN: [&str; 14] = [
+    "plan",
+    "train",
+    "--layers",
+    "80",
+    "--hidden",
+    "6144",
+    "--heads",
+    "64",
+    "--tensor-ranks",
+    "32",
+    "--recompute",
+    "full",
+    "--positions",
+    "partitioned",
+];
+
+fn train<'a>(more: &[&'a str]) -> Vec<&'a str> {
+    [&TRAIN[..], more].concat()
+}
+
+#[test]
+fn plan_train_counts_buffers_and_finds_the_longest_sequence() {
+    let plan = json(&train(&["--sequence-parallel", "--memory", "40GiB", "--json"]));
+    let buffers = plan["buffers"].as_array().unwrap();
+    let sum: f64 = buffers.iter().map(|buffer| buffer["bytes"].as_f64().unwrap()).sum();
+    let device = plan["device_bytes"].as_f64().unwrap();
+    assert!((sum - device).abs() < 1.0 && device <= 40.0 * 1_073_741_824.0);
+    assert_eq!(plan["seqlen"], plan["max_seqlen"]);
+    assert_eq!((plan["max_seqlen"].as_f64().unwrap() / 1024.0).round(), 335.0);
+    let divided = |name: &str| buffers.iter().find(|buffer| buffer["buffer"] == name).unwrap()["divided_by"].clone();
+    assert_eq!([divided("parameters"), divided("gathered sequence")], ["t", "-"]);
+
+    let masked =
+        json(&train(&["--mask", "bool", "--mask-copied", "--attention", "unfused", "--seqlen", "1000", "--json"]));
+    let mask = masked["buffers"]
+        .as_array()
+        .unwrap()
+        .iter()
+        .filter(|buffer| buffer["buffer"].as_str().unwrap().starts_with("mask"));
+    assert_eq!(mask.map(|buffer| buffer["bytes"].as_f64().unwrap()).sum::<f64>(), 2e6);
+    assert!(masked["max_seqlen"].is_null());
+    let offloaded = json(&train(&["--offload-activations", "--seqlen", "1000", "--json"]));
+    assert!(offloaded["host_bytes"].as_f64().unwrap() > 0.0);
+    let text = stdout(&train(&["--zero", "3", "--data-ranks", "2", "--memory", "40GiB"]));
+    for part in ["optimizer state", "t N", "gathered parameters", "longest sequence in 42.9 GB", "not in it"] {
+        assert!(text.contains(part), "{part}: {text}");
+    }
+}
+
+#[test]
+fn plan_train_compares_with_the_paper() {
+    let rows = json(&["plan", "train", "--compare", "paper", "--json"]);
+    let fits = rows.as_array().unwrap().iter().filter_map(|row| row["fit_k"].as_f64());
+    assert_eq!(fits.map(f64::round).collect::<Vec<_>>(), [196.0, 433.0, 506.0, 130.0, 375.0, 459.0]);
+    let worst = rows.as_array().unwrap().iter().filter_map(|row| row["fit_error_percent"].as_f64()).map(f64::abs);
+    assert!(worst.fold(0.0, f64::max) < 4.0);
+    let text = stdout(&["plan", "train", "--compare", "paper"]);
+    for part in ["new Megatron-DeepSpeed", "+119 %", "the simple model is wrong", "predicts nothing beyond"] {
+        assert!(text.contains(part), "{part}: {text}");
+    }
+}
+
+#[test]
+fn plan_train_refuses_what_cannot_be() {
+    assert!(failure(1, &train(&["--memory", "15GiB"])).contains("optimizer state does not fit"));
+    assert!(failure(1, &train(&["--mask-copied", "--seqlen", "8"])).contains("there is no mask"));
+    let ranks = ["plan", "train", "--layers", "2", "--hidden", "64", "--heads", "4", "--seqlen", "8", "--tensor-ranks"];
+    assert!(failure(1, &[&ranks[..], &["3"]].concat()).contains("heads = 4 must be a multiple of tensor_ranks = 3"));
+    assert!(failure(2, &[&ranks[..], &["0"]].concat()).contains("0 is not in 1.."));
+    assert!(failure(2, &["plan", "train", "--layers", "2"]).contains("--hidden"));
+    assert!(failure(2, &train(&[])).contains("--seqlen"));
+    assert!(failure(2, &train(&["--seqlen", "8", "--zero", "4"])).contains("possible values"));
+    assert!(failure(2, &["plan", "--shape", "1,8,3,4", "train", "--compare", "paper"]).contains("error:"));
+}
