@@ -6,6 +6,7 @@ mod command;
 mod cuda;
 mod emulate;
 mod files;
+mod hosts;
 mod kernels;
 mod licences;
 mod mpi;
@@ -55,6 +56,8 @@ enum Task {
         #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
         command: Vec<String>,
     },
+    /// Runs the tests of ranks in processes with Open MPI, MPICH, and between two hosts
+    Processes,
     /// Runs tests on an instruction set that this machine lacks
     #[command(subcommand)]
     Emulate(Emulate),
@@ -91,6 +94,7 @@ fn main() -> Result<ExitCode> {
             cuda::fetch()?;
             println!("{}: there", clang::Clang::get()?.name());
         }
+        Task::Processes => mpi::run_all()?,
         Task::Tint => {
             wgsl::check()?;
         }

@@ -1,8 +1,9 @@
 //! The two MPI libraries that ranks in processes are tested with.
 
-use anyhow::Result;
+use anyhow::{Context, Result};
 
-use crate::command::{output, run};
+use crate::command::{artifacts, output, run};
+use crate::hosts::Hosts;
 use crate::report::Count;
 use crate::setup;
 
@@ -17,10 +18,9 @@ pub(crate) struct Library {
     word: &'static str,
 }
 
-const LIBRARIES: [Library; 2] = [
-    Library { name: "Open MPI", ending: "openmpi", word: "open-mpi" },
-    Library { name: "MPICH", ending: "mpich", word: "HYDRA" },
-];
+const OPEN_MPI: Library = Library { name: "Open MPI", ending: "openmpi", word: "open-mpi" };
+
+const LIBRARIES: [Library; 2] = [OPEN_MPI, Library { name: "MPICH", ending: "mpich", word: "HYDRA" }];
 
 /// Installs both libraries, and what makes Rust declarations of their headers, where they are missing.
 pub(crate) fn install() -> Result<Count> {
@@ -49,6 +49,35 @@ pub(crate) fn others() -> Vec<Library> {
     let says = output(&["mpirun", "--version"]).unwrap_or_default();
     let says = String::from_utf8_lossy(&says).into_owned();
     LIBRARIES.into_iter().filter(|library| !says.contains(library.word)).collect()
+}
+
+/// All that is tested with processes, each library in a build of its own.
+pub(crate) fn run_all() -> Result<()> {
+    install()?;
+    for library in LIBRARIES {
+        library.test()?;
+    }
+    test_on_hosts().map(|_| ())
+}
+
+/// Whether the tests of all crates are run with Open MPI.
+fn open_mpi_is_first() -> bool {
+    others().iter().all(|library| library.name != OPEN_MPI.name)
+}
+
+/// Processes of Open MPI on two hosts; what comes from waiting, not from the network, is left out.
+pub(crate) fn test_on_hosts() -> Result<Count> {
+    let mut build = vec!["test", "--test", "mpi", "--no-run"];
+    let target = format!("target/mpi-{}", OPEN_MPI.ending);
+    if open_mpi_is_first() {
+        build.extend(["--workspace", "--all-features"]);
+    } else {
+        build.extend(["--package", "tilefold-comm", "--features", "mpi", "--target-dir", &target]);
+    }
+    let built = artifacts(&build)?.into_iter().filter(|artifact| artifact.target.name == "mpi");
+    let tests = built.filter_map(|artifact| artifact.executable).next().context("cargo built no test target mpi")?;
+    let waiting = ["stops", "hangs", "killed", "longer"].map(|word| ["--skip", word]).concat();
+    Hosts::new()?.run(&format!("mpirun.{}", OPEN_MPI.ending), &[&[&*tests], &waiting[..]].concat())
 }
 
 impl Library {

@@ -13,7 +13,7 @@ use crate::clang::Clang;
 use crate::command::{artifacts, output, run};
 use crate::report::{Count, Report};
 use crate::virtual_gpu::with_virtual_gpu;
-use crate::{cuda, files, kernels, licences, mpi, setup, vulkan, wgsl};
+use crate::{cuda, files, hosts, kernels, licences, mpi, setup, vulkan, wgsl};
 
 /// Runs everything; with `quick` what takes long is left out. Whether all passed.
 pub(crate) fn run_suite(quick: bool) -> bool {
@@ -46,9 +46,7 @@ fn steps(report: &mut Report, quick: bool) -> Result<()> {
     tests(report)?;
     examples(report)?;
     if !quick {
-        for library in mpi::others() {
-            report.step(&format!("ranks as processes of {}", library.name), || library.test())?;
-        }
+        processes(report)?;
         virtual_gpu(report)?;
         wgpu(report)?;
         kernels(report)?;
@@ -77,6 +75,18 @@ fn gpu_compilers(report: &mut Report) -> Result<()> {
 
 fn cargo(arguments: &[&str]) -> Result<Count> {
     run(&[], &[&["cargo"], arguments].concat())
+}
+
+/// Ranks as processes of the MPI library that the tests of all crates are not built with, and on two hosts.
+fn processes(report: &mut Report) -> Result<()> {
+    for library in mpi::others() {
+        report.step(&format!("ranks as processes of {}", library.name), || library.test())?;
+    }
+    if !hosts::are_possible() {
+        println!("\nleft out: ranks on two hosts, which take the right to make network namespaces");
+        return Ok(());
+    }
+    report.step("ranks as processes on two hosts", mpi::test_on_hosts)
 }
 
 /// Conformance through the CUDA backend on the virtual GPU; with the oldest compiler all features at once.

@@ -23,6 +23,12 @@ const CHUNK_VARIABLE: &str = "TILEFOLD_MPI_CHUNK_BYTES";
 /// How much longer than the pump's own patience an exit waits for the pump.
 const GRACE: Duration = Duration::from_secs(5);
 
+/// How long an exit waits for `MPI_Abort`. It may call `exit` in turn, and hang there.
+const ABORT_LIMIT: Duration = Duration::from_secs(1);
+
+/// Exit status of a process that gives up waiting; launchers end a job at any but 0.
+const GAVE_UP: i32 = 1;
+
 /// How long an exit waits for `MPI_Finalize`, for which every process is ready then. MPICH 4.0 over TCP hangs in it now and
 /// then, as it does in programs of C: one process waits there for what another, there too, no longer sends.
 const FINISH_LIMIT: Duration = Duration::from_secs(10);
@@ -73,6 +79,8 @@ pub(super) enum Phase {
     Leaving,
     /// All processes are, and MPI ends.
     Finishing,
+    /// Not all are: the job ends.
+    Aborting,
     Ended(Option<CommError>),
 }
 
@@ -227,9 +235,14 @@ impl Process {
         while desk.phase == Phase::Leaving {
             let waited = started.elapsed().saturating_sub(GRACE);
             if desk.patience_left(waited).is_some_and(|left| left.is_zero()) {
-                return;
+                give_up();
             }
             desk = self.phase.wait_timeout(desk, GRACE).unwrap_or_else(PoisonError::into_inner).0;
+        }
+        if desk.phase == Phase::Aborting {
+            drop(desk);
+            thread::sleep(ABORT_LIMIT);
+            give_up();
         }
         let finishing = |desk: &mut Desk| desk.phase == Phase::Finishing;
         let waited = self.phase.wait_timeout_while(desk, FINISH_LIMIT, finishing);
@@ -326,6 +339,12 @@ impl Drop for Waiting {
     fn drop(&mut self) {
         self.0.waiting.fetch_sub(1, Ordering::Relaxed);
     }
+}
+
+/// Ends the process without what else is registered for its exit: it waits for MPI, too.
+fn give_up() -> ! {
+    // SAFETY: the process does nothing any more; what other exit handlers would do is given up on purpose.
+    unsafe { libc::_exit(GAVE_UP) }
 }
 
 /// Runs when `main` returns or the program calls `exit`.

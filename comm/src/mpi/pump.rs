@@ -56,6 +56,7 @@ pub(super) fn run(process: &'static Process) {
         }
     } else {
         tracing::error!("processes that do not answer: ending the job");
+        process.enter(Phase::Aborting);
         pump.world.abort();
     }
 }
