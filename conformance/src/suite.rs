@@ -111,7 +111,7 @@ pub fn trials(subject: &Subject, filter: &Filter) -> Vec<Trial> {
             .filter(|&(number, case)| has_turn(number) && fits(case))
             .map(|(_, case)| case.clone())
             .collect();
-        trials.extend(sharded::trials(&subject.device, &split));
+        trials.extend(sharded::trials(&subject.device, &split, filter.in_turn));
         let cases = table.into_iter().enumerate().filter(|&(number, ref case)| has_turn(number) && fits(case));
         trials.extend(cases.map(|(_, case)| case_trial(&subject.device, case)));
         trials.extend(packed::trials(&subject.device, precision));

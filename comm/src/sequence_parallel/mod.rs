@@ -6,8 +6,10 @@ pub mod maps;
 pub mod position;
 mod ring;
 mod ring_backward;
+mod rope;
 mod ulysses;
 
 pub use axial::{AxialAttention, SharedBias};
 pub use ring::{RingAttention, Shard, ShardBackward, ShardForward};
+pub use rope::rope;
 pub use ulysses::{UlyssesAttention, UlyssesForward};
