@@ -124,7 +124,7 @@ impl Partition {
         let mut seqlen = 0;
         let run = |rank: usize| {
             seqlen += self.count(rank);
-            vec![seqlen - self.count(rank)..seqlen]
+            std::iter::once(seqlen - self.count(rank)..seqlen).collect()
         };
         let chunks = (group * size..(group + 1) * size).map(run).collect();
         Self { seqlen, chunks }

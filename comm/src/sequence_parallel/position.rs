@@ -13,6 +13,9 @@ use crate::error::{CommError, Result};
 use crate::host;
 use crate::partition::Partition;
 
+/// Numbers for each rank.
+type ByRank = Vec<Vec<usize>>;
+
 /// One rank's rows of a table `[positions, width]`, on the host.
 ///
 /// *Memory*: `width · count(rank)` numbers, and the rows that a lookup asks for. *Numerics*: lookups are copies; gradients are
@@ -168,7 +171,7 @@ impl PositionTable {
     }
 
     /// Which of this rank's tokens each rank has the row of, and which of its rows each rank asks for.
-    fn asked(&self, comm: &Communicator, positions: &[usize]) -> Result<(Vec<Vec<usize>>, Vec<Vec<usize>>)> {
+    fn asked(&self, comm: &Communicator, positions: &[usize]) -> Result<(ByRank, ByRank)> {
         let name = "position_lookup";
         let mut owners = vec![(0, 0); self.partition.seqlen()];
         for rank in 0..self.partition.ranks() {

@@ -130,7 +130,7 @@ impl Heads {
             }
             // With more than one, a key head for each query head: groups of different sizes are none.
             copies.extend(needed);
-            kv.push(vec![first..copies.len()]);
+            kv.push(std::iter::once(first..copies.len()).collect());
         }
         Ok(Self { q, kv: Partition::new(copies.len(), kv)?, copies: Some(copies) })
     }
