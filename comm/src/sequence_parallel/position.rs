@@ -43,6 +43,7 @@ impl PositionTable {
     /// # Errors
     /// As [`PositionTable::new`]; [`CommError::Counts`] when parts do not fit `saved`, or it has other positions.
     pub fn from_saved(comm: &Communicator, parts: &[TensorView<'_>], saved: &Partition, to: Partition) -> Result<Self> {
+        check_ranks(comm, &to)?;
         if saved.ranks() != parts.len() || saved.seqlen() != to.seqlen() {
             let expected = format!("{} parts of a table of {} positions", saved.ranks(), to.seqlen());
             let got = format!("{} parts of {}", parts.len(), saved.seqlen());
@@ -96,7 +97,7 @@ impl PositionTable {
     ///
     /// # Errors
     /// [`CommError::Counts`] for a position beyond the table, or none at all, which the other ranks see as
-    /// [`CommError::Refused`].
+    /// [`CommError::Refused`]; [`CommError::WorldSize`] for a table of other ranks.
     pub fn lookup(&self, comm: &Communicator, positions: &[usize]) -> Result<Tensor> {
         let (wanted, asked) = self.asked(comm, positions)?;
         let row_bytes = self.row_bytes();
@@ -181,9 +182,11 @@ impl PositionTable {
         }
         let mut wanted = vec![Vec::new(); comm.world_size()];
         let mut rows = vec![Vec::new(); comm.world_size()];
-        let checked = if positions.is_empty() {
-            Err(CommError::Counts { list: "positions", expected: "at least one".into(), got: "none".into() }.into())
-        } else {
+        let checked = check_ranks(comm, &self.partition).and_then(|()| {
+            if positions.is_empty() {
+                let (expected, got) = ("at least one".into(), "none".into());
+                return Err(CommError::Counts { list: "positions", expected, got }.into());
+            }
             positions.iter().enumerate().try_for_each(|(token, &position)| {
                 let Some(&(owner, row)) = owners.get(position) else {
                     let expected = format!("positions below {}", owners.len());
@@ -193,7 +196,7 @@ impl PositionTable {
                 rows[owner].push(row);
                 Ok(())
             })
-        };
+        });
         comm.agree(name, checked.map(|()| format!("{} {:?} {}", self.rows.dtype(), self.partition, self.width())))?;
         let parcel = |rows: Vec<usize>| {
             // Rows as bytes of u64: a table may have more than i32 counts.
@@ -241,11 +244,13 @@ fn single(tensor: &Tensor) -> Result<Vec<f32>> {
     })
 }
 
+fn check_ranks(comm: &Communicator, partition: &Partition) -> Result<()> {
+    let (what, expected, got) = ("table of positions", partition.ranks(), comm.world_size());
+    if expected == got { Ok(()) } else { Err(CommError::WorldSize { what, expected, got }.into()) }
+}
+
 fn check_rows(comm: &Communicator, partition: &Partition, rows: &Tensor) -> Result<()> {
-    let (expected, got) = (partition.ranks(), comm.world_size());
-    if expected != got {
-        return Err(CommError::WorldSize { what: "table of positions", expected, got }.into());
-    }
+    check_ranks(comm, partition)?;
     let tensor = "rows";
     if !rows.dtype().is_float() {
         let expected = "f32, f16 or bf16".into();
