@@ -186,12 +186,15 @@ impl AxialAttention {
         forward: &ShardForward,
         d_out: &TensorView<'_>,
     ) -> Result<ShardBackward> {
-        let problem = self.local_problem(rank.comm.rank(), None)?;
-        let shape = problem.out_shape();
-        let dtype = problem.spec().dtype;
-        let outputs = exact("out", &forward.out.view(), &shape, dtype).and(exact("d_out", d_out, &shape, dtype));
-        let checked = self.check(rank, shard).and(outputs);
+        let checked = self.check(rank, shard).and_then(|()| {
+            let problem = self.local_problem(rank.comm.rank(), None)?;
+            exact("out", &forward.out.view(), &problem.out_shape(), problem.spec().dtype)?;
+            exact("lse", &forward.lse.view(), &problem.lse_shape(), DType::F32)?;
+            exact("lse_low", &forward.lse_low.view(), &problem.lse_shape(), DType::F32)?;
+            exact("d_out", d_out, &problem.out_shape(), problem.spec().dtype)
+        });
         rank.comm.agree("axial_attention", checked.map(|()| format!("backward {self:?}")))?;
+        let problem = self.local_problem(rank.comm.rank(), None)?;
         let mut gradients = match self.shared {
             SharedBias::Gathered => {
                 let gathered = self.gathered(rank, shard)?;

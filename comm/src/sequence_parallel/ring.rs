@@ -162,16 +162,7 @@ impl RingAttention {
             let reason = "the mean of v for rows without keys is not known before the last merge; use EmptyRows::Zero";
             return Err(ProblemError::Unexpected { tensor: "empty_rows", reason }.into());
         }
-        for (list, partition, seqlen) in [("queries", &queries, spec.seqlen_q), ("keys", &keys, spec.seqlen_k)] {
-            if partition.seqlen() != seqlen {
-                let (expected, got) = (format!("a partition of {seqlen} positions"), partition.seqlen().to_string());
-                return Err(CommError::Counts { list, expected, got }.into());
-            }
-        }
-        if queries.ranks() != keys.ranks() {
-            let (expected, got) = (format!("{} ranks, as queries have", queries.ranks()), keys.ranks().to_string());
-            return Err(CommError::Counts { list: "keys", expected, got }.into());
-        }
+        check_partitions(&spec, &queries, &keys)?;
         Ok(Self { problem: AttentionProblem::new(spec)?, queries, keys })
     }
 
@@ -233,7 +224,10 @@ impl RingAttention {
             let Some((forward, d_out)) = outputs else { return Ok(()) };
             let (here, spec) = (rank.comm.rank(), self.problem.spec());
             let shape = with_axis(self.problem.out_shape(), 2, self.queries.count(here));
+            let lse_shape = with_axis(self.problem.lse_shape(), 3, self.queries.count(here));
             exact("out", &forward.out.view(), &shape, spec.dtype)?;
+            exact("lse", &forward.lse.view(), &lse_shape, DType::F32)?;
+            exact("lse_low", &forward.lse_low.view(), &lse_shape, DType::F32)?;
             exact("d_out", d_out, &shape, spec.dtype)
         });
         let pass = if outputs.is_some() { "backward" } else { "forward" };
@@ -360,6 +354,24 @@ pub(super) fn bias_shape(bias: &BiasSpec, queries: usize, keys: usize) -> [usize
         SplitAlong::Keys => with_axis(bias.shape, 4, keys),
         SplitAlong::Nothing => bias.shape,
     }
+}
+
+/// Checks how a problem's sequence is split.
+///
+/// # Errors
+/// [`CommError::Counts`] when a partition is one of another length or number of ranks.
+pub(super) fn check_partitions(spec: &AttentionSpec, queries: &Partition, keys: &Partition) -> Result<()> {
+    for (list, partition, seqlen) in [("queries", queries, spec.seqlen_q), ("keys", keys, spec.seqlen_k)] {
+        if partition.seqlen() != seqlen {
+            let (expected, got) = (format!("a partition of {seqlen} positions"), partition.seqlen().to_string());
+            return Err(CommError::Counts { list, expected, got }.into());
+        }
+    }
+    if queries.ranks() != keys.ranks() {
+        let (expected, got) = (format!("{} ranks, as queries have", queries.ranks()), keys.ranks().to_string());
+        return Err(CommError::Counts { list: "keys", expected, got }.into());
+    }
+    Ok(())
 }
 
 /// Checks a rank's part of a problem's operands.
