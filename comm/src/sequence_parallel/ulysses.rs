@@ -13,11 +13,12 @@ use tilefold_core::{AttentionProblem, AttentionSpec, BiasSpec, DType, Tensor, Te
 
 use super::local::{self, Operands};
 use super::maps::{AllGather, Gather, Map, Reduce, ReduceScatter, Scatter, Split, Switch};
-use super::ring::{RingAttention, Shard, ShardBackward, ShardForward, SplitAlong, check_shard};
+use super::ring::{RingAttention, Shard, ShardBackward, ShardForward, SplitAlong, check_partitions, check_shard};
 use crate::communicator::{Communicator, Traffic};
 use crate::error::{CommError, Result};
 use crate::partition::Partition;
 use crate::rank::Rank;
+use crate::shape::{exact, with_axis};
 
 /// The axis of `[batch, rows, seqlen, heads, head_dim]` that ranks hold parts of before the switch.
 const SEQLEN: usize = 2;
@@ -197,6 +198,7 @@ impl UlyssesAttention {
         if got != expected {
             return Err(CommError::WorldSize { what: "partition", expected, got }.into());
         }
+        check_partitions(spec, queries, keys)?;
         let problem = AttentionProblem::new(spec.clone())?;
         let heads = Heads::of(spec, group)?;
         let (rings, rank) = (queries.grouped(group)?, comm.rank() % group);
@@ -238,7 +240,7 @@ impl UlyssesAttention {
     /// As [`RingAttention::forward`].
     pub fn forward(&self, rank: &Rank<'_>, shard: &Shard<'_>) -> Result<UlyssesForward> {
         let checked = check_shard(&self.problem, &self.queries, &self.keys, rank.comm, shard);
-        rank.comm.agree("ulysses_attention", checked.map(|()| "forward".to_owned()))?;
+        self.agree(rank, "forward", checked)?;
         let kept = self.switched(rank, shard)?;
         let inner = match &self.inner {
             Inner::Whole(problem) => local::forward(rank, problem, kept.operands())?,
@@ -253,6 +255,7 @@ impl UlyssesAttention {
     /// # Errors
     /// As [`RingAttention::backward`].
     pub fn backward(&self, rank: &Rank<'_>, forward: &UlyssesForward, d_out: &TensorView<'_>) -> Result<ShardBackward> {
+        self.agree(rank, "backward", self.check_outputs(rank, forward, d_out))?;
         let group = on(rank, &self.group);
         let q_switch = self.q_switch(rank);
         let d_out = q_switch.apply(&group, d_out)?;
@@ -283,6 +286,23 @@ impl UlyssesAttention {
             dbiases.push(gradient.map(|gradient| self.bias_back(rank, bias, &gradient)).transpose()?);
         }
         Ok(ShardBackward { dq, dk, dv, d_gate, dbiases })
+    }
+
+    /// What all ranks must have alike.
+    fn agree(&self, rank: &Rank<'_>, pass: &str, checked: Result<()>) -> Result<()> {
+        let Self { problem, queries, keys, group, .. } = self;
+        let text = |()| format!("{pass} {problem:?} {queries:?} {keys:?} {}", group.world_size());
+        rank.comm.agree("ulysses_attention", checked.map(text))
+    }
+
+    fn check_outputs(&self, rank: &Rank<'_>, forward: &UlyssesForward, d_out: &TensorView<'_>) -> Result<()> {
+        let (here, got, expected) = (rank.comm.rank(), rank.comm.world_size(), self.queries.ranks());
+        if got != expected {
+            return Err(CommError::WorldSize { what: "partition", expected, got }.into());
+        }
+        let shape = with_axis(self.problem.out_shape(), SEQLEN, self.queries.count(here));
+        exact("out", &forward.out.view(), &shape, self.problem.spec().dtype)?;
+        exact("d_out", d_out, &shape, self.problem.spec().dtype)
     }
 
     /// Positions that the ranks of this group hold, as positions of what they hold together: of the whole sequence where
