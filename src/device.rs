@@ -11,7 +11,7 @@ use crate::WgpuBackend;
 use crate::{
     AccumulateArgs, AttentionPlan, AttentionProblem, Backend, BackwardArgs, CpuBackend, DType, DeviceError, DeviceId,
     DeviceInfo, DeviceResult, Error, Event, ForwardArgs, Layout, MergeArgs, OpenError, ProblemError, RelayoutArgs,
-    RopeArgs, Storage, Stream, Tensor, TensorViewMut,
+    RopeArgs, Storage, Stream, Tensor, TensorViewMut, Timing,
 };
 
 /// The environment variable that names the device [`Device::best`] opens.
@@ -329,6 +329,10 @@ impl Backend for Device {
 
     fn synchronize(&self, stream: &Stream) -> DeviceResult<()> {
         dispatch!(self, backend => backend.synchronize(stream))
+    }
+
+    fn timed(&self, stream: &Stream, work: &mut dyn FnMut()) -> DeviceResult<Timing> {
+        dispatch!(self, backend => backend.timed(stream, work))
     }
 
     fn plan_attention(&self, problem: &AttentionProblem) -> DeviceResult<AttentionPlan> {

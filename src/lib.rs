@@ -20,10 +20,10 @@ pub use tilefold_comm as comm;
 pub use tilefold_core::attention::reference;
 pub use tilefold_core::{
     AccumulateArgs, AttentionPlan, AttentionProblem, AttentionSpec, Backend, BackwardArgs, BackwardOperands, BiasSpec,
-    DType, DeviceError, DeviceId, DeviceInfo, DeviceKind, DeviceResult, Element, EmptyRows, Event, ForwardArgs,
+    Clock, DType, DeviceError, DeviceId, DeviceInfo, DeviceKind, DeviceResult, Element, EmptyRows, Event, ForwardArgs,
     ForwardOperands, Gradients, Layout, MAX_BIASES, MAX_HEAD_DIM, MergeArgs, MergeOperands, OpenError, Precision,
     ProblemError, Products, RelayoutArgs, RopeArgs, RopePairs, RopeSpec, Storage, Stream, StructuralMask, Tensor,
-    TensorView, TensorViewMut, Window,
+    TensorView, TensorViewMut, Timing, Window,
 };
 
 pub use crate::attention::{

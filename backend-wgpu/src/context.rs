@@ -29,6 +29,8 @@ pub struct WgpuOptions {
     pub subgroups: bool,
     /// Whether rows that all threads of a workgroup want are read into its memory; `None` for where that pays, on GPUs.
     pub workgroup_memory: Option<bool>,
+    /// Whether work is timed by the device's timestamps where it has them.
+    pub timestamps: bool,
     /// Storage buffers of one shader, at most; no fewer than 10 are enough.
     pub max_storage_buffers: u32,
     /// Bytes of one binding, at most.
@@ -37,15 +39,27 @@ pub struct WgpuOptions {
 
 impl Default for WgpuOptions {
     fn default() -> Self {
-        Self { subgroups: true, workgroup_memory: None, max_storage_buffers: u32::MAX, max_binding_bytes: u64::MAX }
+        Self {
+            subgroups: true,
+            workgroup_memory: None,
+            timestamps: true,
+            max_storage_buffers: u32::MAX,
+            max_binding_bytes: u64::MAX,
+        }
     }
 }
 
 impl WgpuOptions {
-    /// What every browser has: no subgroups, 10 storage buffers, bindings of 128 MiB.
+    /// What every browser has: no subgroups, no timestamps, 10 storage buffers, bindings of 128 MiB.
     #[must_use]
     pub fn portable() -> Self {
-        Self { subgroups: false, workgroup_memory: None, max_storage_buffers: 10, max_binding_bytes: 128 << 20 }
+        Self {
+            subgroups: false,
+            workgroup_memory: None,
+            timestamps: false,
+            max_storage_buffers: 10,
+            max_binding_bytes: 128 << 20,
+        }
     }
 }
 
@@ -131,7 +145,9 @@ impl Context {
             );
             return Err(DeviceError::Unsupported { limit }.into());
         }
-        let wanted = if options.subgroups { wgpu::Features::SUBGROUP } else { wgpu::Features::empty() };
+        let wanted = |is_wanted: bool, feature| if is_wanted { feature } else { wgpu::Features::empty() };
+        let wanted = wanted(options.subgroups, wgpu::Features::SUBGROUP)
+            | wanted(options.timestamps, wgpu::Features::TIMESTAMP_QUERY);
         let features = adapter.features() & wanted;
         let descriptor = wgpu::DeviceDescriptor {
             label: Some("tilefold"),
@@ -152,6 +168,7 @@ impl Context {
             lock(&told.failed).get_or_insert_with(|| caught("submit", &error));
         }));
         let software = info.device_type == wgpu::DeviceType::Cpu;
+        let has_subgroups = features.contains(wgpu::Features::SUBGROUP);
         let staged = options.workgroup_memory.unwrap_or(!software);
         let workgroup_bytes = u64::from(limits.max_compute_workgroup_storage_size).min(MAX_WORKGROUP_BYTES);
         let kernel_limits = Limits {
@@ -159,7 +176,7 @@ impl Context {
             storage_buffers: found,
             offset_alignment: u64::from(limits.min_storage_buffer_offset_alignment),
             workgroups: limits.max_compute_workgroups_per_dimension,
-            subgroup: if features.is_empty() { 1 } else { info.subgroup_min_size.clamp(1, THREADS) },
+            subgroup: if has_subgroups { info.subgroup_min_size.clamp(1, THREADS) } else { 1 },
             workgroup_bytes: if staged { workgroup_bytes } else { 0 },
             software,
         };

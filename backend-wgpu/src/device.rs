@@ -5,12 +5,12 @@ use std::sync::Arc;
 use tilefold_core::{
     AccumulateArgs, AttentionPlan, AttentionProblem, Backend, BackwardArgs, DType, DeviceError, DeviceId, DeviceInfo,
     DeviceKind, DeviceResult, Event, ForwardArgs, MergeArgs, OpenError, RelayoutArgs, RopeArgs, Storage, Stream,
-    TensorViewMut,
+    TensorViewMut, Timing,
 };
 
 use crate::context::{Context, WgpuOptions, adapters};
 use crate::stream::WgpuStream;
-use crate::{accumulate, attention, event, memory, merge, relayout, rope};
+use crate::{accumulate, attention, event, memory, merge, relayout, rope, timing};
 
 /// One Vulkan, Metal or DX12 device.
 ///
@@ -194,6 +194,12 @@ impl Backend for WgpuBackend {
     fn synchronize(&self, stream: &Stream) -> DeviceResult<()> {
         WgpuStream::check(&self.context, stream)?;
         self.context.wait(None)
+    }
+
+    /// By timestamps of the device, unless it has none or [`WgpuOptions::timestamps`] is off.
+    fn timed(&self, stream: &Stream, work: &mut dyn FnMut()) -> DeviceResult<Timing> {
+        WgpuStream::check(&self.context, stream)?;
+        timing::timed(&self.context, work)
     }
 
     fn plan_attention(&self, problem: &AttentionProblem) -> DeviceResult<AttentionPlan> {

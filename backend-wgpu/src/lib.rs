@@ -16,6 +16,7 @@ mod module;
 mod relayout;
 mod rope;
 mod stream;
+mod timing;
 
 pub use context::WgpuOptions;
 pub use device::WgpuBackend;

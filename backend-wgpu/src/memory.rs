@@ -334,7 +334,11 @@ pub(crate) fn download(context: &Context, source: &Storage, destination: &mut [u
     read(context, address_of(source), destination)
 }
 
-fn read(context: &Context, address: u64, destination: &mut [u8]) -> DeviceResult<()> {
+/// Copies from an address to host bytes and waits for it.
+///
+/// # Errors
+/// What wgpu reports.
+pub(crate) fn read(context: &Context, address: u64, destination: &mut [u8]) -> DeviceResult<()> {
     let Place { buffer, mut offset, .. } = context.memory.find(address)?;
     let mut staging = lock(&context.memory.staging);
     let bytes = (destination.len().min(COPY_BYTES) as u64).next_multiple_of(4);

@@ -11,6 +11,7 @@
 
 use std::process::ExitCode;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use libtest_mimic::{Arguments, Completion, Trial};
 use tilefold_backend_wgpu::{WgpuBackend, WgpuOptions};
@@ -19,7 +20,7 @@ use tilefold_conformance::oracle::check_case;
 use tilefold_conformance::report::Report;
 use tilefold_conformance::suite::{Filter, Subject, trials};
 use tilefold_core::{
-    AttentionProblem, AttentionSpec, Backend, BiasSpec, DType, DeviceError, DeviceId, DeviceKind, Event, Layout,
+    AttentionProblem, AttentionSpec, Backend, BiasSpec, Clock, DType, DeviceError, DeviceId, DeviceKind, Event, Layout,
     OpenError, Precision, Stream, StructuralMask, Tensor,
 };
 
@@ -37,6 +38,7 @@ const TESTS: &[Test] = &[
     ("memory_of_another_device_is_refused", foreign_memory),
     ("memory_is_given_out_again_and_zeroed", memory_returns),
     ("threads_share_a_device", threads),
+    ("work_is_timed_by_the_device_or_by_the_host", timed),
     ("all_devices_compute_at_once", all_devices),
 ];
 
@@ -219,6 +221,34 @@ fn threads() {
         let worst = handle.join().unwrap();
         assert!(worst.is_ok(), "{worst:?}");
     }
+}
+
+fn timed() {
+    let layout = Layout::contiguous(&[1 << 18]).unwrap();
+    for timestamps in [true, false] {
+        let device = with(|options| options.timestamps = timestamps);
+        let stream = device.stream().unwrap();
+        let new = || Tensor::new(device.alloc(&stream, 1 << 20).unwrap(), DType::F32, layout.clone()).unwrap();
+        let mut tensor = new();
+        let mut time = |fills: u32| {
+            let started = Instant::now();
+            let mut work = || (0..fills).for_each(|_| device.fill(&stream, tensor.view_mut(), 1.0).unwrap());
+            let timing = device.timed(&stream, &mut work).unwrap();
+            assert!(timing.elapsed <= started.elapsed(), "{timing:?}");
+            timing
+        };
+        time(1);
+        let (few, many) = (time(2), time(100));
+        let has_clock = device.raw_device().features().contains(wgpu::Features::TIMESTAMP_QUERY);
+        assert!(timestamps || !has_clock);
+        let clock = if has_clock { Clock::Device } else { Clock::Host };
+        assert_eq!((few.clock, many.clock), (clock, clock));
+        assert!(few.elapsed > Duration::ZERO && many.elapsed > 5 * few.elapsed, "{few:?} {many:?}");
+    }
+    let device = with(|_| ());
+    let stream = device.stream().unwrap();
+    let nothing = device.timed(&stream, &mut || ()).unwrap();
+    assert!(nothing.elapsed < Duration::from_millis(50), "{nothing:?}");
 }
 
 fn all_devices() {

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 use tilefold::{
     AttentionPlan, AttentionProblem, Backend, Backward, BackwardArgs, DType, Device, DeviceError, Error, Forward,
     ForwardArgs, Gradients, Inputs, Options, Precision, ProblemError, Stream, StructuralMask, Tensor, TensorViewMut,
-    all_gradients, problem,
+    Timing, all_gradients, problem,
 };
 
 use crate::operands::FULL_RANK;
@@ -110,14 +110,18 @@ impl Launch {
     /// # Errors
     /// What the device reports.
     pub fn forward(&mut self) -> Result<(), Error> {
+        self.enqueue_forward()?;
+        Ok(self.device.synchronize(&self.stream)?)
+    }
+
+    fn enqueue_forward(&mut self) -> Result<(), Error> {
         let omitted = self.operands.omitted;
         let Forward { out, lse, lse_low } = &mut self.forward;
         let out = omitted.lift_mut(out.view_mut(), FULL_RANK)?;
         let lse = omitted.lift_mut(lse.view_mut(), LSE_RANK)?;
         let lse_low = omitted.lift_mut(lse_low.view_mut(), LSE_RANK)?;
         let operands = self.operands.inputs()?.forward_operands(out, Some(lse), Some(lse_low));
-        self.device.attention_forward(&self.stream, ForwardArgs::new(&self.plan, operands)?)?;
-        Ok(self.device.synchronize(&self.stream)?)
+        Ok(self.device.attention_forward(&self.stream, ForwardArgs::new(&self.plan, operands)?)?)
     }
 
     /// Writes the gradients asked for from what [`Launch::forward`] wrote, and waits for them.
@@ -125,26 +129,46 @@ impl Launch {
     /// # Errors
     /// [`ProblemError::Missing`] for a launch without `d_out` or gradients, and what the device reports.
     pub fn backward(&mut self) -> Result<(), Error> {
+        self.enqueue_backward()?;
+        Ok(self.device.synchronize(&self.stream)?)
+    }
+
+    fn enqueue_backward(&mut self) -> Result<(), Error> {
         let Some(backward) = &mut self.backward else {
             return Err(ProblemError::Missing { tensor: "d_out", reason: NO_BACKWARD }.into());
         };
         let args = backward_args(&self.plan, &self.operands, &self.forward, backward)?;
-        self.device.attention_backward(&self.stream, args)?;
-        Ok(self.device.synchronize(&self.stream)?)
+        Ok(self.device.attention_backward(&self.stream, args)?)
     }
 
-    /// Runs a pass and says how long it took.
+    fn enqueue(&mut self, pass: Pass) -> Result<(), Error> {
+        if pass != Pass::Backward {
+            self.enqueue_forward()?;
+        }
+        if pass.has_gradients() {
+            self.enqueue_backward()?;
+        }
+        Ok(())
+    }
+
+    /// Runs a pass and says how long it took by the best clock that the device has.
+    ///
+    /// # Errors
+    /// As [`Launch::forward`] and [`Launch::backward`].
+    pub fn clocked(&mut self, pass: Pass) -> Result<Timing, Error> {
+        let (device, stream, mut result) = (self.device.clone(), self.stream.clone(), Ok(()));
+        let timing = device.timed(&stream, &mut || result = self.enqueue(pass))?;
+        result.map(|()| timing)
+    }
+
+    /// Runs a pass and says how long it took by the host's clock.
     ///
     /// # Errors
     /// As [`Launch::forward`] and [`Launch::backward`].
     pub fn timed(&mut self, pass: Pass) -> Result<Duration, Error> {
         let start = Instant::now();
-        if pass != Pass::Backward {
-            self.forward()?;
-        }
-        if pass.has_gradients() {
-            self.backward()?;
-        }
+        self.enqueue(pass)?;
+        self.device.synchronize(&self.stream)?;
         Ok(start.elapsed())
     }
 }

@@ -223,7 +223,9 @@ fn print(entries: &[Entry]) -> Result<()> {
         ]);
     }
     say(&lines.to_string())?;
-    say(CONVENTION)
+    say(CONVENTION)?;
+    // A run is of one device.
+    entries.first().map_or(Ok(()), |entry| say(&format!("times: the {}'s clock.", entry.clock)))
 }
 
 impl<'a> Record<'a> {

@@ -4,7 +4,7 @@ use std::fmt::Debug;
 
 use crate::{
     AccumulateArgs, AttentionPlan, AttentionProblem, BackwardArgs, DeviceInfo, DeviceResult, Event, ForwardArgs,
-    MergeArgs, RelayoutArgs, RopeArgs, Storage, Stream, TensorViewMut,
+    MergeArgs, RelayoutArgs, RopeArgs, Storage, Stream, TensorViewMut, Timing,
 };
 
 /// One device. Object-safe; how to write one is in `docs/adding-a-backend.md`.
@@ -80,6 +80,19 @@ pub trait Backend: Debug + Send + Sync {
     /// # Errors
     /// What the driver reports, late failures of launches included.
     fn synchronize(&self, stream: &Stream) -> DeviceResult<()>;
+
+    /// Runs `work`, which enqueues on `stream`, waits for it, and says how long it took and by which clock: the device's own
+    /// where the backend has one, otherwise the host's.
+    ///
+    /// # Errors
+    /// As [`Backend::synchronize`].
+    fn timed(&self, stream: &Stream, work: &mut dyn FnMut()) -> DeviceResult<Timing> {
+        self.synchronize(stream)?;
+        Timing::by_host(|| {
+            work();
+            self.synchronize(stream)
+        })
+    }
 
     /// Chooses kernel, tiles and workspace.
     ///

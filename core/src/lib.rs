@@ -18,6 +18,7 @@ pub mod rope;
 mod storage;
 mod stream;
 mod tensor;
+mod timing;
 
 pub use accumulate::AccumulateArgs;
 pub use attention::{
@@ -35,3 +36,4 @@ pub use rope::{RopeAngle, RopeArgs, RopePairs, RopeSpec};
 pub use storage::Storage;
 pub use stream::{Event, Stream};
 pub use tensor::{Tensor, TensorView, TensorViewMut};
+pub use timing::{Clock, Timing};

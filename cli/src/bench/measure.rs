@@ -5,7 +5,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
-use tilefold::{Backend, Device, Precision};
+use tilefold::{Backend, Clock, Device, Precision};
 use tilefold_benches::{Launch, Pass, Workload};
 
 use crate::system::PeakMemory;
@@ -39,6 +39,8 @@ pub(super) struct Entry {
     pub(super) pass: String,
     pub(super) median_ms: f64,
     pub(super) min_ms: f64,
+    /// Whose clock, `host` or `device`.
+    pub(super) clock: &'static str,
     pub(super) gflops: f64,
     /// Bytes the device takes beside operands and results.
     pub(super) workspace_bytes: usize,
@@ -73,9 +75,11 @@ fn one(device: &Device, plan: &Plan, pass: Pass, repeats: u32, warmup: u32, bar:
         launch.timed(pass)?;
     }
     let peak = PeakMemory::start();
-    let mut times = Vec::new();
+    let (mut times, mut clock) = (Vec::new(), Clock::Host);
     for _ in 0..repeats {
-        times.push(launch.timed(pass)?);
+        let timing = launch.clocked(pass)?;
+        times.push(timing.elapsed);
+        clock = timing.clock;
         bar.inc(1);
     }
     times.sort();
@@ -91,6 +95,7 @@ fn one(device: &Device, plan: &Plan, pass: Pass, repeats: u32, warmup: u32, bar:
         pass: pass.to_string(),
         median_ms: median * 1e3,
         min_ms: times.first().map_or(0.0, Duration::as_secs_f64) * 1e3,
+        clock: clock.name(),
         gflops: pass.flops(launch.problem()) / median / 1e9,
         workspace_bytes: workspace_bytes(&launch, pass),
         peak_bytes,
