@@ -37,7 +37,9 @@ fn main() -> anyhow::Result<()> {
 
 fn describe(device: &Device) -> String {
     let info = device.info();
-    let gib = info.memory_bytes >> 30;
+    // 0 where the driver does not tell.
+    let known = |number: u64| if number > 0 { number.to_string() } else { "unknown".to_owned() };
+    let (workers, gib) = (known(info.parallelism as u64), known(info.memory_bytes >> 30));
     let dtypes: Vec<String> = info.dtypes.iter().map(ToString::to_string).collect();
-    format!("{} ({}, {} workers, {gib} GiB), {}", info.name, info.arch, info.parallelism, dtypes.join(" "))
+    format!("{} ({}, {workers} workers, {gib} GiB), {}", info.name, info.arch, dtypes.join(" "))
 }

@@ -188,7 +188,7 @@ impl Context {
     /// Runs `work`, and gives what it reports: errors of its own, those that wgpu has found in it, and a lost device.
     ///
     /// # Errors
-    /// [`DeviceError::Lost`], [`DeviceError::OutOfMemory`] with no numbers, [`DeviceError::Driver`].
+    /// [`DeviceError::Lost`], [`DeviceError::OutOfMemory`] without numbers, which [`crate::error::asked`] adds, [`DeviceError::Driver`].
     pub(crate) fn guarded<T>(&self, call: &'static str, work: impl FnOnce() -> DeviceResult<T>) -> DeviceResult<T> {
         self.check_lost()?;
         let filters = [wgpu::ErrorFilter::Validation, wgpu::ErrorFilter::OutOfMemory, wgpu::ErrorFilter::Internal];

@@ -129,8 +129,9 @@ fn describe(ordinal: usize, adapter: &wgpu::Adapter) -> DeviceInfo {
         name: info.name,
         vendor,
         arch: format!("{}: {}", info.backend, driver.join(" ")).trim_end_matches([':', ' ']).to_owned(),
+        // WebGPU tells neither.
         memory_bytes: 0,
-        parallelism: 1,
+        parallelism: 0,
         lanes: usize::try_from(info.subgroup_min_size).unwrap_or(1).max(1),
         dtypes: vec![DType::F32, DType::F16, DType::BF16],
         is_virtual: false,

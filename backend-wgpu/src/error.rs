@@ -9,8 +9,19 @@ const NO_STATUS: i64 = -1;
 /// An error that a scope has caught in `call`.
 pub(crate) fn caught(call: &'static str, error: &wgpu::Error) -> DeviceError {
     match error {
-        wgpu::Error::OutOfMemory { .. } => DeviceError::OutOfMemory { asked: 0, free: 0 },
+        wgpu::Error::OutOfMemory { .. } => {
+            tracing::warn!(call, "the driver is out of memory");
+            DeviceError::OutOfMemory { asked: 0, free: 0 }
+        }
         error => driver(call, error.to_string()),
+    }
+}
+
+/// An error of a call that asks for so many bytes, with that number.
+pub(crate) fn asked(bytes: u64) -> impl Fn(DeviceError) -> DeviceError {
+    move |error| match error {
+        DeviceError::OutOfMemory { free, .. } => DeviceError::OutOfMemory { asked: bytes, free },
+        error => error,
     }
 }
 

@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex, Weak};
 use tilefold_core::{DeviceError, DeviceResult, Storage};
 
 use crate::context::{Context, lock};
-use crate::error::driver;
+use crate::error::{asked, driver};
 
 /// Addresses of buffers are multiples of this, which no alignment of bindings exceeds.
 const ALIGNMENT: u64 = 4096;
@@ -21,6 +21,10 @@ static NEXT_ADDRESS: AtomicU64 = AtomicU64::new(ALIGNMENT);
 const MAX_IDLE_BYTES: u64 = 1 << 29;
 /// Bytes of one copy to or from the host.
 const COPY_BYTES: usize = 1 << 24;
+
+/// What a tensor's memory is for.
+const USAGE: wgpu::BufferUsages =
+    wgpu::BufferUsages::STORAGE.union(wgpu::BufferUsages::COPY_SRC).union(wgpu::BufferUsages::COPY_DST);
 
 /// Buffers of a device.
 #[derive(Debug)]
@@ -199,10 +203,10 @@ impl Block {
         if let Some(address) = idle {
             return Ok((block(address), true));
         }
-        let buffer = create(context, size).or_else(|error| match error {
+        let buffer = create(context, size, USAGE).or_else(|error| match error {
             DeviceError::OutOfMemory { .. } => {
                 free_idle(context)?;
-                create(context, size)
+                create(context, size, USAGE)
             }
             error => Err(error),
         })?;
@@ -246,13 +250,9 @@ fn free_idle(context: &Context) -> DeviceResult<()> {
     context.wait(None)
 }
 
-fn create(context: &Context, size: u64) -> DeviceResult<wgpu::Buffer> {
-    let usage = wgpu::BufferUsages::STORAGE | wgpu::BufferUsages::COPY_SRC | wgpu::BufferUsages::COPY_DST;
+fn create(context: &Context, size: u64, usage: wgpu::BufferUsages) -> DeviceResult<wgpu::Buffer> {
     let descriptor = wgpu::BufferDescriptor { label: None, size, usage, mapped_at_creation: false };
-    context.guarded("createBuffer", || Ok(context.device.create_buffer(&descriptor))).map_err(|error| match error {
-        DeviceError::OutOfMemory { .. } => DeviceError::OutOfMemory { asked: size, free: 0 },
-        error => error,
-    })
+    context.guarded("createBuffer", || Ok(context.device.create_buffer(&descriptor))).map_err(asked(size))
 }
 
 /// Zeroed memory as a tensor's storage.
@@ -345,11 +345,7 @@ pub(crate) fn read(context: &Context, address: u64, destination: &mut [u8]) -> D
     let kept = staging.take().filter(|kept| kept.size() >= bytes);
     let through = match kept {
         Some(kept) => kept,
-        None => context.guarded("createBuffer", || {
-            let usage = wgpu::BufferUsages::MAP_READ | wgpu::BufferUsages::COPY_DST;
-            let descriptor = wgpu::BufferDescriptor { label: None, size: bytes, usage, mapped_at_creation: false };
-            Ok(context.device.create_buffer(&descriptor))
-        })?,
+        None => create(context, bytes, wgpu::BufferUsages::MAP_READ | wgpu::BufferUsages::COPY_DST)?,
     };
     for part in destination.chunks_mut(COPY_BYTES) {
         let words = (part.len() as u64).next_multiple_of(4);

@@ -7,7 +7,7 @@ use tilefold_core::DeviceResult;
 use tilefold_kernels::wgsl::{Binding, Dispatch, OperandKey, Shader, Use};
 
 use crate::context::{Context, lock};
-use crate::error::driver;
+use crate::error::{asked, driver};
 use crate::memory::Place;
 
 /// Pipelines kept at a time: a driver's code for one may take a megabyte.
@@ -62,18 +62,17 @@ pub(crate) fn prepare(context: &Context, dispatches: &[Dispatch]) -> DeviceResul
         found.push((pipeline, places, arguments.len() as u64));
         arguments.extend_from_slice(bytemuck::cast_slice(&dispatch.params));
     }
-    context.guarded("createBindGroup", || {
-        let arguments = constant(context, &arguments)?;
-        let launches = dispatches.iter().zip(found);
-        Ok(launches
-            .map(|(dispatch, (pipeline, places, at))| Launch {
-                bindings: bind(context, dispatch, &pipeline, &places, (&arguments, at)),
-                pipeline,
-                groups: dispatch.groups,
-                buffers: places.iter().map(|place| place.first).collect(),
-            })
-            .collect())
-    })
+    let launches = context.guarded("createBindGroup", || {
+        let buffer = constant(context, &arguments)?;
+        let launches = dispatches.iter().zip(found).map(|(dispatch, (pipeline, places, at))| Launch {
+            bindings: bind(context, dispatch, &pipeline, &places, (&buffer, at)),
+            pipeline,
+            groups: dispatch.groups,
+            buffers: places.iter().map(|place| place.first).collect(),
+        });
+        Ok(launches.collect())
+    });
+    launches.map_err(asked(arguments.len() as u64))
 }
 
 /// A uniform buffer with this content.

@@ -71,7 +71,8 @@ struct Record<'a> {
     device: String,
     model: &'a str,
     arch: &'a str,
-    threads: usize,
+    /// `None` where the device does not tell.
+    threads: Option<usize>,
     entries: &'a [Entry],
 }
 
@@ -236,7 +237,7 @@ impl<'a> Record<'a> {
             device: info.id.to_string(),
             model: &info.name,
             arch: &info.arch,
-            threads: info.parallelism,
+            threads: (info.parallelism > 0).then_some(info.parallelism),
             entries,
         }
     }

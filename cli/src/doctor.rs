@@ -53,8 +53,10 @@ struct DeviceReport {
     available: bool,
     model: Option<String>,
     arch: Option<String>,
+    /// `None` where the driver does not tell.
     parallelism: Option<usize>,
     dtypes: Vec<String>,
+    /// As `parallelism`.
     memory_bytes: Option<u64>,
     /// Whether an interpreter stands in for the hardware.
     is_virtual: bool,
@@ -163,9 +165,9 @@ impl DeviceReport {
                     available: true,
                     model: Some(info.name.clone()),
                     arch: Some(info.arch.clone()),
-                    parallelism: Some(info.parallelism),
+                    parallelism: (info.parallelism > 0).then_some(info.parallelism),
                     dtypes: info.dtypes.iter().map(ToString::to_string).collect(),
-                    memory_bytes: Some(info.memory_bytes),
+                    memory_bytes: (info.memory_bytes > 0).then_some(info.memory_bytes),
                     is_virtual: info.is_virtual,
                     reason: None,
                 }
@@ -190,13 +192,16 @@ impl DeviceReport {
             (true, Some(id)) if id == self.name || id.strip_suffix(":0") == Some(self.name.as_str()) => "selected",
             (true, _) => "ready",
         };
+        // Of what is off nothing is known anyway.
+        let known =
+            |value: Option<String>| value.unwrap_or_else(|| (if self.available { "unknown" } else { "" }).to_owned());
         [
             self.name.clone(),
             state.to_owned(),
             self.model.clone().unwrap_or_default(),
             self.arch.clone().unwrap_or_default(),
-            self.parallelism.map(|workers| workers.to_string()).unwrap_or_default(),
-            self.memory_bytes.map(|memory| bytes(as_f64(memory))).unwrap_or_default(),
+            known(self.parallelism.map(|workers| workers.to_string())),
+            known(self.memory_bytes.map(|memory| bytes(as_f64(memory)))),
         ]
     }
 }

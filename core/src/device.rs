@@ -65,7 +65,7 @@ pub struct DeviceInfo {
     pub arch: String,
     /// Memory in bytes; 0 when it cannot be told.
     pub memory_bytes: u64,
-    /// Independent workers: threads, multiprocessors or compute units.
+    /// Independent workers: threads, multiprocessors or compute units; 0 when it cannot be told.
     pub parallelism: usize,
     /// f32 lanes of one vector instruction, warp or wave.
     pub lanes: usize,

@@ -232,11 +232,9 @@ pub enum DeviceError {
         limit: String,
     },
     /// Memory ran out.
-    #[error(
-        "out of memory: asked for {asked} bytes, {free} free; use smaller sizes or `tilefold plan` to find what fits"
-    )]
+    #[error("out of memory: {}; use smaller sizes or `tilefold plan` to find what fits", shortage(*asked, *free))]
     OutOfMemory {
-        /// Bytes asked for.
+        /// Bytes asked for, 0 when it cannot be told.
         asked: u64,
         /// Bytes free, 0 when it cannot be told.
         free: u64,
@@ -267,6 +265,15 @@ pub enum DeviceError {
         /// The device it belongs to.
         got: DeviceId,
     },
+}
+
+/// What is known of memory that ran out.
+fn shortage(asked: u64, free: u64) -> String {
+    match (asked, free) {
+        (0, _) => "the driver does not tell how much it asked for".to_owned(),
+        (asked, 0) => format!("asked for {asked} bytes, and the driver does not tell how many are free"),
+        (asked, free) => format!("asked for {asked} bytes, {free} free"),
+    }
 }
 
 /// The result of a device call.
@@ -331,4 +338,19 @@ pub enum OpenError {
     /// The device was found but failed.
     #[error(transparent)]
     Device(#[from] DeviceError),
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn memory_that_ran_out_is_told_as_far_as_it_is_known() {
+        let text = |asked, free| DeviceError::OutOfMemory { asked, free }.to_string();
+        assert!(text(7, 5).starts_with("out of memory: asked for 7 bytes, 5 free; use smaller sizes"));
+        for (asked, free, has_asked) in [(7, 0, true), (0, 0, false)] {
+            let text = text(asked, free);
+            assert!(text.contains("does not tell") && text.contains('7') == has_asked && !text.contains('0'), "{text}");
+        }
+    }
 }

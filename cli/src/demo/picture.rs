@@ -49,8 +49,12 @@ fn drawn(area: &Area<'_>, report: &Report, cases: &[&Case], bottom: i32) -> Resu
     let memory = Axis::around(MEMORY, cases.iter().flat_map(|case| [fused(case), unfused(case)]));
     let source = &report.alignment;
     let device = format!(
-        "{} ({}), {} threads; inputs from {}, {} sequences x {} residues",
-        report.model, report.arch, report.threads, source.file, source.n_seq, source.n_res
+        "{} ({}); inputs from {}, {} sequences x {} residues",
+        report.model,
+        report.kernels(),
+        source.file,
+        source.n_seq,
+        source.n_res
     );
     label(area, "Evoformer attention, forward and backward", (24, 30), text(20, INK))?;
     label(area, &device, (24, 54), text(13, MUTED))?;

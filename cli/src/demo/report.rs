@@ -20,7 +20,8 @@ pub(super) struct Report {
     pub(super) device: String,
     pub(super) model: String,
     pub(super) arch: String,
-    pub(super) threads: usize,
+    /// `None` where the device does not tell.
+    pub(super) threads: Option<usize>,
     memory_available_bytes: u64,
     /// The four variants on the alignment.
     pub(super) cases: Vec<Case>,
@@ -124,7 +125,7 @@ impl Report {
             device: info.id.to_string(),
             model: info.name.clone(),
             arch: info.arch.clone(),
-            threads: info.parallelism,
+            threads: (info.parallelism > 0).then_some(info.parallelism),
             memory_available_bytes: machine.memory_available_bytes,
             cases: Vec::new(),
             paper: Vec::new(),
@@ -134,15 +135,22 @@ impl Report {
         }
     }
 
+    /// The kernels' kind and how many threads run them.
+    pub(super) fn kernels(&self) -> String {
+        match self.threads {
+            Some(threads) => format!("{}, {threads} threads", self.arch),
+            None => self.arch.clone(),
+        }
+    }
+
     /// What is about to be done.
     pub(super) fn head(&self) -> String {
         let Source { file, n_seq, n_res, .. } = &self.alignment;
         format!(
-            "{file}: {n_seq} sequences, {n_res} match columns\n{} ({}, {}, {} threads, {} of memory available)\n",
+            "{file}: {n_seq} sequences, {n_res} match columns\n{} ({}, {}, {} of memory available)\n",
             self.device,
             self.model,
-            self.arch,
-            self.threads,
+            self.kernels(),
             bytes(as_f64(self.memory_available_bytes))
         )
     }
