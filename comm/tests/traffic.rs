@@ -1,5 +1,7 @@
 //! The table of bytes and memory in docs/sequence-parallel.md, row by row, against what communicator and device count.
 
+#![allow(clippy::unwrap_used, reason = "a panic is a failed test")]
+
 use std::any::Any;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -200,13 +202,13 @@ fn ulysses_attention() {
         let shape = [1, 1, S / P, H, D];
         let (q, k, v) = (tensor(rank, &shape), Arc::new(tensor(rank, &shape)), Arc::new(tensor(rank, &shape)));
         let shard = shard(&q, &k, &v, &[]);
-        let switched = |count: usize| count * PART * (P - 1) / P;
+        let switched = |count: usize| u64::try_from(count * PART * (P - 1) / P).unwrap();
         let (forward, peak) = device.peak_of(|| ulysses.forward(rank, &shard).unwrap());
-        assert_eq!(ulysses.traffic()["switch"].bytes_sent as usize, switched(4), "forward");
+        assert_eq!(ulysses.traffic()["switch"].bytes_sent, switched(4), "forward");
         // q, k, v and out of this rank's heads, with lse; out once more in parts, and whole.
         assert!((4 * PART + 2 * LSE..=6 * PART + 2 * LSE).contains(&peak), "forward: {peak}, part {PART}");
         ulysses.backward(rank, &forward, &q.view()).unwrap();
-        assert_eq!(ulysses.traffic()["switch"].bytes_sent as usize, switched(8), "backward");
+        assert_eq!(ulysses.traffic()["switch"].bytes_sent, switched(8), "backward");
     });
 }
 

@@ -45,7 +45,7 @@ impl Cut {
                 let mut start = 0;
                 let chunks = counts.iter().map(|count| {
                     start += count;
-                    vec![start - count..start]
+                    std::iter::once(start - count..start).collect()
                 });
                 Partition::new(seqlen, chunks.collect())
             }

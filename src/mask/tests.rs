@@ -5,8 +5,9 @@ use std::sync::{Arc, Mutex};
 
 use super::*;
 use crate::{
-    AttentionPlan, AttentionProblem, BackwardArgs, DeviceError, DeviceId, DeviceKind, DeviceResult, Event, ForwardArgs,
-    Inputs, MergeArgs, Options, RelayoutArgs, Storage, Stream, TensorViewMut, Window, attention,
+    AccumulateArgs, AttentionPlan, AttentionProblem, BackwardArgs, DeviceError, DeviceId, DeviceKind, DeviceResult,
+    Event, ForwardArgs, Inputs, MergeArgs, Options, RelayoutArgs, RopeArgs, Storage, Stream, TensorViewMut, Window,
+    attention,
 };
 
 const SIZES: [(usize, usize); 5] = [(1, 1), (5, 3), (3, 40), (70, 33), (130, 1100)];
@@ -292,6 +293,12 @@ impl Backend for Apart {
         Ok(())
     }
     fn fill(&self, _: &Stream, _: TensorViewMut<'_>, _: f64) -> DeviceResult<()> {
+        Err(no())
+    }
+    fn accumulate(&self, _: &Stream, _: AccumulateArgs<'_>) -> DeviceResult<()> {
+        Err(no())
+    }
+    fn rope(&self, _: &Stream, _: RopeArgs<'_>) -> DeviceResult<()> {
         Err(no())
     }
     fn record(&self, _: &Stream) -> DeviceResult<Event> {

@@ -123,7 +123,7 @@ pub(crate) fn copy_view(source: &View, destination: &View, limits: &Limits) -> R
     ];
     let side = |name, view: &View| {
         let elements = Elements::Bits(number(view.size_bytes()));
-        Side { name, elements, bytes: view.size_bytes().unsigned_abs() as usize, address: view.address }
+        Side { name, elements, bytes: usize::try_from(view.size_bytes()).unwrap_or(1), address: view.address }
     };
     let moves = Moves {
         file: File::Relayout,
