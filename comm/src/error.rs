@@ -117,6 +117,16 @@ pub enum CommError {
         /// Ranks of the communicator.
         got: usize,
     },
+    /// A number outside its range.
+    #[error("{parameter}: expected {expected}, got {got}")]
+    Setting {
+        /// The option.
+        parameter: &'static str,
+        /// What would do.
+        expected: &'static str,
+        /// What came.
+        got: f64,
+    },
     /// A deadline of zero would fail whatever the others do.
     #[error("deadline: expected a time above zero, got zero")]
     ZeroDeadline,

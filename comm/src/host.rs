@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use tilefold_core::{DType, DeviceId, Layout, ProblemError, Tensor, TensorView};
+use tilefold_core::{DType, DeviceId, Element, Layout, ProblemError, Tensor, TensorView};
 
 use crate::error::Result;
 use crate::transport::Parcel;
@@ -64,4 +64,14 @@ pub(crate) fn join(parts: &[Arc<Tensor>], dtype: DType, shape: &[usize]) -> Resu
 pub(crate) fn reshaped(tensor: Tensor, shape: &[usize]) -> Result<Tensor> {
     let (dtype, layout) = (tensor.dtype(), Layout::contiguous(shape)?);
     Ok(Tensor::new(tensor.into_storage(), dtype, layout)?)
+}
+
+/// Elements in f32, in which every half-precision number is exact.
+pub(crate) fn singles(tensor: &Tensor) -> Result<Vec<f32>> {
+    Ok(match tensor.dtype() {
+        DType::F32 => tensor.as_slice::<f32>()?.to_vec(),
+        DType::F16 => tensor.as_slice::<half::f16>()?.iter().map(|x| x.to_f32()).collect(),
+        DType::BF16 => tensor.as_slice::<half::bf16>()?.iter().map(|x| x.to_f32()).collect(),
+        _ => tensor.to_f64()?.into_iter().map(f32::from_f64).collect(),
+    })
 }

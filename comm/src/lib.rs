@@ -4,6 +4,7 @@
 //! MPI; a [`Partition`] says who holds which positions; a [`Rank`] is a communicator with a device; what ranks compute
 //! together is in [`sequence_parallel`]. `docs/sequence-parallel.md` has pictures, memory and traffic.
 
+mod adam;
 mod communicator;
 mod error;
 mod host;
@@ -18,6 +19,7 @@ mod shape;
 mod threads;
 mod transport;
 
+pub use adam::{AdamOptions, AdamState, ShardedAdam};
 pub use communicator::{Communicator, DEFAULT_DEADLINE, Shift, Traffic, near_equal};
 pub use error::{CommError, Error, Result};
 pub use partition::Partition;

@@ -6,7 +6,7 @@
 
 use std::sync::Arc;
 
-use tilefold_core::{DType, Element, ProblemError, Tensor, TensorView};
+use tilefold_core::{ProblemError, Tensor, TensorView};
 
 use crate::communicator::Communicator;
 use crate::error::{CommError, Result};
@@ -144,7 +144,7 @@ impl PositionTable {
         let parts = comm.exchange("position_gradient", "rows", parcels)?;
         let mut sum = vec![0_f32; self.rows.layout().len()];
         for (part, rows) in parts.iter().flatten().zip(asked.iter().filter(|rows| !rows.is_empty())) {
-            let values = single(part)?;
+            let values = host::singles(part)?;
             for (values, row) in values.chunks(self.width()).zip(rows) {
                 let place = &mut sum[row * self.width()..(row + 1) * self.width()];
                 place.iter_mut().zip(values).for_each(|(sum, value)| *sum += value);
@@ -232,16 +232,6 @@ impl PositionTable {
     fn row_bytes(&self) -> usize {
         self.width() * self.rows.dtype().size_bytes()
     }
-}
-
-/// Elements in f32.
-fn single(tensor: &Tensor) -> Result<Vec<f32>> {
-    Ok(match tensor.dtype() {
-        DType::F32 => tensor.as_slice::<f32>()?.to_vec(),
-        DType::F16 => tensor.as_slice::<half::f16>()?.iter().map(|x| x.to_f32()).collect(),
-        DType::BF16 => tensor.as_slice::<half::bf16>()?.iter().map(|x| x.to_f32()).collect(),
-        _ => tensor.to_f64()?.into_iter().map(f32::from_f64).collect(),
-    })
 }
 
 fn check_ranks(comm: &Communicator, partition: &Partition) -> Result<()> {
