@@ -4,6 +4,7 @@
 //! MPI; a [`Partition`] says who holds which positions; a [`Rank`] is a communicator with a device; what ranks compute
 //! together is in [`sequence_parallel`]. `docs/sequence-parallel.md` has pictures, memory and traffic.
 
+pub mod activation;
 mod adam;
 mod communicator;
 mod error;
