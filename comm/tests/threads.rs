@@ -1,5 +1,4 @@
 //! Ranks as threads of one process: what every engine must do, and what happens when a rank fails.
-#![allow(clippy::unwrap_used, reason = "a panic is a failed test")]
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a panic in a test is a failed test")]
 
 mod checks;
