@@ -153,6 +153,11 @@ impl Communicator {
         Ok(())
     }
 
+    /// Takes over another communicator's deadline.
+    pub(crate) fn wait_as(&self, other: &Self) {
+        self.deadline.set(other.deadline.get());
+    }
+
     /// What this rank has sent to others so far, by operation.
     #[must_use]
     pub fn traffic(&self) -> BTreeMap<&'static str, Traffic> {
@@ -237,7 +242,8 @@ impl Communicator {
         let kind = format!("{reduction} {} {:?} into {counts:?}", values.dtype(), values.shape());
         let fitting = self.one_for_each_rank("counts", counts.len()).and_then(|()| {
             let size = values.shape().first().copied().unwrap_or(0);
-            if counts.iter().sum::<usize>() == size && !counts.contains(&0) {
+            let sum = counts.iter().try_fold(0_usize, |sum, &count| sum.checked_add(count));
+            if sum == Some(size) && !counts.contains(&0) {
                 return Ok(());
             }
             let expected = format!("numbers above 0 that add up to axis 0, {size}");

@@ -38,8 +38,13 @@ impl Partition {
     /// Any chunks, by rank. Empty ones are left out.
     ///
     /// # Errors
-    /// [`CommError::EmptyShard`]; [`CommError::Cover`] when a position belongs to no rank, or to two.
+    /// [`CommError::EmptyShard`]; [`CommError::Cover`] when a position belongs to no rank, or to two; [`CommError::Counts`]
+    /// without ranks.
     pub fn new(seqlen: usize, mut chunks: Vec<Vec<Range<usize>>>) -> Result<Self> {
+        if chunks.is_empty() {
+            let expected = "at least one rank".into();
+            return Err(CommError::Counts { list: "chunks", expected, got: "none".into() }.into());
+        }
         for (rank, held) in chunks.iter_mut().enumerate() {
             held.retain(|chunk| !chunk.is_empty());
             if held.is_empty() {
@@ -75,6 +80,9 @@ impl Partition {
     }
 
     /// The chunks a rank holds, in the order of its shard.
+    ///
+    /// # Panics
+    /// For a rank that is not below [`Partition::ranks`], as are the functions below.
     #[must_use]
     pub fn chunks(&self, rank: usize) -> &[Range<usize>] {
         &self.chunks[rank]
@@ -195,6 +203,7 @@ mod tests {
         assert_eq!(error(vec![vec![0..6], vec![6..9]]), cover(9, &[]));
         assert_eq!(error(vec![vec![0..10], vec![]]), CommError::EmptyShard { rank: 1, seqlen: 10 });
         assert!(matches!(Partition::contiguous(3, 4), Err(Error::Comm(CommError::EmptyShard { rank: 3, .. }))));
+        assert!(Partition::new(0, Vec::new()).is_err() && Partition::contiguous(5, 0).is_err());
         assert!(Partition::zigzag(4, 4).is_ok(), "half of the chunks are empty, no shard is");
     }
 

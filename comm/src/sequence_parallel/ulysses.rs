@@ -382,8 +382,9 @@ impl UlyssesAttention {
     }
 }
 
-/// The same rank in another group.
+/// The same rank in another group, where it waits for as long as in the first.
 fn on<'r>(rank: &Rank<'r>, comm: &'r Communicator) -> Rank<'r> {
+    comm.wait_as(rank.comm);
     Rank { comm, ..*rank }
 }
 
