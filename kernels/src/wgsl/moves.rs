@@ -122,8 +122,8 @@ pub(crate) fn copy_view(source: &View, destination: &View, limits: &Limits) -> R
         ("DESTINATION", Constant::Number(kinds[1])),
     ];
     let side = |name, view: &View| {
-        let elements = Elements::Bits(number(view.size_bytes()));
-        Side { name, elements, bytes: usize::try_from(view.size_bytes()).unwrap_or(1), address: view.address }
+        let bytes = number(view.size_bytes());
+        Side { name, elements: Elements::Bits(bytes), bytes, address: view.address }
     };
     let moves = Moves {
         file: File::Relayout,
@@ -202,7 +202,7 @@ struct Side {
     /// How the kernel takes them.
     elements: Elements,
     /// Of one element.
-    bytes: usize,
+    bytes: u32,
     /// Address of the first element of the axes.
     address: u64,
 }
@@ -211,7 +211,7 @@ impl Side {
     fn of(name: &'static str, view: &TensorView<'_>, start: i64) -> Self {
         let bytes = view.dtype().size_bytes();
         let address = crate::axes::moved(view.origin().addr() as u64, start, bytes);
-        Self { name, elements: Elements::Bits(number(bytes)), bytes, address }
+        Self { name, elements: Elements::Bits(number(bytes)), bytes: number(bytes), address }
     }
 
     /// Its part in a box whose first element lies `offset` elements on.
@@ -225,7 +225,7 @@ impl Side {
         View {
             elements: self.elements,
             strides: [forwards, backwards, 0, 0, 0],
-            ..View::dense(self.name, crate::axes::moved(self.address, offset, self.bytes), [2, 2, 1, 1, 1])
+            ..View::dense(self.name, crate::axes::moved(self.address, offset, self.bytes as usize), [2, 2, 1, 1, 1])
         }
     }
 }
