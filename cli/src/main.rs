@@ -4,6 +4,7 @@ mod bench;
 mod chart;
 mod demo;
 mod doctor;
+mod genome;
 mod global;
 mod list;
 mod out_file;
@@ -44,6 +45,8 @@ enum Command {
     Bench(bench::Args),
     /// Computes attention on the tensors of a safetensors file
     Run(run::Args),
+    /// Trains a small language model of a genome, split over ranks, and holds it against one rank
+    Genome(genome::Args),
     /// Says how many bytes a problem takes, fused and unfused, and what length fits a memory size
     Plan(plan::Args),
 }
@@ -56,6 +59,7 @@ fn main() -> ExitCode {
         Command::Verify(args) => verify::run(&args, &cli.global),
         Command::Bench(args) => bench::run(&args, &cli.global),
         Command::Run(args) => run::run(&args, &cli.global),
+        Command::Genome(args) => genome::run(&args, &cli.global),
         Command::Plan(args) => plan::run(&args, &cli.global),
     });
     match result {

@@ -4,6 +4,7 @@
 
 mod bench;
 mod demo;
+mod genome;
 mod machine;
 mod run;
 

@@ -1,0 +1,3 @@
+//! Models written over tilefold's primitives: examples to read and to take from, not a framework.
+
+pub mod genslm;
