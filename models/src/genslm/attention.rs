@@ -29,8 +29,8 @@ enum Way {
 /// What the backward pass needs, on the device.
 #[derive(Debug)]
 pub(super) enum Kept {
-    Ring { q: Arc<Tensor>, k: Arc<Tensor>, v: Arc<Tensor>, forward: ShardForward },
-    Ulysses(UlyssesForward),
+    Ring { q: Arc<Tensor>, k: Arc<Tensor>, v: Arc<Tensor>, forward: Box<ShardForward> },
+    Ulysses(Box<UlyssesForward>),
 }
 
 impl Attention {
@@ -55,10 +55,10 @@ impl Attention {
         let shard = shard(&q, &k, &v);
         let kept = match &self.way {
             Way::Ring(ring) => {
-                let forward = ring.forward(rank, &shard)?;
+                let forward = Box::new(ring.forward(rank, &shard)?);
                 Kept::Ring { forward, q, k, v }
             }
-            Way::Ulysses(ulysses) => Kept::Ulysses(ulysses.forward(rank, &shard)?),
+            Way::Ulysses(ulysses) => Kept::Ulysses(Box::new(ulysses.forward(rank, &shard)?)),
         };
         Ok((self.out(rank, &kept)?, kept))
     }
