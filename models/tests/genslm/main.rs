@@ -95,9 +95,10 @@ fn wrong(got: &Parameters, expected: &[Vec<f64>]) -> Vec<String> {
     let mut wrong = Vec::new();
     for (((name, _), got), expected) in got.names().into_iter().zip(got.arrays()).zip(expected) {
         let size = expected.iter().fold(0.0, |max: f64, x| max.max(x.abs()));
-        let error = got.iter().zip(expected).fold(0.0, |max: f64, (&got, x)| max.max((f64::from(got) - x).abs()));
-        // Not a number is wrong, too.
-        if !(error <= TOLERANCE * size) || got.len() != expected.len() {
+        let errors = got.iter().zip(expected).map(|(&got, x)| (f64::from(got) - x).abs());
+        // Not a number is wrong, too, and `f64::max` would pass over it.
+        let error = errors.fold(0.0, |most: f64, error| if most.is_nan() || most > error { most } else { error });
+        if error > TOLERANCE * size || error.is_nan() || got.len() != expected.len() {
             wrong.push(format!("{name}: {error:e} of {size:e}"));
         }
     }
