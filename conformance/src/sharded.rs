@@ -113,6 +113,11 @@ impl Way {
         }
     }
 
+    /// The name of a case's trial.
+    fn name(self, case: &Case) -> String {
+        format!("{}/sharded/{}/{}/{}", case.spec.precision(), case.group, case.name, self.title())
+    }
+
     fn title(self) -> String {
         let method = match self.method {
             Method::Ring => "ring".to_owned(),
@@ -181,7 +186,7 @@ pub(crate) fn trials(device: &Arc<dyn Backend>, table: &[Case], few: bool) -> Ve
         let turn = WAYS.iter().cycle().skip(number).take(WAYS.len()).filter(|way| way.applies(&case.spec));
         let count = if case.group == "everything" && !few { WAYS.len() } else { 1 };
         for &way in turn.take(count) {
-            let name = format!("{}/sharded/{}/{}/{}", case.spec.precision(), case.group, case.name, way.title());
+            let name = way.name(case);
             let (device, case) = (Arc::clone(device), case.clone());
             trials.push(Trial::new("sharded", name, move || check(&*device, &case, way)));
         }
@@ -200,7 +205,7 @@ fn check(device: &dyn Backend, case: &Case, way: Way) -> Result<f64, String> {
         let chunks: usize = (0..way.ranks).map(|rank| split.chunks(rank).len()).sum();
         Expected::of(case, &inputs)?.check_sharded(case, u32::try_from(chunks).map_err(text)?, &results)
     };
-    check().map_err(|message| format!("{}, seed {:#x}, {way:?}: {message}", case.title(), case.seed))
+    check().map_err(|message| format!("{}, seed {:#x}: {message}", way.name(case), case.seed))
 }
 
 /// One rank's results, by name.

@@ -11,13 +11,25 @@ use tilefold_conformance::report::Report;
 use tilefold_conformance::suite::{Filter, Subject, trials};
 use tilefold_core::{Backend, DType, Precision};
 
-/// Runs the trials whose names contain `part` on the oracle with a bug in it.
+/// Runs the trials whose names contain `part` on the oracle with a bug in it, but for those over ranks: the oracle's backward
+/// pass takes the softmax from the keys it has, where theirs needs that of all ranks' keys.
 fn report(bug: Option<Bug>, precision: impl Into<Precision>, part: &str) -> Report {
+    report_of(bug, precision, part, |group| group != "sharded")
+}
+
+/// The same for groups of trials.
+fn report_of(
+    bug: Option<Bug>,
+    precision: impl Into<Precision>,
+    part: &str,
+    has_group: impl Fn(&str) -> bool,
+) -> Report {
     let inner: Arc<dyn Backend> = Arc::new(CpuBackend::new().unwrap());
     let device: Arc<dyn Backend> = Arc::new(Planted::new(inner, bug));
     let subject = Subject { device, twins: Vec::new() };
     let filter = Filter { precisions: vec![precision.into()], contains: Some(part.to_owned()), ..Filter::default() };
-    Report::of(trials(&subject, &filter), |_| ())
+    let trials = trials(&subject, &filter).into_iter().filter(|trial| has_group(trial.group)).collect();
+    Report::of(trials, |_| ())
 }
 
 /// Where a bug has to show: trials and what a failure names.
@@ -90,6 +102,18 @@ fn every_planted_bug_is_found() {
             assert!(seen, "{bug:?} in {dtype} shows elsewhere than in {named}: {:?}", failures[0]);
         }
     }
+}
+
+#[test]
+fn offsets_that_are_ignored_show_over_ranks() {
+    // Only outputs count: the oracle's gradients are not those of ranks, whatever the bug.
+    let outputs_off = |bug| {
+        let report = report_of(bug, DType::F32, "sharded/structural/causal", |group| group == "sharded");
+        assert!(!report.results.is_empty());
+        report.failures().filter(|(_, message)| message.contains(": out[")).count()
+    };
+    assert_eq!(outputs_off(None), 0);
+    assert!(outputs_off(Some(Bug::OffsetsIgnored)) > 0);
 }
 
 #[test]
