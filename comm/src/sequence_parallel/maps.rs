@@ -12,8 +12,8 @@
 //!
 //! | map | from | to | backward |
 //! |---|---|---|---|
-//! | [`Copy`] | replicated | varying | [`Reduce`] |
-//! | [`Reduce`] | varying | replicated | [`Copy`] |
+//! | [`Copy`](struct@Copy) | replicated | varying | [`Reduce`] |
+//! | [`Reduce`] | varying | replicated | [`Copy`](struct@Copy) |
 //! | [`Scatter`] | replicated | sharded | [`Gather`] |
 //! | [`Gather`] | sharded | replicated | [`Scatter`] |
 //! | [`AllGather`] | sharded | varying | [`ReduceScatter`] |
