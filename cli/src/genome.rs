@@ -22,6 +22,9 @@ use report::Report;
 /// How long a rank waits for others: one of them may be computing the whole sequence alone.
 const DEADLINE: Duration = Duration::from_secs(24 * 3600);
 
+/// Largest of any size: beyond all genomes' codons, and small enough that products of two are numbers.
+const MAX_SIZE: usize = 1 << 31;
+
 /// Options of `genome`.
 #[derive(Debug, clap::Args)]
 #[command(after_long_help = "\
@@ -32,25 +35,25 @@ pub(crate) struct Args {
     #[arg(value_name = "FILE")]
     file: PathBuf,
     /// Ranks the sequence is split over
-    #[arg(long, default_value_t = 4, value_parser = at_least_1)]
+    #[arg(long, default_value_t = 4, value_parser = size)]
     ranks: usize,
     /// Steps of training, each on the next sequences of the genome
-    #[arg(long, default_value_t = 24, value_parser = at_least_1)]
+    #[arg(long, default_value_t = 24, value_parser = size)]
     steps: usize,
     /// Codons of a sequence, over all ranks
-    #[arg(long, default_value_t = 8192, value_parser = at_least_1)]
+    #[arg(long, default_value_t = 8192, value_parser = size)]
     tokens: usize,
     /// Sequences of a step
-    #[arg(long, default_value_t = 1, value_parser = at_least_1)]
+    #[arg(long, default_value_t = 1, value_parser = size)]
     batch: usize,
     /// Transformer layers
-    #[arg(long, default_value_t = 2, value_parser = at_least_1)]
+    #[arg(long, default_value_t = 2, value_parser = size)]
     layers: usize,
     /// Channels of a token
-    #[arg(long, default_value_t = 128, value_parser = at_least_1)]
+    #[arg(long, default_value_t = 128, value_parser = size)]
     hidden: usize,
     /// Heads of attention
-    #[arg(long, default_value_t = 4, value_parser = at_least_1)]
+    #[arg(long, default_value_t = 4, value_parser = size)]
     heads: usize,
     /// How the model knows where a codon stands: rotated queries and keys, a slope for each head, or a table split over ranks
     #[arg(long, value_enum, default_value = "rope")]
@@ -94,8 +97,9 @@ enum MlpName {
     Tensor,
 }
 
-fn at_least_1(text: &str) -> Result<usize, String> {
-    text.parse().ok().filter(|&number| number > 0).ok_or_else(|| "expected a number from 1 up".to_owned())
+fn size(text: &str) -> Result<usize, String> {
+    let size = text.parse().ok().filter(|size| (1..=MAX_SIZE).contains(size));
+    size.ok_or_else(|| format!("expected a number from 1 to {MAX_SIZE}"))
 }
 
 impl Args {

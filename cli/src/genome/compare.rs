@@ -42,9 +42,7 @@ pub(super) fn judge(report: &mut Report, found: Vec<Evaluated>, other_order: Opt
         let worst = largest(&over);
         row.of_tolerance = worst.as_ref().map(|(over, _)| *over);
         row.worst = worst.map(|(_, name)| name);
-        // Not a number does not pass.
-        let passes = row.of_tolerance.is_some_and(|over| over <= 1.0);
-        report.passed &= passes;
+        report.passed &= row.passes();
         report.rows.push(row);
     }
 }
@@ -78,7 +76,49 @@ fn largest(differences: &[(f64, String)]) -> Option<(f64, String)> {
 
 #[cfg(test)]
 mod tests {
+    use tilefold::Backend;
+    use tilefold_models::genslm::{AttentionKind, Config, MlpKind, Positions, Tokens};
+
+    use super::super::job::Job;
+    use super::super::report::Row;
     use super::*;
+
+    /// What a number of ranks found, with one number of one gradient moved.
+    fn evaluated(config: &Config, moved: f32) -> Evaluated {
+        let point = |moved: f32| {
+            let mut gradients = Parameters::new(config, 1);
+            gradients.arrays_mut()[2][[0, 0]] += moved;
+            Point { loss: 4.0, gradients }
+        };
+        let [activation_bytes, state_bytes, bytes_sent, seconds] = [0.0; 4];
+        let (difference, of_tolerance, worst) = (None, None, None);
+        #[rustfmt::skip]
+        let row = Row {
+            ranks: 1, activation_bytes, state_bytes, bytes_sent, seconds, losses: Vec::new(), difference, of_tolerance, worst,
+        };
+        Evaluated { row, points: vec![point(0.0), point(moved)] }
+    }
+
+    #[test]
+    fn one_number_off_fails() {
+        let (positions, attention, mlp) = (Positions::Rope, AttentionKind::Ring, MlpKind::Replicated);
+        let config =
+            Config { layers: 1, hidden: 4, heads: 2, mlp_hidden: 4, seqlen: 2, batch: 1, positions, attention, mlp };
+        let tokens = Tokens::parse(b">x\nACGTAC", "x").unwrap();
+        let (config, file) = (config.clone(), String::new());
+        let job = Job { config, tokens: &tokens, file, steps: 1, rate: 0.0, compares: true, says: false };
+        let device = tilefold::Device::cpu().unwrap();
+        let verdict = |moved: f32, order: f32| {
+            let mut report = Report::new(&job, 2, 0, device.info());
+            let found = vec![evaluated(&job.config, 0.0), evaluated(&job.config, moved)];
+            judge(&mut report, found, Some(evaluated(&job.config, order)));
+            (report.passed, report.rows[1].worst.clone().unwrap_or_default())
+        };
+        assert!(verdict(0.0, 0.0).0 && verdict(4e-7, 1e-7).0);
+        for (moved, order) in [(1e-3, 1e-6), (f32::NAN, 1e-6), (f32::INFINITY, 0.0)] {
+            assert_eq!(verdict(moved, order), (false, "gradient of layer0.query, after training".to_owned()));
+        }
+    }
 
     #[test]
     fn what_is_not_a_number_is_the_largest() {

@@ -78,7 +78,7 @@ impl Job<'_> {
             let start = Instant::now();
             let tokens = self.tokens.windows(step * self.config.batch, self.config.batch, self.config.seqlen)?;
             let (loss, gradients) = model.loss_and_gradients(&weights, &tokens)?;
-            adam.update(&mut weights, &gradients);
+            adam.update(&mut weights, &gradients)?;
             report.losses.push(loss);
             if self.says && rank.comm.rank() == 0 {
                 let seconds = start.elapsed().as_secs_f64();

@@ -2,8 +2,9 @@
 //!
 //! Source: Kingma and Ba, "Adam: A Method for Stochastic Optimization", 2015.
 
-use ndarray::Zip;
+use ndarray::{Array2, Zip};
 
+use super::error::{Error, Result};
 use super::parameters::Parameters;
 
 /// Weights of the running means of the gradient and of its square.
@@ -30,7 +31,18 @@ impl Adam {
     }
 
     /// One step.
-    pub fn update(&mut self, parameters: &mut Parameters, gradients: &Parameters) {
+    ///
+    /// # Errors
+    /// [`Error::Config`] when weights or gradients are not of the shapes this was made for; nothing is changed then.
+    pub fn update(&mut self, parameters: &mut Parameters, gradients: &Parameters) -> Result<()> {
+        let shapes = |of: &Parameters| of.arrays().into_iter().map(Array2::dim).collect::<Vec<_>>();
+        let expected = shapes(&self.mean);
+        for (field, got) in [("parameters", shapes(parameters)), ("gradients", shapes(gradients))] {
+            if got != expected {
+                let (expected, got) = (format!("shapes {expected:?}"), format!("{got:?}"));
+                return Err(Error::Config { field, expected, got });
+            }
+        }
         for (decay, beta) in self.decay.iter_mut().zip(BETAS) {
             *decay *= beta;
         }
@@ -45,5 +57,6 @@ impl Adam {
                 *weight -= rate * (*mean / mean_part) / ((*square / square_part).sqrt() + EPSILON);
             });
         }
+        Ok(())
     }
 }

@@ -58,6 +58,11 @@ impl<'r> Model<'r> {
     /// [`Error::Config`]; what [`tilefold::comm`] says of the partition.
     pub fn new(rank: Rank<'r>, config: Config, partition: Partition) -> Result<Self> {
         config.check()?;
+        let (expected, got) = (rank.comm.world_size(), partition.ranks());
+        if expected != got {
+            let (field, expected) = ("partition", format!("one over {expected} ranks"));
+            return Err(Error::Config { field, expected, got: got.to_string() });
+        }
         let attention = Attention::new(&rank, &config, &partition)?;
         let places: Vec<usize> = partition.positions(rank.comm.rank()).collect();
         let rotary = (config.positions == Positions::Rope).then(|| Rotary::new(&config, &places));
@@ -82,8 +87,9 @@ impl<'r> Model<'r> {
     /// This rank's part of all weights.
     ///
     /// # Errors
-    /// Those of [`tilefold::comm`].
+    /// [`Error::Config`] for weights of another model; those of [`tilefold::comm`].
     pub fn scatter(&self, whole: &Parameters) -> Result<Parameters> {
+        self.check(whole, |_, size| size)?;
         self.with_split(whole, |split, array| {
             let shape = array.shape().to_vec();
             apply(&self.rank, &Scatter(split), array, &shape)
@@ -93,8 +99,9 @@ impl<'r> Model<'r> {
     /// All weights, or gradients, from each rank's part of them. Called by all ranks.
     ///
     /// # Errors
-    /// Those of [`tilefold::comm`].
+    /// As [`Model::scatter`].
     pub fn gather(&self, part: &Parameters) -> Result<Parameters> {
+        self.check_own(part)?;
         self.with_split(part, |split, array| {
             let shape = array.shape().to_vec();
             apply(&self.rank, &Gather(split), array, &shape)
@@ -106,8 +113,9 @@ impl<'r> Model<'r> {
     /// each but the first is to be predicted from those before it.
     ///
     /// # Errors
-    /// [`Error::Config`] for another number of tokens, or one beyond the vocabulary; what [`tilefold::comm`] reports.
+    /// [`Error::Config`] for weights of another model or rank, another number of tokens, or one beyond the vocabulary; what [`tilefold::comm`] reports.
     pub fn loss_and_gradients(&self, parameters: &Parameters, tokens: &[u32]) -> Result<(f32, Parameters)> {
+        self.check_own(parameters)?;
         let (inputs, targets) = self.own(tokens)?;
         let mut gradients = parameters.zeros_like();
         let mut x = self.embed(parameters, &inputs)?;
@@ -272,6 +280,29 @@ impl<'r> Model<'r> {
             }
         }
         Ok(changed)
+    }
+
+    /// Whether these are this rank's part of the model's weights.
+    fn check_own(&self, parameters: &Parameters) -> Result<()> {
+        self.check(parameters, |split, _| split.partition.count(self.rank.comm.rank()))
+    }
+
+    /// Whether each weight has its shape, where `held` says how much there is of an axis that is split.
+    fn check(&self, parameters: &Parameters, held: impl Fn(&Split, usize) -> usize) -> Result<()> {
+        let (names, shapes) = (parameters.names(), Parameters::shapes(&self.config));
+        let wrong = |expected, got| Err(Error::Config { field: "parameters", expected, got });
+        if names.len() != shapes.len() {
+            return wrong(format!("{} weights", shapes.len()), names.len().to_string());
+        }
+        for (((name, part), mut expected), array) in names.into_iter().zip(shapes).zip(parameters.arrays()) {
+            if let Some(split) = self.split(part)? {
+                expected[split.axis] = held(&split, expected[split.axis]);
+            }
+            if array.shape() != expected {
+                return wrong(format!("{name} {expected:?}"), format!("{:?}", array.shape()));
+            }
+        }
+        Ok(())
     }
 
     /// How a weight is split over ranks.

@@ -115,6 +115,19 @@ impl Parameters {
         first.chain(positions).chain(layers).chain([("final_gain".to_owned(), Part::Whole)]).collect()
     }
 
+    /// The shape of each weight of a model, in the same order.
+    pub(super) fn shapes(config: &Config) -> Vec<[usize; 2]> {
+        let (hidden, mlp_hidden) = (config.hidden, config.mlp_hidden);
+        let (gain, square) = ([1, hidden], [hidden; 2]);
+        let mut shapes = vec![[VOCABULARY, hidden]];
+        shapes.extend((config.positions == Positions::Learned).then_some([config.seqlen, hidden]));
+        for _ in 0..config.layers {
+            shapes.extend([gain, square, square, square, square, gain, [hidden, mlp_hidden], [mlp_hidden, hidden]]);
+        }
+        shapes.push(gain);
+        shapes
+    }
+
     /// Each weight.
     #[must_use]
     pub fn arrays(&self) -> Vec<&Array2<f32>> {

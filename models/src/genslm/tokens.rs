@@ -132,16 +132,21 @@ impl Tokens {
     /// genome is cut into such sequences, which are taken in turn, from number `first` on.
     ///
     /// # Errors
-    /// [`Error::Config`] when the genome is shorter than one sequence, or a sequence is empty.
+    /// [`Error::Config`] when the genome is shorter than one sequence, a sequence is empty, or memory too small.
     pub fn windows(&self, first: usize, batch: usize, seqlen: usize) -> Result<Vec<u32>> {
         let count = self.codons.len().checked_div(seqlen).unwrap_or(0);
         if count == 0 {
             let expected = format!("1 to {}, the codons of the genome", self.codons.len());
             return Err(Error::Config { field: "tokens", expected, got: seqlen.to_string() });
         }
-        let mut windows = Vec::with_capacity(batch * (seqlen + 1));
-        for window in first..first + batch {
-            let start = window % count * seqlen;
+        let mut windows = Vec::new();
+        let length = batch.checked_mul(seqlen + 1).filter(|&length| windows.try_reserve_exact(length).is_ok());
+        if length.is_none() {
+            let expected = format!("as many sequences of {seqlen} codons as memory holds");
+            return Err(Error::Config { field: "batch", expected, got: batch.to_string() });
+        }
+        for window in 0..batch {
+            let start = (first % count + window) % count * seqlen;
             windows.push(BEGIN);
             windows.extend_from_slice(&self.codons[start..start + seqlen]);
         }
@@ -194,6 +199,8 @@ mod tests {
         let tokens = Tokens { codons: (0..7).collect(), nucleotides: 21 };
         assert_eq!(tokens.windows(0, 2, 3).unwrap(), [BEGIN, 0, 1, 2, BEGIN, 3, 4, 5]);
         assert_eq!(tokens.windows(2, 1, 3).unwrap(), [BEGIN, 0, 1, 2]);
-        assert!(tokens.windows(0, 1, 8).is_err() && tokens.windows(0, 1, 0).is_err());
+        for (batch, seqlen) in [(1, 8), (1, 0), (usize::MAX, 1), (usize::MAX / 16, 3)] {
+            assert!(tokens.windows(0, batch, seqlen).is_err());
+        }
     }
 }

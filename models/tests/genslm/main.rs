@@ -4,7 +4,6 @@
 
 mod reference;
 
-use ndarray::Array2;
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use rand_distr::{Distribution, StandardNormal};
@@ -15,7 +14,7 @@ use tilefold_models::genslm::{
 };
 
 /// How far f32 may be from f64, of the largest gradient of a weight: sums of up to some hundred terms, each rounded to 2^-24,
-/// through two layers whose sums cancel in part. Measured: 1e-6.
+/// through two layers whose sums cancel in part. Measured: 1.3e-6 on one rank.
 const TOLERANCE: f64 = 1e-5;
 
 const POSITIONS: [Positions; 3] = [Positions::Rope, Positions::Alibi, Positions::Learned];
@@ -96,10 +95,10 @@ fn wrong(got: &Parameters, expected: &[Vec<f64>]) -> Vec<String> {
     for (((name, _), got), expected) in got.names().into_iter().zip(got.arrays()).zip(expected) {
         let size = expected.iter().fold(0.0, |max: f64, x| max.max(x.abs()));
         let errors = got.iter().zip(expected).map(|(&got, x)| (f64::from(got) - x).abs());
-        // Not a number is wrong, too, and `f64::max` would pass over it.
-        let error = errors.fold(0.0, |most: f64, error| if most.is_nan() || most > error { most } else { error });
-        if error > TOLERANCE * size || error.is_nan() || got.len() != expected.len() {
-            wrong.push(format!("{name}: {error:e} of {size:e}"));
+        // What is not a number is not close.
+        let close = errors.clone().filter(|&error| error <= TOLERANCE * size).count();
+        if close != expected.len() || got.len() != expected.len() {
+            wrong.push(format!("{name}: up to {:e} of {size:e}", errors.fold(0.0, f64::max)));
         }
     }
     wrong
@@ -195,7 +194,7 @@ fn training_goes_down_and_repeats() {
                 let (mut adam, mut losses) = (Adam::new(&weights, 1e-2), Vec::new());
                 for _ in 0..12 {
                     let (loss, gradients) = model.loss_and_gradients(&weights, &tokens)?;
-                    adam.update(&mut weights, &gradients);
+                    adam.update(&mut weights, &gradients)?;
                     losses.push(loss);
                 }
                 Ok((losses, model.gather(&weights)?))
@@ -240,6 +239,27 @@ fn what_does_not_fit_is_named() {
         let empty = CommError::EmptyShard { rank: 2, seqlen: 2 };
         assert!(matches!(result, Err(Error::Comm(tilefold::comm::Error::Comm(error))) if error == empty));
     }
-    let shapes = Parameters::new(&narrow, 1).arrays().into_iter().map(Array2::len).sum::<usize>();
-    assert_eq!(shapes, Parameters::new(&narrow, 2).count());
+    let more = Parameters::new(&Config { layers: 3, ..narrow.clone() }, 1);
+    let wider = Parameters::new(&Config { mlp_hidden: 3, ..narrow.clone() }, 1);
+    let results = on_ranks(2, |rank| {
+        let model = Model::new(rank, narrow.clone(), Partition::zigzag(13, 2)?)?;
+        let whole = Parameters::new(&narrow, 1);
+        let mut own = model.scatter(&whole)?;
+        let errors = [
+            model.scatter(&more).err(),
+            model.scatter(&wider).err(),
+            model.loss_and_gradients(&whole, &tokens).err(),
+            Adam::new(&own, 1e-3).update(&mut own, &whole).err(),
+            Model::new(rank, narrow.clone(), Partition::zigzag(13, 1)?).err(),
+        ];
+        Ok(errors.map(|error| error.map_or_else(String::new, |error| error.to_string())))
+    });
+    for result in results {
+        let messages = result.unwrap();
+        assert_eq!(messages[0], "parameters: expected 18 weights, got 26");
+        assert_eq!(messages[1], "parameters: expected layer0.up [20, 2], got [20, 3]");
+        assert_eq!(messages[2], "parameters: expected layer0.up [20, 1], got [20, 2]");
+        assert!(messages[3].starts_with("gradients: expected shapes [(66, 20)"), "{}", messages[3]);
+        assert_eq!(messages[4], "partition: expected one over 2 ranks, got 1");
+    }
 }
