@@ -24,6 +24,8 @@ pub(crate) fn plan(context: &Context, problem: &AttentionProblem) -> DeviceResul
     let limits = wgsl::Limits { binding_bytes: u64::MAX, ..context.limits };
     let workspace = wgsl::backward_workspace_bytes(problem, &limits).map_err(|error| unsupported(&error))?;
     let workspace_bytes = usize::try_from(workspace).unwrap_or(usize::MAX);
+    let forward_bytes = wgsl::forward_workspace_bytes(problem, &context.limits).map_err(|error| unsupported(&error))?;
+    let forward_bytes = usize::try_from(forward_bytes).unwrap_or(usize::MAX);
     let tile_q = wgsl::forward_tile(problem, &context.limits);
     Ok(AttentionPlan {
         problem: problem.clone(),
@@ -31,7 +33,7 @@ pub(crate) fn plan(context: &Context, problem: &AttentionProblem) -> DeviceResul
         kernel: format!("wgsl-{}", problem.spec().precision()),
         tile_q: usize::try_from(tile_q).unwrap_or(usize::MAX),
         tile_k: 1,
-        forward_workspace_bytes: lists_bytes,
+        forward_workspace_bytes: lists_bytes.saturating_add(forward_bytes),
         backward_workspace_bytes: lists_bytes.saturating_add(workspace_bytes),
         deterministic: true,
     })

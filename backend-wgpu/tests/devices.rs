@@ -102,6 +102,7 @@ fn portable() {
         let device = WgpuBackend::with_options(0, WgpuOptions::portable()).unwrap();
         conforms(device, &format!("{dtype}/everything/97x200"));
     }
+    conforms(WgpuBackend::with_options(0, WgpuOptions::portable()).unwrap(), "f32/everything/40x70");
 }
 
 /// What GPUs do: with keys enough for several tiles, and a head too wide for a whole tile.
@@ -110,6 +111,7 @@ fn staged() {
         let device = with(|options| options.workgroup_memory = Some(true));
         conforms(device, &format!("{dtype}/everything/65x130"));
     }
+    conforms(with(|options| options.workgroup_memory = Some(true)), "f32/everything/40x70");
     let device = with(|options| options.workgroup_memory = Some(true));
     for head_dim in [8, 160] {
         let spec = AttentionSpec::new(DType::F32, 1, 2, 50, 2, head_dim).with_all_gradients();

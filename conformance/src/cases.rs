@@ -710,10 +710,13 @@ fn everything(dtype: DType) -> Vec<Case> {
         Place { order: vec![0, 2, 1, 3, 4], gap: 2, reversed: vec![2], ..Place::default() },
     ];
     let mut cases = Vec::new();
-    for (i, (q, k)) in lengths.into_iter().enumerate() {
+    // The last two lengths have wide heads.
+    for (i, (q, k)) in lengths.into_iter().chain([(70, 40), (40, 70)]).enumerate() {
         for (j, place) in places.iter().enumerate() {
-            let mut spec = spec(dtype, 2, (q, k), 4, [8, 24, 33][j]);
-            (spec.batch, spec.kv_heads, spec.head_dim_v) = (2, 2, [8, 16, 20][j]);
+            let [dims, dims_v] =
+                if i < lengths.len() { [[8, 24, 33], [8, 16, 20]] } else { [[68, 67, 136], [72, 136, 67]] };
+            let mut spec = spec(dtype, 2, (q, k), 4, dims[j]);
+            (spec.batch, spec.kv_heads, spec.head_dim_v) = (2, 2, dims_v[j]);
             (spec.mask.q_offset, spec.mask.k_offset) = (3, 1);
             spec.mask.alibi_slopes = Some(vec![0.25, 0.125, 0.5, 0.0]);
             spec.mask.window = Some(Window { left: Some(90), right: if j == 0 { Some(40) } else { None } });

@@ -7,6 +7,8 @@ fn run(group: vec3<u32>, thread: u32) {
     if (!is_work(group)) {
         return;
     }
+    // 0, since grids have two axes; drivers compile anew for the values in `params`.
+    let nothing = group.z;
     let work = work_of(group, params.tiles, params.heads);
     let query = work.tile * THREADS + thread;
     if (query >= params.seqlen_q) {
@@ -19,7 +21,7 @@ fn run(group: vec3<u32>, thread: u32) {
     let d_gate_at = place_of(params.d_gate, work, work.head) + query * params.d_gate.position;
     var sum = vec4<f32>();
     // Not written out: nothing stays in registers. A compiler that does not know the end does not do it either.
-    for (var c = 0u; c < V_QUADS + params.zero; c++) {
+    for (var c = 0u; c < V_QUADS + nothing; c++) {
         let d_out = load4_d_out(d_out_at, c);
         let product = d_out * load4_out(out_at, c);
         sum += product;

@@ -5,10 +5,11 @@
 // and heads that broadcast to it, or over its share of them: `chunks` workgroups share a walk, and each adds to a copy of
 // the gradient of its own. Without such a bias an entry is one head of one row, and a walk one step.
 //
-// A thread owns QUERIES queries, THREADS apart, and walks over the keys; all threads of a workgroup are at the same key.
+// A thread owns QUERIES queries, THREADS apart, and walks over the keys, STEP at a time; all threads of a workgroup are at the
+// same keys.
 // The gradient of the bias begins with zeros; each of its entries has one owner, which adds to it step by step.
 //
-// Constants: THREADS, QUERIES, D_Q, D_BIAS, ROW_SUMS, and those of the problem.
+// Constants: THREADS, QUERIES, STEP, D_Q, D_BIAS, ROW_SUMS, and those of the problem.
 
 fn run(group: vec3<u32>, thread: u32) {
     if (!is_work(group)) {
@@ -30,12 +31,13 @@ fn run(group: vec3<u32>, thread: u32) {
         let rows = step / params.walk_heads;
         let head = entry_head + step % params.walk_heads;
         let work = Work(entry_batch + rows / params.walk_rows, entry_row + rows % params.walk_rows, head, 0u);
-        walk_keys(work, first, thread, d_bias_at);
+        // The last is 0, since grids have two axes; drivers compile anew for the values in `params`.
+        walk_keys(work, first, thread, d_bias_at, group.z);
     }
 }
 
 // One head of one row.
-fn walk_keys(work: Work, first: u32, thread: u32, d_bias_at: u32) {
+fn walk_keys(work: Work, first: u32, thread: u32, d_bias_at: u32, nothing: u32) {
     let last = min(first + THREADS * QUERIES, params.seqlen_q) - 1u;
     let kv_head = work.head / params.group;
     let slope = slope_of(work.head);
@@ -44,12 +46,16 @@ fn walk_keys(work: Work, first: u32, thread: u32, d_bias_at: u32) {
     var bias_row: array<vec4<u32>, QUERIES>;
     var segment: array<i32, QUERIES>;
     var row: array<Statistics, QUERIES>;
-    var q: array<array<vec4<f32>, Q_QUADS>, QUERIES>;
-    var d_out: array<array<vec4<f32>, V_QUADS>, QUERIES>;
-    var dq: array<array<vec4<f32>, Q_QUADS>, QUERIES>;
+    var q: array<array<vec4<f32>, Q_SLICE>, QUERIES>;
+    var d_out: array<array<vec4<f32>, V_SLICE>, QUERIES>;
+    var dq: array<array<vec4<f32>, Q_SLICE>, QUERIES>;
     var row_sum: array<f32, QUERIES>;
-    let q_at = place_of(params.q, work, work.head);
-    let d_out_at = place_of(params.d_out, work, work.head);
+    var q_at: array<u32, QUERIES>;
+    var d_out_at: array<u32, QUERIES>;
+    var sums_at: array<u32, QUERIES>;
+    let q_origin = place_of(params.q, work, work.head);
+    let d_out_origin = place_of(params.d_out, work, work.head);
+    let sums_origin = place_of(params.sums, work, work.head);
     let statistics_at = place_of(params.statistics, work, work.head);
     let bias_origin = biases_of(work, work.head);
     for (var r = 0u; r < QUERIES; r++) {
@@ -59,12 +65,17 @@ fn walk_keys(work: Work, first: u32, thread: u32, d_bias_at: u32) {
         if (SEGMENTS) {
             segment[r] = load_q_segments(place_of(params.q_segments, work, 0u) + query[r] * params.q_segments.position);
         }
-        for (var c = 0u; c < Q_QUADS; c++) {
-            q[r][c] = load4_q(q_at + query[r] * params.q.position, c);
-            dq[r][c] = vec4<f32>();
+        q_at[r] = q_origin + query[r] * params.q.position;
+        d_out_at[r] = d_out_origin + query[r] * params.d_out.position;
+        sums_at[r] = sums_origin + (first + r * THREADS + thread) * params.sums.position;
+        for (var c = 0u; c < Q_SLICE; c++) {
+            if (!WIDE) { q[r][c] = load4_q(q_at[r], c); }
         }
-        for (var c = 0u; c < V_QUADS; c++) {
-            d_out[r][c] = load4_d_out(d_out_at + query[r] * params.d_out.position, c);
+        for (var c = 0u; c < V_SLICE; c++) {
+            if (!WIDE) { d_out[r][c] = load4_d_out(d_out_at[r], c); }
+        }
+        for (var c = 0u; c < Q_QUADS; c++) {
+            if (WIDE) { store4_sums(sums_at[r], c, vec4<f32>()); } else { dq[r][c] = vec4<f32>(); }
         }
         row_sum[r] = 0.0;
     }
@@ -74,66 +85,115 @@ fn walk_keys(work: Work, first: u32, thread: u32, d_bias_at: u32) {
     let v_origin = place_of(params.v, work, kv_head);
     let mask_origin = place_of(params.key_mask, work, 0u);
     let segments_origin = place_of(params.k_segments, work, 0u);
-    for (var key = keys.x; key < keys.y; key++) {
-        let slot = (key - keys.x) % TILE;
+    for (var start = keys.x; start < keys.y; start += STEP) {
+        let slot = (start - keys.x) % TILE;
         if (STAGED) {
             if (slot == 0u) {
                 workgroupBarrier();
-                stage_k(k_origin, key, keys.y, thread);
-                stage_v(v_origin, key, keys.y, thread);
+                stage_k(k_origin, start, keys.y, thread);
+                stage_v(v_origin, start, keys.y, thread);
                 workgroupBarrier();
             }
         }
-        if (KEY_MASK) {
-            if (!load_key_mask(mask_origin + key * params.key_mask.position)) {
-                continue;
-            }
+        let counts = counted_keys(start, keys.y, mask_origin);
+        if (counts == 0u) {
+            continue;
         }
-        var key_segment = 0;
-        if (SEGMENTS) {
-            key_segment = load_k_segments(segments_origin + key * params.k_segments.position);
-        }
-        let bias_key = by_key(key);
-        let k_row = row_k(k_origin + key * params.k.position, slot);
-        let v_row = row_v(v_origin + key * params.v.position, slot);
-        var sum: array<vec4<f32>, QUERIES>;
-        var d_sum: array<vec4<f32>, QUERIES>;
-        for (var r = 0u; r < QUERIES; r++) {
-            sum[r] = vec4<f32>();
-            d_sum[r] = vec4<f32>();
-        }
-        for (var c = 0u; c < Q_QUADS; c++) {
-            let k = quad_k(k_row, c);
+        let size = step_size(start, keys.y);
+        var s: array<array<f32, STEP>, QUERIES>;
+        for (var slice = 0u; slice < Q_SLICES; slice++) {
             for (var r = 0u; r < QUERIES; r++) {
-                sum[r] = fma(q[r][c], k, sum[r]);
+                for (var c = 0u; c < Q_SLICE; c++) {
+                    if (WIDE) { q[r][c] = load4_q(q_at[r], slice * Q_SLICE + c); }
+                }
             }
-        }
-        for (var c = 0u; c < V_QUADS; c++) {
-            let v = quad_v(v_row, c);
-            for (var r = 0u; r < QUERIES; r++) {
-                d_sum[r] = fma(d_out[r][c], v, d_sum[r]);
-            }
-        }
-        var ds: array<f32, QUERIES>;
-        for (var r = 0u; r < QUERIES; r++) {
-            let s = logit(sum4(sum[r]), bias_at(bias_row[r] + bias_key), slope, query[r], key);
-            var seen = !row[r].is_empty;
-            if (BAND) { seen = seen && in_band(query[r], key); }
-            if (SEGMENTS) { seen = seen && segment[r] == key_segment; }
-            if (BIASES > 0u) { seen = seen && !is_minus_infinity(s); }
-            ds[r] = select(0.0, probability(s, row[r]) * (sum4(d_sum[r]) - row[r].delta), seen);
-            row_sum[r] += ds[r];
-            if (D_BIAS) {
-                if (first + r * THREADS + thread <= last) {
-                    let at = d_bias_at + query[r] * params.dbias.position + key * params.dbias.last;
-                    store_dbias(at, load_dbias(at) + ds[r]);
+            for (var j = 0u; j < size; j++) {
+                let key = key_of(start, j, counts);
+                let k_row = row_k(k_origin + key * params.k.position, slot + key - start, slice);
+                var sum: array<vec4<f32>, QUERIES>;
+                for (var r = 0u; r < QUERIES; r++) {
+                    sum[r] = vec4<f32>(s[r][j], 0.0, 0.0, 0.0);
+                }
+                for (var c = 0u; c < Q_SLICE; c++) {
+                    let k = quad_k(k_row, c);
+                    for (var r = 0u; r < QUERIES; r++) {
+                        sum[r] = fma(q[r][c], k, sum[r]);
+                    }
+                }
+                for (var r = 0u; r < QUERIES; r++) {
+                    s[r][j] = sum4(sum[r]);
                 }
             }
         }
-        for (var c = 0u; c < Q_QUADS; c++) {
-            let k = quad_k(k_row, c);
+        // Gradients of the probabilities, then of the logits.
+        var ds: array<array<f32, STEP>, QUERIES>;
+        for (var slice = 0u; slice < V_SLICES; slice++) {
             for (var r = 0u; r < QUERIES; r++) {
-                dq[r][c] = fma(vec4<f32>(ds[r]), k, dq[r][c]);
+                for (var c = 0u; c < V_SLICE; c++) {
+                    if (WIDE) { d_out[r][c] = load4_d_out(d_out_at[r], slice * V_SLICE + c); }
+                }
+            }
+            for (var j = 0u; j < size; j++) {
+                let key = key_of(start, j, counts);
+                let v_row = row_v(v_origin + key * params.v.position, slot + key - start, slice);
+                var sum: array<vec4<f32>, QUERIES>;
+                for (var r = 0u; r < QUERIES; r++) {
+                    sum[r] = vec4<f32>(ds[r][j], 0.0, 0.0, 0.0);
+                }
+                for (var c = 0u; c < V_SLICE; c++) {
+                    let v = quad_v(v_row, c);
+                    for (var r = 0u; r < QUERIES; r++) {
+                        sum[r] = fma(d_out[r][c], v, sum[r]);
+                    }
+                }
+                for (var r = 0u; r < QUERIES; r++) {
+                    ds[r][j] = sum4(sum[r]);
+                }
+            }
+        }
+        for (var j = 0u; j < size; j++) {
+            let key = key_of(start, j, counts);
+            var key_segment = 0;
+            if (SEGMENTS) {
+                key_segment = load_k_segments(segments_origin + key * params.k_segments.position);
+            }
+            let bias_key = by_key(key);
+            for (var r = 0u; r < QUERIES; r++) {
+                let x = logit(s[r][j], bias_at(bias_row[r] + bias_key), slope, query[r], key);
+                var seen = is_counted(counts, j) && !row[r].is_empty;
+                if (BAND) { seen = seen && in_band(query[r], key); }
+                if (SEGMENTS) { seen = seen && segment[r] == key_segment; }
+                if (BIASES > 0u) { seen = seen && !is_minus_infinity(x); }
+                ds[r][j] = select(0.0, probability(x, row[r]) * (ds[r][j] - row[r].delta), seen);
+                row_sum[r] += ds[r][j];
+                if (D_BIAS) {
+                    if (is_counted(counts, j) && first + r * THREADS + thread <= last) {
+                        let at = d_bias_at + query[r] * params.dbias.position + key * params.dbias.last;
+                        store_dbias(at, load_dbias(at) + ds[r][j]);
+                    }
+                }
+            }
+        }
+        for (var slice = 0u; slice < Q_SLICES; slice++) {
+            for (var r = 0u; r < QUERIES; r++) {
+                for (var c = 0u; c < Q_SLICE; c++) {
+                    if (WIDE) { dq[r][c] = load4_sums(sums_at[r], slice * Q_SLICE + c); }
+                }
+            }
+            for (var j = 0u; j < size; j++) {
+                let key = key_of(start, j, counts);
+                let k_row = row_k(k_origin + key * params.k.position, slot + key - start, slice);
+                for (var c = 0u; c < Q_SLICE; c++) {
+                    let k = quad_k(k_row, c);
+                    for (var r = 0u; r < QUERIES; r++) {
+                        dq[r][c] = fma(vec4<f32>(ds[r][j]), k, dq[r][c]);
+                    }
+                }
+            }
+            for (var r = 0u; r < QUERIES; r++) {
+                for (var c = 0u; c < Q_SLICE; c++) {
+                    if (WIDE) { store4_sums(sums_at[r], slice * Q_SLICE + c, dq[r][c]); }
+                }
             }
         }
     }
@@ -146,7 +206,9 @@ fn walk_keys(work: Work, first: u32, thread: u32, d_bias_at: u32) {
         if (D_Q) {
             let at = place_of(params.dq, work, work.head) + index * params.dq.position;
             for (var c = 0u; c < Q_QUADS; c++) {
-                store4_dq(at, c, params.scale * dq[r][c]);
+                var x: vec4<f32>;
+                if (WIDE) { x = load4_sums(sums_at[r], c); } else { x = dq[r][c]; }
+                store4_dq(at, c, params.scale * x);
             }
         }
         if (ROW_SUMS) {

@@ -31,7 +31,8 @@ pub(crate) fn check() -> Result<Count> {
     }
     let catalogue = tilefold_kernels::wgsl::catalogue()?;
     let count = u32::try_from(catalogue.len())?;
-    for (number, shader) in catalogue.iter().enumerate() {
+    for (number, dispatch) in catalogue.iter().enumerate() {
+        let shader = &dispatch.shader;
         let enable = if shader.has_subgroups() { ENABLE } else { "" };
         let file = shaders.join(format!("{number:04}-{}.wgsl", shader.file.name()));
         fs::write(&file, format!("{enable}{}", shader.source(0)))

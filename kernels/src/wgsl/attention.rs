@@ -4,7 +4,12 @@ use tilefold_core::{AttentionProblem, AttentionSpec, DType, EmptyRows};
 
 use crate::params::Operand;
 use crate::wgsl::dispatch::{DispatchError, Heads, Limits, Part, View, number};
-use crate::wgsl::shader::{Constant, Elements};
+use crate::wgsl::shader::{Constant, Elements, slices};
+
+/// Keys of one step where heads are wide: one bit of a word for each. Where rows go through the workgroup's memory, as many
+/// as fit it.
+const WIDE_STEP: u32 = 32;
+const STAGED_WIDE_STEP: u32 = 8;
 
 /// Threads of a workgroup.
 pub(crate) const THREADS: u32 = 64;
@@ -90,6 +95,16 @@ impl Sizes {
         with_channels(view, channels)
     }
 
+    /// What threads of a wide head add up, at an address of the workspace: `quads` of f32 for each position, up to a whole
+    /// `tile` of them, since threads beyond the end work too.
+    pub(crate) fn sums(&self, address: u64, heads: Heads, tile: u32, quads: u32) -> View {
+        let (positions, tile) = (if heads == Heads::Query { self.seqlen_q } else { self.seqlen_k }, i64::from(tile));
+        let positions = (positions + tile - 1) / tile * tile;
+        let count = if heads == Heads::Query { self.heads } else { self.kv_heads };
+        let sizes = [self.batch, self.rows, count, positions, 4 * i64::from(quads)];
+        View { quads: true, heads, ..View::dense("sums", address, sizes) }.written()
+    }
+
     /// One f32 by query and query head: strides by batch, row, head, query.
     pub(crate) fn statistic(&self, name: &'static str, operand: &Operand) -> View {
         let sizes = [self.batch, self.rows, self.heads, self.seqlen_q, 1];
@@ -164,12 +179,17 @@ pub(crate) fn is_small(name: &str) -> bool {
 
 /// Constants of a problem.
 pub(crate) fn constants(spec: &AttentionSpec, limits: &Limits) -> Vec<(&'static str, Constant)> {
-    let quads = |channels: usize| Constant::Number(number(channels.div_ceil(4)));
+    let [q, v] = [spec.head_dim, spec.head_dim_v].map(|channels| slices(number(channels)));
     vec![
         ("THREADS", Constant::Number(THREADS)),
         ("NATIVE_EXP", Constant::Switch(limits.native_exp())),
-        ("Q_QUADS", quads(spec.head_dim)),
-        ("V_QUADS", quads(spec.head_dim_v)),
+        ("Q_SLICES", Constant::Number(q[0])),
+        ("Q_SLICE", Constant::Number(q[1])),
+        ("Q_QUADS", Constant::Number(q[0] * q[1])),
+        ("V_SLICES", Constant::Number(v[0])),
+        ("V_SLICE", Constant::Number(v[1])),
+        ("V_QUADS", Constant::Number(v[0] * v[1])),
+        ("WIDE", Constant::Switch(is_wide(spec))),
         ("BIASES", Constant::Number(number(spec.biases.len()))),
         ("KEY_MASK", Constant::Switch(spec.key_mask)),
         ("KV_LENGTHS", Constant::Switch(spec.kv_lengths.is_some())),
@@ -179,6 +199,25 @@ pub(crate) fn constants(spec: &AttentionSpec, limits: &Limits) -> Vec<(&'static 
         ("GATE", Constant::Switch(spec.gate)),
         ("UNIFORM", Constant::Switch(spec.empty_rows == EmptyRows::Uniform)),
     ]
+}
+
+/// Whether a thread's rows are more than its registers hold at a time.
+pub(crate) fn is_wide(spec: &AttentionSpec) -> bool {
+    [spec.head_dim, spec.head_dim_v].iter().any(|&channels| slices(number(channels))[0] > 1)
+}
+
+/// Quads of channels of the rows of q and k, and of those of v, as threads take them.
+pub(crate) fn quads(spec: &AttentionSpec) -> [u32; 2] {
+    [spec.head_dim, spec.head_dim_v].map(|channels| slices(number(channels)).iter().product())
+}
+
+/// Keys (or queries) of one step of a walk: `narrow`, or where rows lie in memory as many as make up for going through it.
+pub(crate) fn step(spec: &AttentionSpec, limits: &Limits, narrow: u32) -> u32 {
+    match (is_wide(spec), limits.workgroup_bytes) {
+        (false, _) => narrow,
+        (true, 0) => WIDE_STEP,
+        (true, _) => STAGED_WIDE_STEP,
+    }
 }
 
 /// Fields of the argument of every pass.
@@ -229,9 +268,13 @@ pub(crate) fn scalars(problem: &AttentionProblem, sizes: &Sizes, part: &Part, ti
     ]
 }
 
-/// Positions that a thread owns: as many as its registers hold, `numbers` for each.
-pub(crate) fn per_thread(numbers: i64, software: bool) -> u32 {
-    let room = if software { 256 } else { 128 };
+/// Positions that a thread owns: as many as its registers hold, `numbers` for each; one in wide heads, since the time of
+/// compilers goes with what is written out.
+pub(crate) fn per_thread(spec: &AttentionSpec, numbers: i64, limits: &Limits) -> u32 {
+    if is_wide(spec) {
+        return 1;
+    }
+    let room = if limits.software { 256 } else { 128 };
     [4, 2].into_iter().find(|&count| i64::from(count) * numbers <= room).unwrap_or(1)
 }
 

@@ -5,15 +5,15 @@ use tilefold_core::AttentionProblem;
 use crate::BackwardOperands;
 use crate::params::Operand;
 use crate::wgsl::attention::{self, BIAS_NAMES, SCALARS, Sizes, THREADS};
-use crate::wgsl::dispatch::{Builder, Dispatch, DispatchError, Limits, Part, View, gather, number, parts};
+use crate::wgsl::dispatch::{Builder, Dispatch, DispatchError, Heads, Limits, Part, View, gather, number, parts};
 use crate::wgsl::forward::part_heads;
 use crate::wgsl::moves::{copy_view, zeros};
 use crate::wgsl::shader::{Constant, File};
 
 /// Workgroups that the pass by queries should have, where a walk can be cut for it: on a processor, and on a GPU.
 const QUERY_GROUPS: [i64; 2] = [32, 512];
-/// Operands of a pass beside its inputs, at most: gradient and statistics of the output, and three results.
-const OTHERS: usize = 5;
+/// Operands of a pass beside its inputs, at most: gradient and statistics of the output, three results, and sums.
+const OTHERS: usize = 6;
 /// Least steps of a walk that is cut.
 const LEAST_CHUNK: i64 = 4;
 /// Most pieces of a walk.
@@ -206,11 +206,17 @@ where
 
     /// A row-major f32 array in the workspace.
     fn array(&mut self, name: &'static str, sizes: [i64; 5]) -> Result<View, E> {
-        let elements = sizes.iter().try_fold(4_i64, |bytes, &size| bytes.checked_mul(size));
-        let limit = u64::try_from(i64::MAX).unwrap_or(u64::MAX);
-        let too_many = DispatchError::Limit { what: "the size of the workspace in bytes", limit, got: u64::MAX };
-        let bytes = elements.ok_or(too_many)?.unsigned_abs();
-        Ok(View::dense(name, (self.workspace)(bytes)?, sizes))
+        let view = View::dense(name, 0, sizes);
+        Ok(View { address: (self.workspace)(view.dense_bytes()?)?, ..view })
+    }
+
+    /// What wide heads add their gradients up in.
+    fn sums(&mut self, heads: Heads, tile: u32, quads: u32) -> Result<Named, E> {
+        if !attention::is_wide(self.problem.spec()) {
+            return Ok(("sums", None));
+        }
+        let view = self.sizes.sums(0, heads, tile, quads);
+        Ok(("sums", Some(View { address: (self.workspace)(view.dense_bytes()?)?, ..view })))
     }
 
     /// Statistics of the queries, and the gradient of the ungated output.
@@ -277,8 +283,13 @@ where
             ("dq", dq),
             ("row_sums", row_sums.map(View::written)),
         ]);
-        let queries = attention::per_thread(2 * quads(head_dim) + quads(sizes.head_dim_v), self.limits.software);
+        let queries = attention::per_thread(spec, 2 * quads(head_dim) + quads(sizes.head_dim_v), self.limits);
         let queries = attention::needed(queries, seqlen_q);
+        let [q_quads, _] = attention::quads(spec);
+        views.push(match with_dq {
+            true => self.sums(Heads::Query, THREADS * queries, q_quads)?,
+            false => ("sums", None),
+        });
         let tiles = (seqlen_q + i64::from(THREADS * queries) - 1) / i64::from(THREADS * queries);
 
         // The axes of the bias, if any: without one each head of each row is an entry of its own.
@@ -314,7 +325,8 @@ where
 
         let mut constants = self.constants.clone();
         constants.extend([("D_Q", with_dq), ("ROW_SUMS", with_sums), ("D_BIAS", bias.is_some())].map(switch));
-        constants.push(("QUERIES", Constant::Number(queries)));
+        let step = attention::step(spec, self.limits, 1);
+        constants.extend([("QUERIES", Constant::Number(queries)), ("STEP", Constant::Number(step))]);
         for part in parts {
             let walks = Walks::of(&part, &sizes, shape);
             let mut values = attention::scalars(self.problem, &sizes, &part, number(tiles));
@@ -388,10 +400,11 @@ where
             ("dv", o.dv.as_ref().map(|dv| by_key("dv", dv, head_dim_v))),
             ("column_sums", column_sums.map(View::written)),
         ]);
-        let keys = attention::per_thread(2 * (quads(head_dim) + quads(head_dim_v)), self.limits.software);
+        let keys = attention::per_thread(spec, 2 * (quads(head_dim) + quads(head_dim_v)), self.limits);
         let keys = attention::needed(keys, seqlen_k);
+        views.push(self.sums(Heads::Key, THREADS * keys, attention::quads(spec).iter().sum())?);
         let switches = [("D_K", o.dk.is_some()), ("D_V", o.dv.is_some()), ("COLUMN_SUMS", sums)];
-        let numbers = [("KEYS", keys)];
+        let numbers = [("KEYS", keys), ("STEP", attention::step(spec, self.limits, 1))];
         self.pass(File::Keys, views, &switches, &numbers, seqlen_k, THREADS * keys, 1)?;
         Ok(column_sums)
     }

@@ -10,7 +10,6 @@ use tilefold_core::{
 use crate::ForwardOutputs;
 use crate::wgsl::backward::{NOWHERE, row_major};
 use crate::wgsl::dispatch::{Dispatch, DispatchError, Limits};
-use crate::wgsl::shader::Shader;
 use crate::wgsl::{accumulate, backward, fill, forward, merge, relayout, rope};
 
 /// Why there is no catalogue; the crate's tests say that it never happens.
@@ -26,11 +25,11 @@ pub enum CatalogueError {
 
 const DTYPES: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
 
-/// Each shader once, on processors and GPUs, without subgroups and with some of 4, 8 and 32 threads.
+/// A dispatch of each shader, on processors and GPUs, without subgroups and with some of 4, 8 and 32 threads.
 ///
 /// # Errors
 /// [`CatalogueError`].
-pub fn catalogue() -> Result<Vec<Shader>, CatalogueError> {
+pub fn catalogue() -> Result<Vec<Dispatch>, CatalogueError> {
     let mut dispatches = Vec::new();
     let devices =
         [(true, 1, 10, 0), (true, 8, 32, 0), (false, 1, 32, 1 << 14), (false, 4, 10, 0), (false, 32, 32, 1 << 15)];
@@ -52,13 +51,13 @@ pub fn catalogue() -> Result<Vec<Shader>, CatalogueError> {
         }
     }
     let mut seen = HashSet::new();
-    Ok(dispatches.into_iter().map(|dispatch| dispatch.shader).filter(|shader| seen.insert(shader.clone())).collect())
+    Ok(dispatches.into_iter().filter(|dispatch| seen.insert(dispatch.shader.clone())).collect())
 }
 
 /// Plain attention of several widths, and every feature at once.
 fn specs(dtype: DType) -> Vec<AttentionSpec> {
     let plain =
-        [5, 8, 32, 64, 130].map(|head_dim| AttentionSpec::new(dtype, 1, 2, 300, 2, head_dim).with_all_gradients());
+        [5, 8, 32, 64, 130, 256].map(|head_dim| AttentionSpec::new(dtype, 1, 2, 300, 2, head_dim).with_all_gradients());
     let mut full = AttentionSpec::new(dtype, 2, 3, 200, 4, 20);
     (full.kv_heads, full.head_dim_v) = (2, 12);
     let shapes = [[2, 3, 1, 1, 200], [2, 1, 4, 200, 200], [1, 3, 4, 200, 1], [1, 1, 1, 1, 1]];
@@ -70,7 +69,9 @@ fn specs(dtype: DType) -> Vec<AttentionSpec> {
     full.gate = true;
     full.empty_rows = EmptyRows::Uniform;
     full.mask = StructuralMask { causal: true, alibi_slopes: Some(vec![0.5; 4]), ..StructuralMask::default() };
-    plain.into_iter().chain([full.with_all_gradients()]).collect()
+    let mut wide = full.clone();
+    (wide.head_dim, wide.head_dim_v) = (255, 69);
+    plain.into_iter().chain([full, wide].map(AttentionSpec::with_all_gradients)).collect()
 }
 
 fn attention(spec: AttentionSpec, limits: &Limits, dispatches: &mut Vec<Dispatch>) -> Result<(), CatalogueError> {
@@ -134,11 +135,11 @@ fn moves(dtype: DType, limits: &Limits, dispatches: &mut Vec<Dispatch>) -> Resul
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::wgsl::shader::File;
+    use crate::wgsl::shader::{File, Shader};
 
     #[test]
     fn the_catalogue_has_every_file_within_every_limit() {
-        let shaders = catalogue().unwrap();
+        let shaders: Vec<Shader> = catalogue().unwrap().into_iter().map(|dispatch| dispatch.shader).collect();
         for file in [
             File::Forward,
             File::Prepare,

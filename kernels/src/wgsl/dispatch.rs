@@ -3,7 +3,7 @@
 use tilefold_core::DType;
 
 use crate::wgsl::moves::copy_view;
-use crate::wgsl::shader::{Constant, Elements, File, OperandKey, Shader, Sharing, Use};
+use crate::wgsl::shader::{Constant, Elements, File, OperandKey, Shader, Sharing, Use, slices};
 
 /// What a device allows, as WebGPU names it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -166,6 +166,17 @@ impl View {
         }
     }
 
+    /// Bytes of all its elements.
+    ///
+    /// # Errors
+    /// [`DispatchError::Limit`] for more than can be counted.
+    pub(crate) fn dense_bytes(&self) -> Result<u64, DispatchError> {
+        let bytes = self.sizes.iter().try_fold(self.size_bytes(), |bytes, &size| bytes.checked_mul(size));
+        let limit = i64::MAX.unsigned_abs();
+        let too_many = DispatchError::Limit { what: "the size of the workspace in bytes", limit, got: u64::MAX };
+        Ok(bytes.ok_or(too_many)?.unsigned_abs())
+    }
+
     /// First byte and the byte behind the last.
     fn reach(&self) -> (u64, u64) {
         let (mut low, mut high) = (0_i64, 0_i64);
@@ -304,15 +315,17 @@ pub(crate) fn wrapped(elements: i64) -> u32 {
     elements as u32
 }
 
-/// Rows of each shared operand that the workgroup's memory holds at a time, a power of two; 0 for none.
-fn staged_rows(operands: &[(&'static str, Option<View>)], workgroup_bytes: u64) -> u32 {
-    let quads = |view: &View| view.sizes[4].unsigned_abs().div_ceil(4);
+/// Rows of each shared operand that the workgroup's memory holds at a time, a power of two and as many as a step has; 0
+/// for none.
+fn staged_rows(operands: &[(&'static str, Option<View>)], workgroup_bytes: u64, step: u32) -> u32 {
+    let quads = |view: &View| slices(number(view.sizes[4])).into_iter().map(u64::from).product::<u64>();
     let shared = operands.iter().filter_map(|(_, view)| view.as_ref()).filter(|view| view.shared);
     let row_bytes = shared.map(|view| 16 * quads(view)).sum::<u64>();
     if row_bytes == 0 {
         return 0;
     }
-    [16, 8, 4, 2].into_iter().find(|rows| u64::from(*rows) * row_bytes <= workgroup_bytes).unwrap_or(0)
+    let fits = |rows: &u32| *rows >= step && u64::from(*rows) * row_bytes <= workgroup_bytes;
+    [16, 8, 4, 2].into_iter().find(fits).unwrap_or(0)
 }
 
 /// What is put together for one dispatch.
@@ -343,7 +356,11 @@ impl Builder<'_> {
         params.extend(self.values);
         // Places begin at multiples of 16 bytes.
         params.resize(params.len().next_multiple_of(4), 0);
-        let rows = staged_rows(&self.operands, self.limits.workgroup_bytes);
+        let step = self.constants.iter().find_map(|&(name, constant)| match constant {
+            Constant::Number(step) if name == "STEP" => Some(step),
+            _ => None,
+        });
+        let rows = staged_rows(&self.operands, self.limits.workgroup_bytes, step.unwrap_or(1));
         let mut constants = self.constants;
         constants.push(("STAGED", Constant::Switch(rows > 0)));
         constants.push(("TILE", Constant::Number(rows.max(1))));

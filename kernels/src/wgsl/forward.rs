@@ -4,11 +4,11 @@ use tilefold_core::AttentionProblem;
 
 use crate::forward::ForwardOutputs;
 use crate::wgsl::attention::{self, Operands, SCALARS, Sizes, THREADS};
-use crate::wgsl::dispatch::{Builder, Dispatch, DispatchError, Limits, View, gather, parts};
+use crate::wgsl::dispatch::{Builder, Dispatch, DispatchError, Heads, Limits, View, gather, parts};
 use crate::wgsl::shader::{Constant, File};
 
-/// Keys of one step.
-const KEYS: u32 = 2;
+/// Keys of one step where heads are narrow.
+const STEP: u32 = 2;
 
 /// Queries of one workgroup.
 #[must_use]
@@ -19,8 +19,35 @@ pub fn forward_tile(problem: &AttentionProblem, limits: &Limits) -> u32 {
 fn queries(problem: &AttentionProblem, limits: &Limits) -> u32 {
     let numbers = |channels: usize| 4 * channels.div_ceil(4) as i64;
     let spec = problem.spec();
-    let room = attention::per_thread(numbers(spec.head_dim) + numbers(spec.head_dim_v), limits.software);
+    let room = attention::per_thread(spec, numbers(spec.head_dim) + numbers(spec.head_dim_v), limits);
     attention::needed(room, i64::try_from(spec.seqlen_q).unwrap_or(i64::MAX))
+}
+
+/// Bytes that a forward pass takes beside its operands: of wide heads, f32 sums.
+///
+/// # Errors
+/// [`DispatchError`].
+pub fn forward_workspace_bytes(problem: &AttentionProblem, limits: &Limits) -> Result<u64, DispatchError> {
+    let mut bytes = 0;
+    if attention::is_wide(problem.spec()) {
+        sums(&Sizes::of(problem)?, problem, limits, &mut |more| {
+            bytes = more;
+            Ok::<_, DispatchError>(0)
+        })?;
+    }
+    Ok(bytes)
+}
+
+/// What out is added up in.
+fn sums<E: From<DispatchError>>(
+    sizes: &Sizes,
+    problem: &AttentionProblem,
+    limits: &Limits,
+    workspace: &mut impl FnMut(u64) -> Result<u64, E>,
+) -> Result<View, E> {
+    let [_, quads] = attention::quads(problem.spec());
+    let view = sizes.sums(0, Heads::Query, forward_tile(problem, limits), quads);
+    Ok(View { address: workspace(view.dense_bytes()?)?, ..view })
 }
 
 /// Dispatches of a forward pass, in order. `workspace` gives the address of so many bytes, which live until all of them
@@ -40,7 +67,7 @@ pub fn forward<E: From<DispatchError>>(
     let mut constants = attention::constants(spec, limits);
     constants.extend([
         ("QUERIES", Constant::Number(queries)),
-        ("KEYS", Constant::Number(KEYS)),
+        ("STEP", Constant::Number(attention::step(spec, limits, STEP))),
         ("LSE", Constant::Switch(outputs.lse.is_some())),
         ("LSE_LOW", Constant::Switch(outputs.lse_low.is_some())),
     ]);
@@ -48,14 +75,19 @@ pub fn forward<E: From<DispatchError>>(
     for (name, view) in &mut views {
         view.iter_mut().for_each(|view| view.shared = matches!(*name, "k" | "v"));
     }
-    // Gate, out, lse and its low part.
-    let mut dispatches = gather(&mut views, 4, limits, attention::is_small, &mut workspace)?;
+    // Gate, out, lse and its low part, sums.
+    let mut dispatches = gather(&mut views, 5, limits, attention::is_small, &mut workspace)?;
     let by_query = |name, operand| sizes.by_query(name, spec.dtype, operand, sizes.head_dim_v);
     views.push(("gate", operands.gate.as_ref().map(|gate| by_query("gate", gate))));
     views.push(("out", Some(by_query("out", &outputs.out).written())));
     for (name, operand) in [("lse", &outputs.lse), ("lse_low", &outputs.lse_low)] {
         views.push((name, operand.as_ref().map(|operand| sizes.statistic(name, operand).written())));
     }
+    let sums = match attention::is_wide(spec) {
+        true => Some(sums(&sizes, problem, limits, &mut workspace)?),
+        false => None,
+    };
+    views.push(("sums", sums));
     let tiles = u32::try_from(sizes.seqlen_q).unwrap_or(u32::MAX).div_ceil(THREADS * queries);
     let present: Vec<View> = views.iter().filter_map(|(_, view)| *view).collect();
     let parts = parts(sizes.outer(), sizes.group, &present, limits)?;

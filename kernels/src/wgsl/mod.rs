@@ -16,7 +16,7 @@ pub use attention::Operands;
 pub use backward::{backward, backward_workspace_bytes};
 pub use catalogue::{CatalogueError, catalogue};
 pub use dispatch::{Binding, Dispatch, DispatchError, Limits};
-pub use forward::{forward, forward_tile};
+pub use forward::{forward, forward_tile, forward_workspace_bytes};
 pub use moves::{accumulate, fill, merge, relayout};
 pub use rope::rope;
 pub use shader::{Constant, Elements, File, OperandKey, Shader, Sharing, Use};

@@ -7,6 +7,7 @@ use tilefold_core::DType;
 /// Files that kernels are made of, by the names they are given here.
 const NUMBERS: &str = include_str!("../../include/numbers.wgsl");
 const ATTENTION: &str = include_str!("../../include/attention.wgsl");
+const STEP: &str = include_str!("../../include/step.wgsl");
 const BACKWARD: &str = include_str!("../../include/backward.wgsl");
 
 /// A kernel's own file, and what goes before it.
@@ -54,10 +55,12 @@ impl File {
 
     fn texts(self) -> &'static [&'static str] {
         match self {
-            Self::Forward => &[NUMBERS, ATTENTION, include_str!("../../attention/forward.wgsl")],
+            Self::Forward => &[NUMBERS, ATTENTION, STEP, include_str!("../../attention/forward.wgsl")],
             Self::Prepare => &[NUMBERS, ATTENTION, include_str!("../../attention/backward_prepare.wgsl")],
-            Self::Queries => &[NUMBERS, ATTENTION, BACKWARD, include_str!("../../attention/backward_queries.wgsl")],
-            Self::Keys => &[NUMBERS, ATTENTION, BACKWARD, include_str!("../../attention/backward_keys.wgsl")],
+            Self::Queries => {
+                &[NUMBERS, ATTENTION, STEP, BACKWARD, include_str!("../../attention/backward_queries.wgsl")]
+            }
+            Self::Keys => &[NUMBERS, ATTENTION, STEP, BACKWARD, include_str!("../../attention/backward_keys.wgsl")],
             Self::Sums => &[NUMBERS, include_str!("../../attention/sums.wgsl")],
             Self::Merge => &[NUMBERS, include_str!("../../merge.wgsl")],
             Self::Accumulate => &[NUMBERS, include_str!("../../accumulate.wgsl")],
@@ -224,23 +227,53 @@ fn main(
 }
 ";
 
-/// Appends a file with its loops over quads of channels written out: `for (var c = 0u; c < V_QUADS; c++) {` becomes its body
+/// Quads of channels of a row that lies in registers, and those of a slice of a wider one. Compilers' time goes with them.
+const NARROW_QUADS: u32 = 16;
+const SLICE_QUADS: u32 = 8;
+
+/// How rows of so many channels are taken: slices, and quads of each. The last slice may end beyond the row, where reads give
+/// 0 and writes do nothing.
+pub(crate) fn slices(channels: u32) -> [u32; 2] {
+    let quads = channels.div_ceil(4);
+    let slices = if quads <= NARROW_QUADS { 1 } else { quads.div_ceil(SLICE_QUADS) };
+    [slices, quads.div_ceil(slices)]
+}
+
+/// Appends a file with its loops over quads of channels written out: `for (var c = 0u; c < V_SLICE; c++) {` becomes its body
 /// for each `c`, in which `quad_x(row, c)` is `quad_x_0(row)`.
 ///
-/// Compilers unroll short loops alone, and an array that is read by a running index does not lie in registers.
+/// Compilers unroll short loops alone, and an array that is read by a running index does not lie in registers. So a loop
+/// over the slices of a row is none where there is one, and then that over all quads of a row, `V_QUADS`, is written out too.
+/// Where there are several, both loops stay, to an end that no compiler knows, since it would write them out: `nothing` is
+/// the kernel's name for a 0 of which only the device knows.
 fn unroll(file: &str, constants: &[(&'static str, Constant)], text: &mut String) {
+    let number = |wanted: &str| match constants.iter().find(|(constant, _)| *constant == wanted) {
+        Some(&(_, Constant::Number(number))) => Some(number),
+        _ => None,
+    };
     let mut lines = file.lines();
     while let Some(line) = lines.next() {
         let indent = &line[..line.len() - line.trim_start().len()];
-        let count = line
-            .trim_start()
-            .strip_prefix("for (var c = 0u; c < ")
-            .and_then(|rest| rest.strip_suffix("; c++) {"))
-            .and_then(|name| constants.iter().find(|(constant, _)| *constant == name));
-        let Some(&(_, Constant::Number(count))) = count else {
+        let loop_to = |index: &str| {
+            let rest = line.trim_start().strip_prefix(&format!("for (var {index} = 0u; {index} < "))?;
+            rest.strip_suffix(&format!("; {index}++) {{"))
+        };
+        if let Some((name, slices)) = loop_to("slice").and_then(|name| Some((name, number(name)?))) {
+            let slice = match slices {
+                1 => format!("{{\n{indent}    const slice = 0u;"),
+                _ => format!("for (var slice = 0u; slice < {name} + nothing; slice++) {{"),
+            };
+            text.extend([indent, &slice, "\n"]);
+            continue;
+        }
+        let Some((name, count)) = loop_to("c").and_then(|name| Some((name, number(name)?))) else {
             text.extend([line, "\n"]);
             continue;
         };
+        if name.strip_suffix("_QUADS").and_then(|row| number(&format!("{row}_SLICES"))) > Some(1) {
+            text.extend([indent, "for (var c = 0u; c < ", name, " + nothing; c++) {\n"]);
+            continue;
+        }
         let end = format!("{indent}}}");
         let body: Vec<&str> = lines.by_ref().take_while(|line| *line != end).collect();
         for c in 0..count {
@@ -328,7 +361,8 @@ return vec4<f32>({from}(w.x), {from}(w.x >> 16u), {from}(w.y), {from}(w.y >> 16u
                 };
                 let body = if dtype == DType::BF16 { body.replace("from_bf16(w.x >> 16u)", HIGH_X) } else { body };
                 let body = if dtype == DType::BF16 { body.replace("from_bf16(w.y >> 16u)", HIGH_Y) } else { body };
-                writeln!(text, "fn load4_{name}(at: u32, quad: u32) -> vec4<f32> {{ {body} }}")?;
+                let before = self.unless_beyond("return vec4<f32>();");
+                writeln!(text, "fn load4_{name}(at: u32, quad: u32) -> vec4<f32> {{ {before}{body} }}")?;
                 self.row(text)
             }
             Use::WriteQuads(dtype) => {
@@ -339,8 +373,15 @@ return vec4<f32>({from}(w.x), {from}(w.x >> 16u), {from}(w.y), {from}(w.y >> 16u
                         format!("vec2<u32>({to}(x.x) | ({to}(x.y) << 16u), {to}(x.z) | ({to}(x.w) << 16u))")
                     }
                 };
-                let body = format!("{words}[(at >> 2u) + quad] = {bits};");
-                writeln!(text, "fn store4_{name}(at: u32, quad: u32, x: vec4<f32>) {{ {body} }}")
+                let body = format!("{}{words}[(at >> 2u) + quad] = {bits};", self.unless_beyond("return;"));
+                writeln!(text, "fn store4_{name}(at: u32, quad: u32, x: vec4<f32>) {{ {body} }}")?;
+                match dtype {
+                    DType::F32 => {
+                        let body = format!("return bitcast<vec4<f32>>({words}[(at >> 2u) + quad]);");
+                        writeln!(text, "fn load4_{name}(at: u32, quad: u32) -> vec4<f32> {{ {body} }}")
+                    }
+                    _ => Ok(()),
+                }
             }
             Use::Write(elements) => {
                 self.store(elements, &words, text)?;
@@ -374,6 +415,12 @@ return vec4<f32>({from}(w.x), {from}(w.x >> 16u), {from}(w.y), {from}(w.y >> 16u
         writeln!(text, "fn load_{name}(at: u32) -> {result} {{ return {body}; }}")
     }
 
+    /// What is done for a quad beyond the row, where slices have such.
+    fn unless_beyond(&self, done: &str) -> String {
+        let ([slices, quads_of], quads) = (slices(self.channels), self.channels.div_ceil(4));
+        if slices * quads_of == quads { String::new() } else { format!("if (quad >= {quads}u) {{ {done} }} ") }
+    }
+
     /// Four channels by their stride.
     fn load4(&self, text: &mut String) -> std::fmt::Result {
         let Self { name, channels, .. } = *self;
@@ -382,7 +429,8 @@ return vec4<f32>({from}(w.x), {from}(w.x >> 16u), {from}(w.y), {from}(w.y >> 16u
         }
         writeln!(text, "fn load4_{name}(at: u32, quad: u32) -> vec4<f32> {{")?;
         writeln!(text, "    let step = params.{name}.last;\n    let start = at + quad * 4u * step;")?;
-        if channels.is_multiple_of(4) {
+        let [slices, quads_of] = slices(channels);
+        if channels == 4 * slices * quads_of {
             let at = |i: u32| format!("load_{name}(start + {i}u * step)");
             writeln!(text, "    return vec4<f32>({}, {}, {}, {});\n}}", at(0), at(1), at(2), at(3))
         } else {
@@ -397,13 +445,15 @@ return vec4<f32>({from}(w.x), {from}(w.x >> 16u), {from}(w.y), {from}(w.y >> 16u
         }
     }
 
-    /// A row that all threads of a workgroup are at: `row_x` begins reading it, `quad_x_0`, `quad_x_1`, ... give its channels.
+    /// A row that all threads of a workgroup are at: `row_x` begins reading one of its slices, and `quad_x_0`, `quad_x_1`, ...
+    /// give its channels.
     fn row(&self, text: &mut String) -> std::fmt::Result {
         let Self { name, channels, .. } = *self;
         if channels == 0 {
             return Ok(());
         }
-        let quads = channels.div_ceil(4);
+        let [slices, quads_of] = slices(channels);
+        let quads = slices * quads_of;
         if let Sharing::Workgroup(rows) = self.sharing {
             writeln!(text, "var<workgroup> tile_{name}: array<vec4<f32>, {}>;", rows * quads)?;
             writeln!(text, "fn stage_{name}(origin: u32, first: u32, end: u32, thread: u32) {{")?;
@@ -414,39 +464,43 @@ return vec4<f32>({from}(w.x), {from}(w.x >> 16u), {from}(w.y), {from}(w.y >> 16u
                 "        tile_{name}[i] = load4_{name}(origin + row * params.{name}.position, i % {quads}u);"
             )?;
             writeln!(text, "    }}\n}}\nstruct Row_{name} {{ at: u32 }}")?;
-            let body = format!("return Row_{name}(slot * {quads}u);");
-            writeln!(text, "fn row_{name}(at: u32, slot: u32) -> Row_{name} {{ {body} }}")?;
-            return (0..quads).try_for_each(|quad| {
+            let body = format!("return Row_{name}(slot * {quads}u + slice * {quads_of}u);");
+            writeln!(text, "fn row_{name}(at: u32, slot: u32, slice: u32) -> Row_{name} {{ {body} }}")?;
+            return (0..quads_of).try_for_each(|quad| {
                 let body = format!("return tile_{name}[row.at + {quad}u];");
                 writeln!(text, "fn quad_{name}_{quad}(row: Row_{name}) -> vec4<f32> {{ {body} }}")
             });
         }
         writeln!(text, "fn stage_{name}(origin: u32, first: u32, end: u32, thread: u32) {{}}")?;
         let Sharing::Subgroup(strip) = self.sharing else {
-            writeln!(text, "struct Row_{name} {{ at: u32 }}")?;
-            writeln!(text, "fn row_{name}(at: u32, slot: u32) -> Row_{name} {{ return Row_{name}(at); }}")?;
-            return (0..quads).try_for_each(|quad| {
-                let body = format!("return load4_{name}(row.at, {quad}u);");
+            writeln!(text, "struct Row_{name} {{ at: u32, quad: u32 }}")?;
+            let body = format!("return Row_{name}(at, slice * {quads_of}u);");
+            writeln!(text, "fn row_{name}(at: u32, slot: u32, slice: u32) -> Row_{name} {{ {body} }}")?;
+            return (0..quads_of).try_for_each(|quad| {
+                let body = format!("return load4_{name}(row.at, row.quad + {quad}u);");
                 writeln!(text, "fn quad_{name}_{quad}(row: Row_{name}) -> vec4<f32> {{ {body} }}")
             });
         };
         // Each lane of a subgroup reads some channels, and the others get them from it.
-        let strips = channels.div_ceil(strip);
+        let width = channels.min(4 * quads_of);
+        let strips = width.div_ceil(strip);
         writeln!(text, "struct Row_{name} {{ strips: array<f32, {strips}> }}")?;
-        writeln!(text, "fn row_{name}(at: u32, slot: u32) -> Row_{name} {{\n    var row: Row_{name};")?;
-        writeln!(text, "    let own = lane % {strip}u;")?;
+        writeln!(text, "fn row_{name}(at: u32, slot: u32, slice: u32) -> Row_{name} {{\n    var row: Row_{name};")?;
+        writeln!(text, "    let own = lane % {strip}u + slice * {width}u;")?;
         for i in 0..strips {
-            let channel = if (i + 1) * strip <= channels {
-                format!("{}u + own", i * strip)
-            } else {
-                format!("min({}u + own, {}u)", i * strip, channels - 1)
-            };
-            writeln!(text, "    row.strips[{i}] = load_{name}(at + ({channel}) * params.{name}.last);")?;
+            let channel = format!("{}u + own", i * strip);
+            let ends = (slices - 1) * width + (i + 1) * strip > channels;
+            let within = if ends { format!("min({channel}, {}u)", channels - 1) } else { channel.clone() };
+            let mut load = format!("load_{name}(at + ({within}) * params.{name}.last)");
+            if ends && slices * width > channels {
+                load = format!("select(0.0, {load}, {channel} < {channels}u)");
+            }
+            writeln!(text, "    row.strips[{i}] = {load};")?;
         }
         writeln!(text, "    return row;\n}}")?;
-        for quad in 0..quads {
+        for quad in 0..quads_of {
             let channel = |i: u32| match quad * 4 + i {
-                channel if channel < channels => {
+                channel if channel < width => {
                     format!("subgroupBroadcast(row.strips[{}], {}u)", channel / strip, channel % strip)
                 }
                 _ => "0.0".to_owned(),
@@ -538,6 +592,26 @@ mod tests {
         let mut unknown = String::new();
         unroll(file, &[], &mut unknown);
         assert_eq!(unknown, file);
+    }
+
+    #[test]
+    fn rows_that_fit_registers_are_one_slice() {
+        let of = [1, 5, 64, 65, 130, 255, 256].map(slices);
+        assert_eq!(of, [[1, 1], [1, 2], [1, 16], [3, 6], [5, 7], [8, 8], [8, 8]]);
+    }
+
+    #[test]
+    fn loops_over_slices_and_whole_wide_rows_stay_loops() {
+        let file = "for (var slice = 0u; slice < Q_SLICES; slice++) {\n}\nfor (var c = 0u; c < Q_QUADS; c++) {\n    y(c);\n}\n";
+        let unrolled = |slices| {
+            let constants = [("Q_SLICES", slices), ("Q_QUADS", 2)].map(|(name, x)| (name, Constant::Number(x)));
+            let mut text = String::new();
+            unroll(file, &constants, &mut text);
+            text
+        };
+        let wide = file.replace("_SLICES;", "_SLICES + nothing;").replace("_QUADS;", "_QUADS + nothing;");
+        assert_eq!(unrolled(2), wide);
+        assert_eq!(unrolled(1), "{\n    const slice = 0u;\n}\n{\n    y(0u);\n}\n{\n    y(1u);\n}\n");
     }
 
     #[test]
