@@ -112,7 +112,7 @@ fn wgpu(report: &mut Report) -> Result<()> {
     }
     let conformance = |chosen| {
         let test = ["cargo", "test", "--workspace", "--all-features", "--test", CONFORMANCE, "--"];
-        [&test[..], &[chosen, "--skip", "determinism"]].concat()
+        [&test[..], &[chosen, "--skip", "determinism", "--skip", "sharded"]].concat()
     };
     for (bits, threads) in [("128", 4), ("512", 16)] {
         let test = conformance(EMULATED);
@@ -211,7 +211,9 @@ const CONFORMANCE: &str = "conformance";
 fn other_archs(report: &mut Report, archs: &[Arch]) -> Result<()> {
     for arch in archs.iter().filter(|arch| arch.available && !arch.selected) {
         report.step(&format!("conformance on {}", arch.name), || {
-            let test = ["cargo", "test", "--workspace", "--all-features", "--test", CONFORMANCE, "--", "--quiet"];
+            // Ranks move and split work alike, whatever the instructions: once is enough.
+            let test = ["cargo", "test", "--workspace", "--all-features", "--test", CONFORMANCE, "--"];
+            let test = [&test[..], &["--quiet", "--skip", "sharded"]].concat();
             run(&[REQUIRED, CPU, ("TILEFOLD_CPU_ARCH", &arch.name)], &test)
         })?;
     }
@@ -236,8 +238,8 @@ fn emulated_archs(report: &mut Report, archs: &[Arch], in_ci: bool) -> Result<()
         let command = [&["cargo", "xtask", "emulate", kind], arguments, &["--quiet", "--color=never"]].concat();
         run(&[REQUIRED, CPU, ("TILEFOLD_CPU_ARCH", arch)], &command)
     };
-    // Other numbers of workers share out the same work, whatever the instructions.
-    let without_twins = ["--skip", "determinism"];
+    // Other numbers of workers, and ranks, share out the same work, whatever the instructions.
+    let without_twins = ["--skip", "determinism", "--skip", "sharded"];
     if lacks("neon") {
         // Both packages in both steps: what they depend on is built once.
         let packages = ["--", "--package", BACKEND, "--package", "tilefold-conformance"];
