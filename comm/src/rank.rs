@@ -64,11 +64,12 @@ impl Rank<'_> {
     /// # Errors
     /// As [`Rank::dense`].
     pub fn pack_shared(&self, source: &Arc<Tensor>) -> Result<Arc<Tensor>> {
-        if !source.layout().is_contiguous() {
-            return self.pack(&source.view());
-        }
-        if source.device().is_host() {
+        if source.layout().is_contiguous() && source.device().is_host() {
             return Ok(Arc::clone(source));
+        }
+        // A download begins at the front of the memory.
+        if !source.layout().is_contiguous() || source.layout().offset() != 0 {
+            return self.pack(&source.view());
         }
         let mut host = Tensor::zeros(source.dtype(), source.shape())?;
         let bytes = host.host_bytes_mut().unwrap_or_default();
