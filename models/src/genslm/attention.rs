@@ -1,14 +1,15 @@
-//! Causal attention of this rank's tokens over the whole sequence.
+//! Causal attention of this rank's tokens over the whole sequence; q and k are turned by their positions in it before anything
+//! travels.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use ndarray::Array2;
-use tilefold::comm::sequence_parallel::UlyssesForward;
+use tilefold::comm::sequence_parallel::{UlyssesForward, rope};
 use tilefold::comm::{Communicator, Partition, Rank, RingAttention, Shard, ShardForward, Traffic, UlyssesAttention};
-use tilefold::{ProblemError, Tensor};
+use tilefold::{ProblemError, RopePairs, RopeSpec, Tensor};
 
-use super::config::{AttentionKind, Config};
+use super::config::{AttentionKind, Config, Positions};
 use super::error::Result;
 use super::host::{copy_to_host, to_device, to_host};
 
@@ -16,6 +17,8 @@ use super::host::{copy_to_host, to_device, to_host};
 #[derive(Debug)]
 pub(super) struct Attention {
     way: Way,
+    rope: Option<RopeSpec>,
+    partition: Partition,
     /// `[batch, 1, tokens of this rank, heads, head_dim]`.
     shape: [usize; 5],
 }
@@ -45,13 +48,14 @@ impl Attention {
                 Way::Ulysses(Box::new(UlyssesAttention::new(rank.comm, spec, queries, keys, group)?))
             }
         };
-        Ok(Self { way, shape })
+        let rope = (config.positions == Positions::Rope).then(|| RopeSpec::new(config.head_dim(), RopePairs::Halves));
+        Ok(Self { way, rope, partition: partition.clone(), shape })
     }
 
     /// Attention, from and to rows `[batch · tokens of this rank, hidden]`.
     pub(super) fn forward(&self, rank: &Rank<'_>, qkv: [Array2<f32>; 3]) -> Result<(Array2<f32>, Kept)> {
         let [q, k, v] = qkv.map(|matrix| to_device(rank, matrix, &self.shape));
-        let (q, k, v) = (q?, k?, v?);
+        let (q, k, v) = (self.turned(rank, q?, false)?, self.turned(rank, k?, false)?, v?);
         let shard = shard(&q, &k, &v);
         let kept = match &self.way {
             Way::Ring(ring) => {
@@ -82,10 +86,18 @@ impl Attention {
             (Way::Ulysses(ulysses), Kept::Ulysses(forward)) => ulysses.backward(rank, forward, &d_out.view())?,
             _ => return Err(missing("forward").into()),
         };
-        let host = |gradient: Option<Tensor>, name| {
-            gradient.map_or_else(|| Err(missing(name).into()), |tensor| to_host(rank, tensor, self.hidden()))
-        };
-        Ok([host(gradients.dq, "dq")?, host(gradients.dk, "dk")?, host(gradients.dv, "dv")?])
+        let gradient = |gradient: Option<Tensor>, name| gradient.map(Arc::new).ok_or_else(|| missing(name));
+        let dq = self.turned(rank, gradient(gradients.dq, "dq")?, true)?;
+        let dk = self.turned(rank, gradient(gradients.dk, "dk")?, true)?;
+        let host = |gradient| to_host(rank, gradient, self.hidden());
+        Ok([host(dq)?, host(dk)?, host(gradient(gradients.dv, "dv")?)?])
+    }
+
+    /// Rotary positions, or their adjoint.
+    fn turned(&self, rank: &Rank<'_>, x: Arc<Tensor>, inverse: bool) -> Result<Arc<Tensor>> {
+        let Some(spec) = &self.rope else { return Ok(x) };
+        let spec = RopeSpec { inverse, ..spec.clone() };
+        Ok(Arc::new(rope(rank, &spec, &self.partition, &x.view())?))
     }
 
     /// Bytes sent through groups of its own.

@@ -17,8 +17,8 @@ pub(super) fn to_device(rank: &Rank<'_>, matrix: Array2<f32>, shape: &[usize]) -
 }
 
 /// A tensor as a matrix with `width` columns.
-pub(super) fn to_host(rank: &Rank<'_>, tensor: Tensor, width: usize) -> Result<Array2<f32>> {
-    let packed = rank.pack_shared(&Arc::new(tensor))?;
+pub(super) fn to_host(rank: &Rank<'_>, tensor: Arc<Tensor>, width: usize) -> Result<Array2<f32>> {
+    let packed = rank.pack_shared(&tensor)?;
     matrix(&packed, width)
 }
 
@@ -37,5 +37,5 @@ fn matrix(tensor: &Tensor, width: usize) -> Result<Array2<f32>> {
 pub(super) fn apply(rank: &Rank<'_>, map: &impl Map, x: Array2<f32>, shape: &[usize]) -> Result<Array2<f32>> {
     let y = map.apply(rank, &to_device(rank, x, shape)?.view())?;
     let width = y.shape().last().copied().unwrap_or(1);
-    to_host(rank, y, width)
+    to_host(rank, Arc::new(y), width)
 }

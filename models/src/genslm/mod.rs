@@ -8,7 +8,7 @@
 //! | `tokens.rs` | FASTA to codons |
 //! | `config.rs` | sizes and choices |
 //! | `parameters.rs` | the weights, and which of them are split over ranks |
-//! | `norm.rs`, `rotary.rs`, `attention.rs`, `mlp.rs`, `loss.rs` | one layer each, forward and backward |
+//! | `norm.rs`, `attention.rs`, `mlp.rs`, `loss.rs` | one layer each, forward and backward |
 //! | `model.rs` | the layers put together |
 //! | `adam.rs` | the optimizer |
 //!
@@ -27,7 +27,6 @@ mod mlp;
 mod model;
 mod norm;
 mod parameters;
-mod rotary;
 mod tokens;
 
 pub use adam::Adam;

@@ -15,14 +15,13 @@ use tilefold::comm::sequence_parallel::position::PositionTable;
 use tilefold::comm::{Partition, Rank};
 
 use super::attention::{Attention, Kept as AttentionKept, bytes_sent};
-use super::config::{Config, MlpKind, Positions};
+use super::config::{Config, MlpKind};
 use super::error::{Error, Result};
 use super::host::apply;
 use super::loss::tied_cross_entropy;
 use super::mlp::Mlp;
 use super::norm;
 use super::parameters::{LayerParameters, Parameters, Part};
-use super::rotary::Rotary;
 use super::tokens::VOCABULARY;
 
 /// One rank's end of a model whose sequence is split over ranks.
@@ -39,7 +38,6 @@ pub struct Model<'r> {
     places: Vec<usize>,
     attention: Attention,
     mlp: Mlp,
-    rotary: Option<Rotary>,
 }
 
 /// What a layer's backward pass needs.
@@ -65,9 +63,8 @@ impl<'r> Model<'r> {
         }
         let attention = Attention::new(&rank, &config, &partition)?;
         let places: Vec<usize> = partition.positions(rank.comm.rank()).collect();
-        let rotary = (config.positions == Positions::Rope).then(|| Rotary::new(&config, &places));
         let mlp = Mlp::new(&rank, &config, &partition);
-        let model = Self { rank, config, partition, places, attention, mlp, rotary };
+        let model = Self { rank, config, partition, places, attention, mlp };
         model.mlp_split(0)?;
         Ok(model)
     }
@@ -210,11 +207,8 @@ impl<'r> Model<'r> {
     fn layer(&self, weights: &LayerParameters, x: Array2<f32>) -> Result<(Array2<f32>, Kept)> {
         let rank = &self.rank;
         let a = norm::forward(&x, &weights.attention_gain);
-        let mut qkv = [a.dot(&weights.query), a.dot(&weights.key), a.dot(&weights.value)];
+        let qkv = [a.dot(&weights.query), a.dot(&weights.key), a.dot(&weights.value)];
         drop(a);
-        if let Some(rotary) = &self.rotary {
-            qkv[..2].iter_mut().for_each(|matrix| rotary.forward(matrix));
-        }
         let (out, attention) = self.attention.forward(rank, qkv)?;
         let middle = &x + &out.dot(&weights.output);
         drop(out);
@@ -238,11 +232,8 @@ impl<'r> Model<'r> {
         let out = self.attention.out(rank, &attention)?;
         general_mat_mul(1.0, &out.t(), &d_middle, 1.0, &mut gradients.output);
         drop(out);
-        let mut d_qkv = self.attention.backward(rank, &attention, d_middle.dot(&weights.output.t()))?;
+        let d_qkv = self.attention.backward(rank, &attention, d_middle.dot(&weights.output.t()))?;
         drop(attention);
-        if let Some(rotary) = &self.rotary {
-            d_qkv[..2].iter_mut().for_each(|matrix| rotary.backward(matrix));
-        }
         let a = norm::forward(&x, &weights.attention_gain);
         let mut da = Array2::zeros(a.raw_dim());
         let matrices = [&weights.query, &weights.key, &weights.value];
