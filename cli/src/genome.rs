@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, anyhow, bail};
 use tilefold::Backend;
-use tilefold::comm::{Communicator, Rank};
+use tilefold::comm::{Communicator, Rank, on_threads};
 use tilefold_models::genslm::{AttentionKind, Config, MlpKind, Positions, Tokens};
 
 use crate::global::Global;
@@ -155,14 +155,10 @@ fn as_threads(job: &Job<'_>, ranks: usize, global: &Global) -> Result<Option<Rep
     if ranks > memory::MAX_RANKS {
         bail!("--ranks: expected at most {} threads, got {ranks}", memory::MAX_RANKS);
     }
-    let mut results = std::thread::scope(|scope| {
-        let start = |comm| scope.spawn(move || as_rank(job, comm, global));
-        let threads: Vec<_> = Communicator::threads(ranks).into_iter().map(start).collect();
-        let join =
-            |thread: std::thread::ScopedJoinHandle<'_, _>| thread.join().map_err(|_| anyhow!("a rank panicked"))?;
-        threads.into_iter().map(join).collect::<Result<Vec<_>>>()
-    })?;
-    Ok(results.swap_remove(0))
+    let reports = on_threads(ranks, |comm| as_rank(job, comm, global)).into_iter();
+    let mut reports =
+        reports.map(|report| report.map_err(|_| anyhow!("a rank panicked"))?).collect::<Result<Vec<_>>>()?;
+    Ok(reports.swap_remove(0))
 }
 
 /// This process a rank of its MPI job.

@@ -9,7 +9,7 @@ use std::sync::{Arc, Barrier};
 use std::time::Instant;
 
 use tilefold_backend_cpu::CpuBackend;
-use tilefold_comm::{Communicator, Partition, Rank, RingAttention, Shard};
+use tilefold_comm::{Partition, Rank, RingAttention, Shard, on_threads};
 use tilefold_core::{
     AttentionProblem, AttentionSpec, Backend, BackwardArgs, BackwardOperands, DType, ForwardArgs, ForwardOperands,
     StructuralMask, Tensor,
@@ -107,27 +107,19 @@ fn ranks(dtype: DType) -> Vec<f64> {
     let partition = Partition::zigzag(SEQLEN, RANKS).unwrap();
     let ring = RingAttention::new(spec(dtype), partition.clone(), partition.clone()).unwrap();
     let start = Barrier::new(RANKS);
-    let times: Vec<[f64; 2]> = std::thread::scope(|scope| {
-        let threads: Vec<_> = Communicator::threads(RANKS)
-            .into_iter()
-            .map(|comm| {
-                let (ring, start, count) = (&ring, &start, partition.count(comm.rank()));
-                scope.spawn(move || {
-                    let device = CpuBackend::new().unwrap().with_threads(1).unwrap();
-                    let stream = device.stream().unwrap();
-                    let rank = Rank { comm: &comm, device: &device, stream: &stream };
-                    let [q, k, v, d_out] = [0, 1, 2, 3].map(|seed| numbers(dtype, count, seed));
-                    let shard = Shard::new(q.view(), Arc::new(k), Arc::new(v));
-                    start.wait();
-                    let started = Instant::now();
-                    let forward = ring.forward(&rank, &shard).unwrap();
-                    let seconds = started.elapsed().as_secs_f64();
-                    ring.backward(&rank, &shard, &forward, &d_out.view()).unwrap();
-                    [seconds, started.elapsed().as_secs_f64()]
-                })
-            })
-            .collect();
-        threads.into_iter().map(|thread| thread.join().unwrap()).collect()
+    let times = on_threads(RANKS, |comm| {
+        let device = CpuBackend::new().unwrap().with_threads(1).unwrap();
+        let stream = device.stream().unwrap();
+        let rank = Rank { comm: &comm, device: &device, stream: &stream };
+        let [q, k, v, d_out] = [0, 1, 2, 3].map(|seed| numbers(dtype, partition.count(comm.rank()), seed));
+        let shard = Shard::new(q.view(), Arc::new(k), Arc::new(v));
+        start.wait();
+        let started = Instant::now();
+        let forward = ring.forward(&rank, &shard).unwrap();
+        let seconds = started.elapsed().as_secs_f64();
+        ring.backward(&rank, &shard, &forward, &d_out.view()).unwrap();
+        [seconds, started.elapsed().as_secs_f64()]
     });
+    let times: Vec<[f64; 2]> = times.into_iter().map(Result::unwrap).collect();
     (0..2).map(|pass| times.iter().map(|times| times[pass]).fold(0.0, f64::max)).collect()
 }

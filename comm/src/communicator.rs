@@ -4,6 +4,7 @@ use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::fmt::Display;
 use std::sync::Arc;
+use std::thread;
 use std::time::Duration;
 
 use tilefold_core::{ProblemError, Tensor, TensorView};
@@ -63,25 +64,8 @@ impl Communicator {
         Self::over(places.remove(0).into())
     }
 
-    /// The ends of a group whose ranks are threads of this process, to be handed to one thread each.
-    ///
-    /// ```
-    /// use tilefold_comm::{Communicator, Reduction};
-    /// use tilefold_core::{Tensor, TensorView};
-    /// let sums: Vec<_> = std::thread::scope(|scope| {
-    ///     let ranks = Communicator::threads(3).into_iter().map(|comm| {
-    ///         scope.spawn(move || {
-    ///             let mine = [comm.rank() as f32, 1.0];
-    ///             comm.all_reduce(&TensorView::from_slice(&mine, &[2])?, Reduction::Sum)
-    ///         })
-    ///     });
-    ///     ranks.collect::<Vec<_>>().into_iter().map(|rank| rank.join()).collect()
-    /// });
-    /// for sum in sums {
-    ///     assert_eq!(sum.expect("no panic")?.as_slice::<f32>()?, [3.0, 3.0]);
-    /// }
-    /// # Ok::<(), tilefold_comm::Error>(())
-    /// ```
+    /// The ends of a group whose ranks are threads of this process, to be handed to one thread each; [`on_threads`] starts
+    /// the threads too.
     #[must_use]
     pub fn threads(world_size: usize) -> Vec<Self> {
         ThreadGroup::world(world_size).into_iter().map(|place| Self::over(place.into())).collect()
@@ -243,15 +227,14 @@ impl Communicator {
         let fitting = self.one_for_each_rank("counts", counts.len()).and_then(|()| {
             let size = values.shape().first().copied().unwrap_or(0);
             let sum = counts.iter().try_fold(0_usize, |sum, &count| sum.checked_add(count));
-            if sum == Some(size) && !counts.contains(&0) {
-                return Ok(());
+            if sum != Some(size) || counts.contains(&0) {
+                let expected = format!("numbers above 0 that add up to axis 0, {size}");
+                return Err(CommError::Counts { list: "counts", expected, got: format!("{counts:?}") }.into());
             }
-            let expected = format!("numbers above 0 that add up to axis 0, {size}");
-            Err(CommError::Counts { list: "counts", expected, got: format!("{counts:?}") }.into())
+            let row = values.layout().len() / size;
+            Ok(counts.iter().map(|count| count * row).collect::<Vec<_>>())
         });
-        let row = values.shape().iter().skip(1).product::<usize>();
-        let elements: Vec<usize> = counts.iter().map(|count| count * row).collect();
-        let parcels = self.checked(operation, fitting.and_then(|()| host::cut(values, &elements)))?;
+        let parcels = self.checked(operation, fitting.and_then(|counts| host::cut(values, &counts)))?;
         let reduced = self.reduce_parts(operation, &kind, parcels, reduction)?;
         let shape: Vec<usize> =
             std::iter::once(counts[self.rank()]).chain(values.shape().iter().skip(1).copied()).collect();
@@ -381,7 +364,7 @@ impl Communicator {
     /// One exchange of all ranks, from begin to end.
     pub(crate) fn exchange(&self, name: &'static str, kind: &str, parcels: Vec<Parcel>) -> Result<Vec<Parcel>> {
         let operation = if kind.is_empty() { name.to_owned() } else { format!("{name} {kind}") };
-        self.ready(name)?;
+        self.ready()?;
         for (rank, parcel) in parcels.iter().enumerate() {
             self.count(name, rank, parcel, 0);
         }
@@ -394,7 +377,7 @@ impl Communicator {
     }
 
     pub(crate) fn send_as(&self, operation: &'static str, to: usize, parcel: Parcel) -> Result<()> {
-        self.ready(operation)?;
+        self.ready()?;
         let fit = parcel.iter().try_for_each(|tensor| host::dense("parcel", &tensor.view()));
         self.checked(operation, self.known_rank("to", to).and(fit))?;
         self.count(operation, to, &parcel, 1);
@@ -402,7 +385,7 @@ impl Communicator {
     }
 
     pub(crate) fn receive_as(&self, operation: &'static str, from: usize) -> Result<Parcel> {
-        self.ready(operation)?;
+        self.ready()?;
         self.checked(operation, self.known_rank("from", from))?;
         self.engine.receive(from, operation, self.deadline.get()).map_err(|error| self.told(error))
     }
@@ -422,7 +405,7 @@ impl Communicator {
     }
 
     /// After the first failure, what every call returns.
-    fn ready(&self, _operation: &'static str) -> Result<()> {
+    fn ready(&self) -> Result<()> {
         match self.engine.failure() {
             Some(failure) => Err(self.told(failure)),
             None => Ok(()),
@@ -473,6 +456,30 @@ impl Shift<'_> {
     pub fn finish(self) -> Result<Parcel> {
         self.comm.receive_as(self.operation, self.from)
     }
+}
+
+/// Runs `work` as each rank of a new group, on a thread of its own; gives what each rank gave, by rank, or what it panicked
+/// with.
+///
+/// ```
+/// use tilefold_comm::{Reduction, on_threads};
+/// use tilefold_core::TensorView;
+/// let sums = on_threads(3, |comm| {
+///     let mine = [comm.rank() as f32, 1.0];
+///     comm.all_reduce(&TensorView::from_slice(&mine, &[2])?, Reduction::Sum)
+/// });
+/// for sum in sums {
+///     assert_eq!(sum.expect("no panic")?.as_slice::<f32>()?, [3.0, 3.0]);
+/// }
+/// # Ok::<(), tilefold_comm::Error>(())
+/// ```
+pub fn on_threads<T: Send>(world_size: usize, work: impl Fn(Communicator) -> T + Sync) -> Vec<thread::Result<T>> {
+    let work = &work;
+    thread::scope(|scope| {
+        let start = |comm| scope.spawn(move || work(comm));
+        let threads: Vec<_> = Communicator::threads(world_size).into_iter().map(start).collect();
+        threads.into_iter().map(thread::ScopedJoinHandle::join).collect()
+    })
 }
 
 /// `[*, 4, 32]`: every axis but the first.

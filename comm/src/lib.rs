@@ -21,7 +21,7 @@ mod threads;
 mod transport;
 
 pub use adam::{AdamOptions, AdamState, ShardedAdam};
-pub use communicator::{Communicator, DEFAULT_DEADLINE, Shift, Traffic, near_equal};
+pub use communicator::{Communicator, DEFAULT_DEADLINE, Shift, Traffic, near_equal, on_threads};
 pub use error::{CommError, Error, Result};
 pub use partition::Partition;
 pub use rank::Rank;

@@ -14,6 +14,21 @@ pub struct Partition {
     chunks: Vec<Vec<Range<usize>>>,
 }
 
+/// Chunks in the order of the sequence: first position, rank, and where it lies in the rank's shard.
+pub(crate) struct Owners {
+    seqlen: usize,
+    chunks: Vec<(usize, usize, usize)>,
+}
+
+impl Owners {
+    /// The rank that holds a position, and where it lies in the rank's shard; none beyond the sequence.
+    pub(crate) fn of(&self, position: usize) -> Option<(usize, usize)> {
+        let behind = self.chunks.partition_point(|&(start, ..)| start <= position);
+        let &(start, rank, local) = self.chunks.get(behind.checked_sub(1)?)?;
+        (position < self.seqlen).then(|| (rank, local + position - start))
+    }
+}
+
 impl Partition {
     /// One chunk for each rank, in the order of ranks; the first ranks get one position more where it does not come out even.
     ///
@@ -99,6 +114,16 @@ impl Partition {
         self.chunks[rank].iter().cloned().flatten()
     }
 
+    /// Who holds which position, to be looked up.
+    pub(crate) fn owners(&self) -> Owners {
+        let mut chunks = Vec::new();
+        for rank in 0..self.ranks() {
+            chunks.extend(self.places(rank).into_iter().map(|(local, start)| (start, rank, local.start)));
+        }
+        chunks.sort_unstable();
+        Owners { seqlen: self.seqlen, chunks }
+    }
+
     /// A rank's chunks: where each lies in its shard, and its first global position.
     pub(crate) fn places(&self, rank: usize) -> Vec<(Range<usize>, usize)> {
         let mut local = 0;
@@ -139,6 +164,25 @@ impl Partition {
     }
 }
 
+/// Checks two partitions against the sizes they cut, and against each other.
+///
+/// # Errors
+/// [`CommError::Counts`] when one is of another length, or the second of another number of ranks.
+pub(crate) fn check_alike(cut: [(&'static str, &Partition, usize); 2]) -> Result<()> {
+    for (list, partition, size) in cut {
+        if partition.seqlen() != size {
+            let (expected, got) = (format!("a partition of {size} positions"), partition.seqlen().to_string());
+            return Err(CommError::Counts { list, expected, got }.into());
+        }
+    }
+    let [(first, one, _), (list, other, _)] = cut;
+    if one.ranks() != other.ranks() {
+        let (expected, got) = (format!("{} ranks, as {first} have", one.ranks()), other.ranks().to_string());
+        return Err(CommError::Counts { list, expected, got }.into());
+    }
+    Ok(())
+}
+
 /// `count` consecutive runs of near-equal length.
 fn runs(seqlen: usize, count: usize) -> Vec<Range<usize>> {
     let mut start = 0;
@@ -173,6 +217,18 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn owners_are_found() {
+        let partition = Partition::zigzag(31, 3).unwrap();
+        let owners = partition.owners();
+        for rank in 0..3 {
+            for (local, position) in partition.positions(rank).enumerate() {
+                assert_eq!(owners.of(position), Some((rank, local)));
+            }
+        }
+        assert_eq!(owners.of(31), None);
     }
 
     #[test]

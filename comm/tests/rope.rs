@@ -2,6 +2,11 @@
 
 #![allow(clippy::unwrap_used, reason = "a test that stops where something fails")]
 
+mod ranks;
+
+use std::time::Duration;
+
+use ranks::on_ranks;
 use tilefold_backend_cpu::CpuBackend;
 use tilefold_comm::sequence_parallel::maps::{Gather, Map, Split};
 use tilefold_comm::sequence_parallel::rope;
@@ -30,19 +35,12 @@ fn shards_are_turned_by_their_global_positions() {
             let stream = device.stream().unwrap();
             let args = RopeArgs::new(&spec, whole.view(), expected.view_mut()).unwrap();
             device.rope(&stream, args).unwrap();
-            std::thread::scope(|scope| {
-                for comm in Communicator::threads(ranks) {
-                    let (device, spec, partition, whole, expected) = (&device, &spec, &partition, &whole, &expected);
-                    scope.spawn(move || {
-                        let stream = device.stream().unwrap();
-                        let rank = Rank { comm: &comm, device, stream: &stream };
-                        let split = Split { axis: 2, partition: partition.clone() };
-                        let shard = Gather(split.clone()).adjoint().apply(&rank, &whole.view()).unwrap();
-                        let turned = rope(&rank, spec, partition, &shard.view()).unwrap();
-                        let all = Gather(split).apply(&rank, &turned.view()).unwrap();
-                        assert_eq!(all.as_slice::<f32>(), expected.as_slice::<f32>(), "{ranks} ranks");
-                    });
-                }
+            on_ranks(ranks, Duration::from_secs(20), |rank| {
+                let split = Split { axis: 2, partition: partition.clone() };
+                let shard = Gather(split.clone()).adjoint().apply(rank, &whole.view()).unwrap();
+                let turned = rope(rank, &spec, &partition, &shard.view()).unwrap();
+                let all = Gather(split).apply(rank, &turned.view()).unwrap();
+                assert_eq!(all.as_slice::<f32>(), expected.as_slice::<f32>(), "{ranks} ranks");
             });
         }
     }

@@ -12,19 +12,11 @@ const SOON: Duration = Duration::from_millis(300);
 
 /// What each rank gives; `None` for one that panicked.
 fn on_ranks<T: Send>(ranks: usize, work: impl Fn(&Communicator) -> T + Sync) -> Vec<Option<T>> {
-    let work = &work;
-    std::thread::scope(|scope| {
-        let threads: Vec<_> = Communicator::threads(ranks)
-            .into_iter()
-            .map(|comm| {
-                scope.spawn(move || {
-                    comm.set_deadline(Duration::from_secs(20)).unwrap();
-                    work(&comm)
-                })
-            })
-            .collect();
-        threads.into_iter().map(|thread| thread.join().ok()).collect()
-    })
+    let results = tilefold_comm::on_threads(ranks, |comm| {
+        comm.set_deadline(Duration::from_secs(20)).unwrap();
+        work(&comm)
+    });
+    results.into_iter().map(|result| result.ok()).collect()
 }
 
 /// Errors of the ranks that gave one.

@@ -10,7 +10,7 @@ use tilefold_backend_cpu::CpuBackend;
 use tilefold_comm::sequence_parallel::maps::{AllGather, Copy, Map, Reduce, ReduceScatter, Split, Switch};
 use tilefold_comm::sequence_parallel::position::PositionTable;
 use tilefold_comm::{
-    AxialAttention, Communicator, Partition, Rank, RingAttention, Shard, SharedBias, UlyssesAttention,
+    AxialAttention, Communicator, Partition, Rank, RingAttention, Shard, SharedBias, UlyssesAttention, on_threads,
 };
 use tilefold_core::{
     AccumulateArgs, AttentionPlan, AttentionProblem, AttentionSpec, Backend, BackwardArgs, BiasSpec, DType, DeviceInfo,
@@ -135,16 +135,12 @@ fn sent(comm: &Communicator, names: &[&str]) -> usize {
 
 /// Calls `work` on each of P ranks with a device of its own.
 fn on_ranks(work: impl Fn(&Rank<'_>, &Counting) + Sync) {
-    let work = &work;
-    std::thread::scope(|scope| {
-        for comm in Communicator::threads(P) {
-            scope.spawn(move || {
-                let device = Counting::new();
-                let stream = device.stream().unwrap();
-                work(&Rank { comm: &comm, device: &device, stream: &stream }, &device);
-            });
-        }
+    let results = on_threads(P, |comm| {
+        let device = Counting::new();
+        let stream = device.stream().unwrap();
+        work(&Rank { comm: &comm, device: &device, stream: &stream }, &device);
     });
+    results.into_iter().for_each(Result::unwrap);
 }
 
 fn tensor(rank: &Rank<'_>, shape: &[usize]) -> Tensor {

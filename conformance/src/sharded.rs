@@ -5,9 +5,9 @@ use std::sync::Arc;
 
 use tilefold::comm::{
     AxialAttention, Communicator, Partition, Rank, RingAttention, Shard, ShardBackward, ShardForward, SharedBias,
-    UlyssesAttention,
+    UlyssesAttention, on_threads,
 };
-use tilefold_core::{AttentionProblem, AttentionSpec, Backend, BiasSpec, EmptyRows, Tensor};
+use tilefold_core::{AttentionProblem, AttentionSpec, Backend, BiasSpec, DType, EmptyRows, Layout, Tensor};
 
 use crate::buffer::Downloaded;
 use crate::case::Case;
@@ -199,7 +199,11 @@ fn check(device: &dyn Backend, case: &Case, way: Way) -> Result<f64, String> {
     let check = || {
         let inputs = Inputs::draw(case);
         let sharded = Sharded::new(case, way)?;
-        let parts = on_ranks(way.ranks, |comm| run(device, comm, &sharded, &inputs))?;
+        let run = || on_ranks(way.ranks, |comm| run(device, comm, &sharded, &inputs));
+        let parts = run()?;
+        if case.group == "everything" {
+            same_bits(&parts, &run()?)?;
+        }
         let results = gathered(&sharded, &parts)?;
         let split = if sharded.is_axial() { &sharded.queries } else { &sharded.keys };
         let chunks: usize = (0..way.ranks).map(|rank| split.chunks(rank).len()).sum();
@@ -208,18 +212,51 @@ fn check(device: &dyn Backend, case: &Case, way: Way) -> Result<f64, String> {
     check().map_err(|message| format!("{}, seed {:#x}: {message}", way.name(case), case.seed))
 }
 
+fn same_bits(first: &[Part], second: &[Part]) -> Result<(), String> {
+    for (rank, (first, second)) in first.iter().zip(second).enumerate() {
+        for ((name, a), (_, b)) in first.iter().zip(second) {
+            if a.view().as_bytes().map_err(text)? != b.view().as_bytes().map_err(text)? {
+                return Err(format!("{name} of rank {rank} differs in a second run"));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// What travels of a tensor is what it shows, wherever that lies in its memory.
+pub(crate) fn packing(device: &Arc<dyn Backend>) -> Trial {
+    let device = Arc::clone(device);
+    Trial::new("sharded", "f32/sharded/pack/offsets".to_owned(), move || {
+        let (comm, stream) = (Communicator::alone(), device.stream().map_err(text)?);
+        let rank = Rank { comm: &comm, device: &*device, stream: &stream };
+        let numbers: Vec<f32> = (0..24_u8).map(f32::from).collect();
+        for (strides, offset) in [([3, 1], 0), ([3, 1], 7), ([4, 1], 5), ([1, 2], 8), ([-3, -1], 23)] {
+            let layout = Layout::new(&[2, 3], &strides, offset).map_err(text)?;
+            let shown: Vec<f32> =
+                layout.positions().filter_map(|at| numbers.get(usize::try_from(at).ok()?)).copied().collect();
+            let whole = rank.unpack(Arc::new(Tensor::from_vec(numbers.clone(), &[24]).map_err(text)?)).map_err(text)?;
+            let storage = rank.own(whole).map_err(text)?.into_storage();
+            let tensor = Arc::new(Tensor::new(storage, DType::F32, layout).map_err(text)?);
+            for packed in [rank.pack(&tensor.view()), rank.pack_shared(&tensor)] {
+                let packed = packed.map_err(text)?;
+                let bytes = packed.view().as_bytes().map_err(text)?.to_vec();
+                if bytes != shown.iter().flat_map(|number| number.to_ne_bytes()).collect::<Vec<_>>() {
+                    return Err(format!(
+                        "strides {strides:?}, offset {offset}: expected {shown:?}, got bytes {bytes:?}"
+                    ));
+                }
+            }
+        }
+        Ok(0.0)
+    })
+}
+
 /// One rank's results, by name.
 type Part = Vec<(String, Tensor)>;
 
 fn on_ranks<T: Send>(ranks: usize, work: impl Fn(&Communicator) -> Result<T, String> + Sync) -> Result<Vec<T>, String> {
-    let work = &work;
-    let results: Vec<_> = std::thread::scope(|scope| {
-        let threads: Vec<_> =
-            Communicator::threads(ranks).into_iter().map(|comm| scope.spawn(move || work(&comm))).collect();
-        threads.into_iter().map(std::thread::ScopedJoinHandle::join).collect()
-    });
-    let results = results.into_iter().map(|result| result.unwrap_or_else(|_| Err("a rank panicked".to_owned())));
-    results.collect()
+    let results = on_threads(ranks, |comm| work(&comm)).into_iter();
+    results.map(|result| result.unwrap_or_else(|_| Err("a rank panicked".to_owned()))).collect()
 }
 
 fn run(device: &dyn Backend, comm: &Communicator, sharded: &Sharded<'_>, inputs: &Inputs) -> Result<Part, String> {

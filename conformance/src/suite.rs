@@ -122,6 +122,7 @@ pub fn trials(subject: &Subject, filter: &Filter) -> Vec<Trial> {
     }
     trials.extend(relayouts::trials(&subject.device));
     trials.extend(sums::trials(&subject.device));
+    trials.push(sharded::packing(&subject.device));
     trials.extend(ropes::trials(&subject.device));
     trials.retain(|trial| filter.contains.as_ref().is_none_or(|part| trial.name.contains(part)));
     trials

@@ -22,13 +22,12 @@ use tilefold_core::{
 
 use super::local::{self, Operands};
 use super::maps::{AllGather, Map, Reduce, ReduceScatter, Split};
-use super::ring::{BIAS_NAMES, Shard, ShardBackward, ShardForward};
-use crate::communicator::Shift;
+use super::ring::{Shard, ShardBackward, ShardForward, check_operands, check_outputs};
+use super::travelling::{pass_on, received, round};
 use crate::error::{CommError, Result};
-use crate::partition::Partition;
+use crate::partition::{Partition, check_alike};
 use crate::rank::{Rank, along, along_mut};
-use crate::shape::{exact, optional, with_axis};
-use crate::transport::Parcel;
+use crate::shape::with_axis;
 
 /// What biases are called on their way.
 const BIASES: &str = "axial_attention biases";
@@ -116,16 +115,7 @@ impl AxialAttention {
     /// That of the problem; [`CommError::Counts`] when a partition is one of another length or number of ranks; one entry of
     /// `kv_lengths` for each row is refused with [`ProblemError::Length`]: use a key mask.
     pub fn new(spec: AttentionSpec, rows: Partition, queries: Partition, shared: SharedBias) -> Result<Self> {
-        for (list, partition, size) in [("rows", &rows, spec.rows), ("queries", &queries, spec.seqlen_q)] {
-            if partition.seqlen() != size {
-                let (expected, got) = (format!("a partition of {size}"), partition.seqlen().to_string());
-                return Err(CommError::Counts { list, expected, got }.into());
-            }
-        }
-        if rows.ranks() != queries.ranks() {
-            let (expected, got) = (format!("{} ranks, as rows have", rows.ranks()), queries.ranks().to_string());
-            return Err(CommError::Counts { list: "queries", expected, got }.into());
-        }
+        check_alike([("rows", &rows, spec.rows), ("queries", &queries, spec.seqlen_q)])?;
         let problem = AttentionProblem::new(spec)?;
         let spec = problem.spec();
         if let Some(lengths) = spec.kv_lengths.as_ref().filter(|lengths| lengths.len() > spec.batch) {
@@ -188,10 +178,7 @@ impl AxialAttention {
     ) -> Result<ShardBackward> {
         let checked = self.check(rank, shard).and_then(|()| {
             let problem = self.local_problem(rank.comm.rank(), None)?;
-            exact("out", &forward.out.view(), &problem.out_shape(), problem.spec().dtype)?;
-            exact("lse", &forward.lse.view(), &problem.lse_shape(), DType::F32)?;
-            exact("lse_low", &forward.lse_low.view(), &problem.lse_shape(), DType::F32)?;
-            exact("d_out", d_out, &problem.out_shape(), problem.spec().dtype)
+            check_outputs(problem.spec(), problem.out_shape(), forward, d_out)
         });
         rank.comm.agree("axial_attention", checked.map(|()| format!("backward {self:?}")))?;
         let problem = self.local_problem(rank.comm.rank(), None)?;
@@ -226,25 +213,15 @@ impl AxialAttention {
         let problem = self.local_problem(rank.comm.rank(), None)?;
         let spec = problem.spec();
         let mut sums = self.zero_sums(rank, &problem)?;
-        let mut is_first = true;
         self.for_each_part(rank, shard, |owner, block| {
             let mut travelling = self.travelling_zeros(rank, owner)?;
             for (local, start) in self.queries.places(owner) {
                 let part = QueryPart { block, queries: start..start + local.len(), local };
                 self.add_queries(rank, shard, &part, (forward, d_out), &mut sums, &mut travelling)?;
             }
-            if !is_first {
-                let mut earlier = self.received(rank)?;
-                for (sum, earlier) in travelling.iter().zip(&mut earlier) {
-                    rank.add(sum.view(), earlier.view_mut())?;
-                }
-                travelling = earlier;
-            }
-            is_first = false;
-            let packed = travelling.into_iter().map(|sum| rank.pack_shared(&Arc::new(sum)));
-            rank.comm.send_as(GRADIENTS, rank.comm.neighbour(1), packed.collect::<Result<_>>()?)
+            pass_on(rank, GRADIENTS, owner, travelling)
         })?;
-        let mut home = self.received(rank)?.into_iter();
+        let mut home = received(rank, GRADIENTS)?.into_iter();
         let mut dbiases = Vec::new();
         let wanted = self.places().zip(spec.gradients.biases);
         for ((bias, (place, wanted)), gradient) in spec.biases.iter().zip(wanted).zip(sums.resident) {
@@ -337,12 +314,6 @@ impl AxialAttention {
         Ok(())
     }
 
-    /// Gradients that the previous rank has added to.
-    fn received(&self, rank: &Rank<'_>) -> Result<Vec<Tensor>> {
-        let parcel = rank.comm.receive_as(GRADIENTS, rank.comm.neighbour(-1))?;
-        parcel.into_iter().map(|sum| rank.unpack(sum).and_then(|sum| rank.own(sum))).collect()
-    }
-
     /// Zeros in f32 for the gradients of a rank's part of the shared biases.
     fn travelling_zeros(&self, rank: &Rank<'_>, owner: usize) -> Result<Vec<Tensor>> {
         let spec = self.problem.spec();
@@ -359,19 +330,13 @@ impl AxialAttention {
         shard: &Shard<'_>,
         mut work: impl FnMut(usize, &[Arc<Tensor>]) -> Result<()>,
     ) -> Result<()> {
-        let (here, ranks) = (rank.comm.rank(), rank.comm.world_size());
         let shared = self.problem.spec().biases.iter().zip(&shard.biases);
         let shared = shared.filter(|(bias, _)| Place::of(bias) == Place::Queries);
-        let mut parcel = shared.map(|(_, view)| rank.pack(view)).collect::<Result<Parcel>>()?;
-        for step in 0..ranks {
-            let (next, previous) = (rank.comm.neighbour(1), rank.comm.neighbour(-1));
-            let begin = || rank.comm.begin_shift(BIASES, next, parcel.clone(), previous);
-            let shift = (step + 1 < ranks).then(begin).transpose()?;
+        let own = shared.map(|(_, view)| rank.pack(view)).collect::<Result<_>>()?;
+        round(rank, BIASES, own, |owner, parcel| {
             let block = parcel.into_iter().map(|bias| rank.unpack(bias)).collect::<Result<Vec<_>>>()?;
-            work((here + ranks - step) % ranks, &block)?;
-            parcel = shift.map_or(Ok(Vec::new()), Shift::finish)?;
-        }
-        Ok(())
+            work(owner, &block)
+        })
     }
 
     /// The problem of a rank's rows, of all queries or of some: their first and how many.
@@ -451,28 +416,12 @@ impl AxialAttention {
         }
         let problem = self.local_problem(here, None)?;
         let spec = problem.spec();
-        exact("q", &shard.q, &problem.q_shape(), spec.dtype)?;
-        exact("k", &shard.k.view(), &problem.k_shape(), spec.dtype)?;
-        exact("v", &shard.v.view(), &problem.v_shape(), spec.dtype)?;
-        if shard.biases.len() != spec.biases.len() {
-            let (expected, got) = (spec.biases.len().to_string(), shard.biases.len());
-            return Err(ProblemError::Length { list: "biases", expected, got }.into());
-        }
-        for (((bias, place), view), name) in spec.biases.iter().zip(self.places()).zip(&shard.biases).zip(BIAS_NAMES) {
-            let shape = match place {
-                Place::Queries => with_axis(bias.shape, BIAS_QUERIES, self.queries.count(here)),
-                Place::Rows | Place::Everywhere => bias.shape,
-            };
-            exact(name, view, &shape, bias.dtype)?;
-        }
-        let (queries, keys) = ([spec.batch, spec.rows, spec.seqlen_q], [spec.batch, spec.rows, spec.seqlen_k]);
-        optional("key_mask", shard.key_mask.as_ref(), spec.key_mask, &keys, DType::Bool)?;
-        optional("q_segments", shard.q_segments.as_ref(), spec.segments, &queries, DType::I32)?;
-        optional("k_segments", shard.k_segments.as_ref(), spec.segments, &keys, DType::I32)?;
-        match &shard.gate {
-            Some(view) if spec.gate => exact("gate", view, &problem.out_shape(), spec.dtype),
-            view => optional("gate", view.as_ref(), spec.gate, &problem.out_shape(), spec.dtype),
-        }
+        let biases = spec.biases.iter().zip(self.places()).map(|(bias, place)| match place {
+            Place::Queries => with_axis(bias.shape, BIAS_QUERIES, self.queries.count(here)),
+            Place::Rows | Place::Everywhere => bias.shape,
+        });
+        let (q, k) = ([problem.q_shape(), problem.out_shape()], [problem.k_shape(), problem.v_shape()]);
+        check_operands(spec, q, k, biases, shard)
     }
 }
 

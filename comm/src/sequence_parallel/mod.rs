@@ -7,6 +7,7 @@ pub mod position;
 mod ring;
 mod ring_backward;
 mod rope;
+mod travelling;
 mod ulysses;
 
 pub use axial::{AxialAttention, SharedBias};

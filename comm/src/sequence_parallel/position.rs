@@ -49,22 +49,23 @@ impl PositionTable {
             let got = format!("{} parts of {}", parts.len(), saved.seqlen());
             return Err(CommError::Counts { list: "parts", expected, got }.into());
         }
-        let mut places = vec![(0, 0); saved.seqlen()];
         for (part, view) in parts.iter().enumerate() {
             let (expected, got) = (saved.count(part), view.shape().first().copied().unwrap_or(0));
             if view.shape().len() != 2 || expected != got {
                 return Err(ProblemError::Shape { tensor: "parts", dimension: "positions", expected, got }.into());
             }
-            for (row, position) in saved.positions(part).enumerate() {
-                places[position] = (part, row);
-            }
         }
+        let owners = saved.owners();
         let (dtype, width) = (parts[0].dtype(), parts[0].shape()[1]);
         let row_bytes = width * dtype.size_bytes();
         let mut bytes = Vec::new();
         for position in to.positions(comm.rank()) {
-            let (part, row) = places[position];
-            if parts[part].dtype() != dtype || parts[part].shape()[1] != width {
+            let Some((part, row)) = owners.of(position) else { continue };
+            if parts[part].dtype() != dtype {
+                let (tensor, expected) = ("parts", dtype.to_string());
+                return Err(ProblemError::UnsupportedDType { tensor, expected, got: parts[part].dtype() }.into());
+            }
+            if parts[part].shape()[1] != width {
                 let (tensor, dimension, got) = ("parts", "width", parts[part].shape()[1]);
                 return Err(ProblemError::Shape { tensor, dimension, expected: width, got }.into());
             }
@@ -174,12 +175,7 @@ impl PositionTable {
     /// Which of this rank's tokens each rank has the row of, and which of its rows each rank asks for.
     fn asked(&self, comm: &Communicator, positions: &[usize]) -> Result<(ByRank, ByRank)> {
         let name = "position_lookup";
-        let mut owners = vec![(0, 0); self.partition.seqlen()];
-        for rank in 0..self.partition.ranks() {
-            for (row, position) in self.partition.positions(rank).enumerate() {
-                owners[position] = (rank, row);
-            }
-        }
+        let owners = self.partition.owners();
         let mut wanted = vec![Vec::new(); comm.world_size()];
         let mut rows = vec![Vec::new(); comm.world_size()];
         let checked = check_ranks(comm, &self.partition).and_then(|()| {
@@ -188,8 +184,8 @@ impl PositionTable {
                 return Err(CommError::Counts { list: "positions", expected, got }.into());
             }
             positions.iter().enumerate().try_for_each(|(token, &position)| {
-                let Some(&(owner, row)) = owners.get(position) else {
-                    let expected = format!("positions below {}", owners.len());
+                let Some((owner, row)) = owners.of(position) else {
+                    let expected = format!("positions below {}", self.partition.seqlen());
                     return Err(CommError::Counts { list: "positions", expected, got: position.to_string() }.into());
                 };
                 wanted[owner].push(token);

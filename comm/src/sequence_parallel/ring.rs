@@ -23,15 +23,16 @@ use tilefold_core::{
 };
 
 use super::local::{self, Operands};
-use crate::communicator::{Communicator, Shift};
+use super::travelling::round;
+use crate::communicator::Communicator;
 use crate::error::{CommError, Result};
-use crate::partition::Partition;
+use crate::partition::{Partition, check_alike};
 use crate::rank::{Rank, along};
 use crate::shape::{exact, optional, with_axis};
 use crate::transport::Parcel;
 
 /// What keys and values are called on their way.
-const KEYS: &str = "ring_attention keys";
+pub(super) const KEYS: &str = "ring_attention keys";
 /// Names of biases in errors.
 pub(super) const BIAS_NAMES: [&str; MAX_BIASES] = ["bias0", "bias1", "bias2", "bias3"];
 
@@ -174,7 +175,7 @@ impl RingAttention {
     pub fn forward(&self, rank: &Rank<'_>, shard: &Shard<'_>) -> Result<ShardForward> {
         self.agree(rank, shard, None)?;
         let spec = self.problem.spec();
-        let (here, ranks) = (rank.comm.rank(), rank.comm.world_size());
+        let here = rank.comm.rank();
         let shape = with_axis(self.problem.out_shape(), 2, self.queries.count(here));
         let lse_shape = with_axis(self.problem.lse_shape(), 3, self.queries.count(here));
         let mut acc = ShardForward {
@@ -183,34 +184,15 @@ impl RingAttention {
             lse_low: rank.zeros(DType::F32, &lse_shape)?,
         };
         rank.device.fill(rank.stream, acc.lse.view_mut(), f64::NEG_INFINITY)?;
-        let mut parcel = self.outgoing(rank, shard)?;
-        for step in 0..ranks {
-            let shift = self.begin_keys(rank.comm, step, &parcel)?;
-            let owner = (here + ranks - step) % ranks;
+        round(rank, KEYS, self.outgoing(rank, shard)?, |owner, parcel| {
             let block = self.incoming(rank, parcel)?;
             for pair in self.pairs(here, owner, Gradients::default())? {
                 self.merge_pair(rank, shard, &block, &pair, &mut acc)?;
             }
-            parcel = shift.map_or(Ok(Vec::new()), Shift::finish)?;
-        }
-        if spec.dtype != DType::F32 {
-            let mut out = rank.zeros(spec.dtype, &shape)?;
-            rank.copy(acc.out.view(), out.view_mut())?;
-            acc.out = out;
-        }
+            Ok(())
+        })?;
+        acc.out = rank.rounded(acc.out, spec.dtype)?;
         Ok(acc)
-    }
-
-    /// Passes this rank's block of keys on, unless it is the last step's.
-    pub(super) fn begin_keys<'c>(
-        &self,
-        comm: &'c Communicator,
-        step: usize,
-        keys: &Parcel,
-    ) -> Result<Option<Shift<'c>>> {
-        let is_last = step + 1 == comm.world_size();
-        let begin = || comm.begin_shift(KEYS, comm.neighbour(1), keys.clone(), comm.neighbour(-1));
-        (!is_last).then(begin).transpose()
     }
 
     /// What all ranks must have alike; `outputs` are those of a forward pass, with the gradient of the first.
@@ -222,13 +204,8 @@ impl RingAttention {
     ) -> Result<()> {
         let checked = check_shard(&self.problem, &self.queries, &self.keys, rank.comm, shard).and_then(|()| {
             let Some((forward, d_out)) = outputs else { return Ok(()) };
-            let (here, spec) = (rank.comm.rank(), self.problem.spec());
-            let shape = with_axis(self.problem.out_shape(), 2, self.queries.count(here));
-            let lse_shape = with_axis(self.problem.lse_shape(), 3, self.queries.count(here));
-            exact("out", &forward.out.view(), &shape, spec.dtype)?;
-            exact("lse", &forward.lse.view(), &lse_shape, DType::F32)?;
-            exact("lse_low", &forward.lse_low.view(), &lse_shape, DType::F32)?;
-            exact("d_out", d_out, &shape, spec.dtype)
+            let shape = with_axis(self.problem.out_shape(), 2, self.queries.count(rank.comm.rank()));
+            check_outputs(self.problem.spec(), shape, forward, d_out)
         });
         let pass = if outputs.is_some() { "backward" } else { "forward" };
         rank.comm.agree("ring_attention", checked.map(|()| format!("{pass} {self:?}")))
@@ -361,17 +338,7 @@ pub(super) fn bias_shape(bias: &BiasSpec, queries: usize, keys: usize) -> [usize
 /// # Errors
 /// [`CommError::Counts`] when a partition is one of another length or number of ranks.
 pub(super) fn check_partitions(spec: &AttentionSpec, queries: &Partition, keys: &Partition) -> Result<()> {
-    for (list, partition, seqlen) in [("queries", queries, spec.seqlen_q), ("keys", keys, spec.seqlen_k)] {
-        if partition.seqlen() != seqlen {
-            let (expected, got) = (format!("a partition of {seqlen} positions"), partition.seqlen().to_string());
-            return Err(CommError::Counts { list, expected, got }.into());
-        }
-    }
-    if queries.ranks() != keys.ranks() {
-        let (expected, got) = (format!("{} ranks, as queries have", queries.ranks()), keys.ranks().to_string());
-        return Err(CommError::Counts { list: "keys", expected, got }.into());
-    }
-    Ok(())
+    check_alike([("queries", queries, spec.seqlen_q), ("keys", keys, spec.seqlen_k)])
 }
 
 /// Checks a rank's part of a problem's operands.
@@ -391,23 +358,56 @@ pub(super) fn check_shard(
     }
     let spec = problem.spec();
     let (queries, keys) = (queries.count(here), keys.count(here));
-    exact("q", &shard.q, &with_axis(problem.q_shape(), 2, queries), spec.dtype)?;
-    exact("k", &shard.k.view(), &with_axis(problem.k_shape(), 2, keys), spec.dtype)?;
-    exact("v", &shard.v.view(), &with_axis(problem.v_shape(), 2, keys), spec.dtype)?;
+    let q = [problem.q_shape(), problem.out_shape()].map(|shape| with_axis(shape, 2, queries));
+    let k = [problem.k_shape(), problem.v_shape()].map(|shape| with_axis(shape, 2, keys));
+    let biases = spec.biases.iter().map(|bias| bias_shape(bias, queries, keys));
+    check_operands(spec, q, k, biases, shard)
+}
+
+/// Checks operands against the shapes that they have on this rank: of q and out, of k and v, and of each bias.
+///
+/// # Errors
+/// A [`ProblemError`] that names tensor and dimension.
+pub(super) fn check_operands(
+    spec: &AttentionSpec,
+    [q, out]: [[usize; 5]; 2],
+    [k, v]: [[usize; 5]; 2],
+    biases: impl Iterator<Item = [usize; 5]>,
+    shard: &Shard<'_>,
+) -> Result<()> {
+    exact("q", &shard.q, &q, spec.dtype)?;
+    exact("k", &shard.k.view(), &k, spec.dtype)?;
+    exact("v", &shard.v.view(), &v, spec.dtype)?;
     if shard.biases.len() != spec.biases.len() {
         let (expected, got) = (spec.biases.len().to_string(), shard.biases.len());
         return Err(ProblemError::Length { list: "biases", expected, got }.into());
     }
-    for ((bias, view), name) in spec.biases.iter().zip(&shard.biases).zip(BIAS_NAMES) {
-        exact(name, view, &bias_shape(bias, queries, keys), bias.dtype)?;
+    for (((bias, shape), view), name) in spec.biases.iter().zip(biases).zip(&shard.biases).zip(BIAS_NAMES) {
+        exact(name, view, &shape, bias.dtype)?;
     }
-    let gate = with_axis(problem.out_shape(), 2, queries);
-    let (queries, keys) = ([spec.batch, spec.rows, queries], [spec.batch, spec.rows, keys]);
-    optional("key_mask", shard.key_mask.as_ref(), spec.key_mask, &keys, DType::Bool)?;
-    optional("q_segments", shard.q_segments.as_ref(), spec.segments, &queries, DType::I32)?;
-    optional("k_segments", shard.k_segments.as_ref(), spec.segments, &keys, DType::I32)?;
+    optional("key_mask", shard.key_mask.as_ref(), spec.key_mask, &k[..3], DType::Bool)?;
+    optional("q_segments", shard.q_segments.as_ref(), spec.segments, &q[..3], DType::I32)?;
+    optional("k_segments", shard.k_segments.as_ref(), spec.segments, &k[..3], DType::I32)?;
     match &shard.gate {
-        Some(view) if spec.gate => exact("gate", view, &gate, spec.dtype),
-        view => optional("gate", view.as_ref(), spec.gate, &gate, spec.dtype),
+        Some(view) if spec.gate => exact("gate", view, &out, spec.dtype),
+        view => optional("gate", view.as_ref(), spec.gate, &out, spec.dtype),
     }
+}
+
+/// Checks what a backward pass reads of a forward pass, whose output has this shape on this rank.
+///
+/// # Errors
+/// As [`check_operands`].
+pub(super) fn check_outputs(
+    spec: &AttentionSpec,
+    out: [usize; 5],
+    forward: &ShardForward,
+    d_out: &TensorView<'_>,
+) -> Result<()> {
+    let [batch, rows, queries, heads, _] = out;
+    let lse = [batch, rows, heads, queries];
+    exact("out", &forward.out.view(), &out, spec.dtype)?;
+    exact("lse", &forward.lse.view(), &lse, DType::F32)?;
+    exact("lse_low", &forward.lse_low.view(), &lse, DType::F32)?;
+    exact("d_out", d_out, &out, spec.dtype)
 }

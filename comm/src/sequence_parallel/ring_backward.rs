@@ -1,17 +1,14 @@
 //! The backward pass of ring attention: what stays on a rank, and what travels with the keys.
 
-use std::sync::Arc;
-
 use tilefold_core::{BackwardArgs, BackwardOperands, DType, Tensor, TensorView, TensorViewMut};
 
 use super::local::Operands;
-use super::ring::{Pair, RingAttention, Shard, ShardBackward, ShardForward, SplitAlong, bias_shape};
-use crate::communicator::Shift;
+use super::maps::{Map, Reduce};
+use super::ring::{KEYS, Pair, RingAttention, Shard, ShardBackward, ShardForward, SplitAlong, bias_shape};
+use super::travelling::{pass_on, received, round};
 use crate::error::Result;
 use crate::rank::{Rank, along_mut};
-use crate::reduce::Reduction;
 use crate::shape::with_axis;
-use crate::transport::Parcel;
 
 /// What gradients of keys are called on their way.
 const GRADIENTS: &str = "ring_attention gradients";
@@ -52,37 +49,18 @@ impl RingAttention {
         d_out: &TensorView<'_>,
     ) -> Result<ShardBackward> {
         self.agree(rank, shard, Some((forward, d_out)))?;
-        let (here, ranks) = (rank.comm.rank(), rank.comm.world_size());
-        let (next, previous) = (rank.comm.neighbour(1), rank.comm.neighbour(-1));
+        let here = rank.comm.rank();
         let mut resident = self.resident(rank, here)?;
-        let mut parcel = self.outgoing(rank, shard)?;
-        for step in 0..ranks {
-            let shift = self.begin_keys(rank.comm, step, &parcel)?;
-            let owner = (here + ranks - step) % ranks;
+        round(rank, KEYS, self.outgoing(rank, shard)?, |owner, parcel| {
             let block = self.incoming(rank, parcel)?;
             let mut sums = self.travelling(rank, owner)?;
             for pair in self.pairs(here, owner, self.problem.spec().gradients)? {
                 let inputs = self.inputs(shard, &block, &pair)?;
                 self.add_pair(rank, &pair, inputs, (forward, d_out), &mut resident, &mut sums)?;
             }
-            if step > 0 {
-                // Ranks before this one come first: sums have the order in which the block travels.
-                let mut earlier = self.received(rank, rank.comm.receive_as(GRADIENTS, previous)?)?;
-                for (sum, earlier) in sums.iter().zip(&mut earlier) {
-                    rank.add(sum.view(), earlier.view_mut())?;
-                }
-                sums = earlier;
-            }
-            let packed = sums.into_iter().map(|sum| rank.pack_shared(&Arc::new(sum)));
-            rank.comm.send_as(GRADIENTS, next, packed.collect::<Result<_>>()?)?;
-            parcel = shift.map_or(Ok(Vec::new()), Shift::finish)?;
-        }
-        let home = self.received(rank, rank.comm.receive_as(GRADIENTS, previous)?)?;
-        self.finish(rank, resident, home)
-    }
-
-    fn received(&self, rank: &Rank<'_>, parcel: Parcel) -> Result<Travelling> {
-        parcel.into_iter().map(|sum| rank.unpack(sum).and_then(|sum| rank.own(sum))).collect()
+            pass_on(rank, GRADIENTS, owner, sums)
+        })?;
+        self.finish(rank, resident, received(rank, GRADIENTS)?)
     }
 
     fn resident(&self, rank: &Rank<'_>, here: usize) -> Result<Resident> {
@@ -205,9 +183,7 @@ impl RingAttention {
                 DBias::None => None,
                 DBias::Rectangles(whole) => Some(whole),
                 DBias::Sum(sum) if SplitAlong::of(bias) == SplitAlong::Nothing => {
-                    let packed = rank.pack_shared(&Arc::new(sum))?;
-                    let sum = Arc::new(rank.comm.all_reduce(&packed.view(), Reduction::Sum)?);
-                    Some(rank.rounded(rank.own(rank.unpack(sum)?)?, bias.dtype)?)
+                    Some(rank.rounded(Reduce.apply(rank, &sum.view())?, bias.dtype)?)
                 }
                 DBias::Sum(sum) => Some(rank.rounded(sum, bias.dtype)?),
                 DBias::Travelling(number) => {

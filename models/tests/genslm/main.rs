@@ -7,7 +7,7 @@ mod reference;
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 use rand_distr::{Distribution, StandardNormal};
-use tilefold::comm::{CommError, Communicator, Partition, Rank};
+use tilefold::comm::{CommError, Partition, Rank, on_threads};
 use tilefold::{Backend, CpuBackend};
 use tilefold_models::genslm::{
     Adam, AttentionKind, Config, Error, MlpKind, Model, Parameters, Positions, Result, Tokens, mean_over_replicas,
@@ -58,20 +58,12 @@ fn tokens(config: &Config) -> Vec<u32> {
 
 /// What each rank gives.
 fn on_ranks<T: Send>(ranks: usize, work: impl Fn(Rank<'_>) -> Result<T> + Sync) -> Vec<Result<T>> {
-    let work = &work;
-    std::thread::scope(|scope| {
-        let threads: Vec<_> = Communicator::threads(ranks)
-            .into_iter()
-            .map(|comm| {
-                scope.spawn(move || {
-                    let device = CpuBackend::new().unwrap().with_threads(1).unwrap();
-                    let stream = device.stream().unwrap();
-                    work(Rank { comm: &comm, device: &device, stream: &stream })
-                })
-            })
-            .collect();
-        threads.into_iter().map(|thread| thread.join().unwrap()).collect()
-    })
+    let results = on_threads(ranks, |comm| {
+        let device = CpuBackend::new().unwrap().with_threads(1).unwrap();
+        let stream = device.stream().unwrap();
+        work(Rank { comm: &comm, device: &device, stream: &stream })
+    });
+    results.into_iter().map(|result| result.unwrap()).collect()
 }
 
 /// Loss and all gradients of a run over ranks, whole; the same on every rank.
