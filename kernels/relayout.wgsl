@@ -1,6 +1,6 @@
 // Strided copy with a change of dtype: a thread has one element of the destination, whose neighbours are innermost.
 //
-// Constants: THREADS, AXES, SOURCE and DESTINATION (0 for bits as they are, 1 for f32, 2 for f16, 3 for bfloat16).
+// Constants: those of axes.wgsl, SOURCE and DESTINATION (0 for bits as they are, 1 for f32, 2 for f16, 3 for bfloat16).
 
 fn number(bits: u32) -> f32 {
     switch (SOURCE) {
@@ -19,23 +19,15 @@ fn bits_of(x: f32) -> u32 {
 }
 
 fn run(group: vec3<u32>, thread: u32) {
-    var rest = (group.x + group.y * params.groups_x) * THREADS + thread;
-    if (rest >= params.count) {
+    let element = element_of(group, thread);
+    if (element >= params.count) {
         return;
     }
-    var source = params.source.base;
-    var destination = params.destination.base;
-    for (var i = 0u; i < AXES; i++) {
-        let axis = params.axes[AXES - 1u - i];
-        let index = rest % axis.x;
-        rest /= axis.x;
-        source += index * axis.y;
-        destination += index * axis.z;
-    }
-    let bits = load_source(source);
+    let at = places(element);
+    let bits = load_source(at.x);
     if (DESTINATION == 0u) {
-        store_destination(destination, bits);
+        store_destination(at.y, bits);
     } else {
-        store_destination(destination, bits_of(number(bits)));
+        store_destination(at.y, bits_of(number(bits)));
     }
 }

@@ -1,6 +1,4 @@
 //! The backend on the devices of this machine, with less than they have, and when something goes wrong.
-//!
-//! Without a device everything is ignored, with the reason, unless `TILEFOLD_REQUIRE` names `wgpu`.
 
 #![allow(
     clippy::unwrap_used,
@@ -9,11 +7,12 @@
     reason = "a panic here is a failed test, which lints see only in the usual harness"
 )]
 
+mod harness;
+
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use libtest_mimic::{Arguments, Completion, Trial};
 use tilefold_backend_wgpu::{WgpuBackend, WgpuOptions};
 use tilefold_conformance::case::Case;
 use tilefold_conformance::oracle::check_case;
@@ -24,9 +23,7 @@ use tilefold_core::{
     OpenError, Precision, Stream, StructuralMask, Tensor,
 };
 
-type Test = (&'static str, fn());
-
-const TESTS: &[Test] = &[
+const TESTS: &[harness::Test] = &[
     ("devices_that_are_not_there_are_named", bad_ordinal),
     ("with_what_browsers_have_everything_works", portable),
     ("rows_in_the_workgroups_memory_give_the_same", staged),
@@ -43,31 +40,7 @@ const TESTS: &[Test] = &[
 ];
 
 fn main() -> ExitCode {
-    let arguments = Arguments::from_args();
-    let trials = TESTS.iter().map(|&(name, test)| {
-        Trial::ignorable_test(name, move || match missing()? {
-            Some(reason) => {
-                println!("\nskipped {name}: {reason}");
-                Ok(Completion::ignored_with(reason))
-            }
-            None => {
-                test();
-                Ok(Completion::Completed)
-            }
-        })
-    });
-    libtest_mimic::run(&arguments, trials.collect()).exit_code()
-}
-
-/// Why there is no device, where that is allowed.
-fn missing() -> Result<Option<String>, String> {
-    let Err(error @ OpenError::NoDriver { .. }) = WgpuBackend::new(0) else { return Ok(None) };
-    let required = std::env::var("TILEFOLD_REQUIRE").unwrap_or_default();
-    if required.split(',').any(|name| name.trim() == "wgpu") {
-        Err(error.to_string())
-    } else {
-        Ok(Some(error.to_string()))
-    }
+    harness::run(TESTS)
 }
 
 fn with(edit: impl FnOnce(&mut WgpuOptions)) -> WgpuBackend {

@@ -7,27 +7,15 @@
     reason = "a panic here is a failed test, which lints see only in the usual harness"
 )]
 
+mod harness;
+
 use std::process::ExitCode;
 
-use libtest_mimic::{Arguments, Completion, Trial};
 use tilefold_backend_wgpu::WgpuBackend;
-use tilefold_core::{Backend, DType, DeviceError, Layout, OpenError, RelayoutArgs, Tensor};
+use tilefold_core::{Backend, DType, DeviceError, Layout, RelayoutArgs, Tensor};
 
 fn main() -> ExitCode {
-    let arguments = Arguments::from_args();
-    let trial = Trial::ignorable_test("a_lost_device_is_an_error_of_every_call", || {
-        if let Err(error @ OpenError::NoDriver { .. }) = WgpuBackend::new(0) {
-            let required = std::env::var("TILEFOLD_REQUIRE").unwrap_or_default();
-            if required.split(',').any(|name| name.trim() == "wgpu") {
-                return Err(error.to_string().into());
-            }
-            println!("\nskipped a_lost_device_is_an_error_of_every_call: {error}");
-            return Ok(Completion::ignored_with(error.to_string()));
-        }
-        lost();
-        Ok(Completion::Completed)
-    });
-    libtest_mimic::run(&arguments, vec![trial]).exit_code()
+    harness::run(&[("a_lost_device_is_an_error_of_every_call", lost)])
 }
 
 fn lost() {

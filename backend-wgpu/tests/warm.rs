@@ -1,6 +1,4 @@
 //! Calls that come again: what they allocate on the host, and that they still compute what is asked for.
-//!
-//! Without a device everything is ignored, with the reason, unless `TILEFOLD_REQUIRE` names `wgpu`.
 
 #![allow(
     clippy::unwrap_used,
@@ -8,17 +6,18 @@
     reason = "a panic here is a failed test, which lints see only in the usual harness"
 )]
 
+mod harness;
+
 use std::alloc::{GlobalAlloc, Layout as Block, System};
 use std::cell::Cell;
 use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::process::ExitCode;
 
-use libtest_mimic::{Arguments, Completion, Trial};
 use tilefold_backend_wgpu::{WgpuBackend, WgpuOptions};
 use tilefold_core::{
     AttentionPlan, AttentionProblem, AttentionSpec, Backend, BackwardArgs, BackwardOperands, BiasSpec, DType,
-    ForwardArgs, ForwardOperands, Layout, MergeArgs, MergeOperands, OpenError, Stream, Tensor,
+    ForwardArgs, ForwardOperands, Layout, MergeArgs, MergeOperands, Stream, Tensor,
 };
 use tilefold_kernels::params::Operand;
 use tilefold_kernels::wgsl::{self, Dispatch, DispatchError, Limits};
@@ -71,9 +70,7 @@ fn median(mut run: impl FnMut() -> u64) -> u64 {
     counts[10]
 }
 
-type Test = (&'static str, fn());
-
-const TESTS: &[Test] = &[
+const TESTS: &[harness::Test] = &[
     ("nothing_is_allocated_beside_what_wgpu_does", nothing_is_allocated),
     ("calls_that_come_again_read_what_operands_hold_now", operands_change),
     ("another_problem_is_another_call", problems_change),
@@ -82,31 +79,7 @@ const TESTS: &[Test] = &[
 ];
 
 fn main() -> ExitCode {
-    let arguments = Arguments::from_args();
-    let trials = TESTS.iter().map(|&(name, test)| {
-        Trial::ignorable_test(name, move || match missing()? {
-            Some(reason) => {
-                println!("\nskipped {name}: {reason}");
-                Ok(Completion::ignored_with(reason))
-            }
-            None => {
-                test();
-                Ok(Completion::Completed)
-            }
-        })
-    });
-    libtest_mimic::run(&arguments, trials.collect()).exit_code()
-}
-
-/// Why there is no device, where that is allowed.
-fn missing() -> Result<Option<String>, String> {
-    let Err(error @ OpenError::NoDriver { .. }) = WgpuBackend::new(0) else { return Ok(None) };
-    let required = std::env::var("TILEFOLD_REQUIRE").unwrap_or_default();
-    if required.split(',').any(|name| name.trim() == "wgpu") {
-        Err(error.to_string())
-    } else {
-        Ok(Some(error.to_string()))
-    }
+    harness::run(TESTS)
 }
 
 /// An attention with its tensors.

@@ -5,6 +5,7 @@ use std::fmt::Write;
 use tilefold_core::DType;
 
 /// Files that kernels are made of, by the names they are given here.
+const AXES: &str = include_str!("../../include/axes.wgsl");
 const NUMBERS: &str = include_str!("../../include/numbers.wgsl");
 const ATTENTION: &str = include_str!("../../include/attention.wgsl");
 const STEP: &str = include_str!("../../include/step.wgsl");
@@ -63,9 +64,9 @@ impl File {
             Self::Keys => &[NUMBERS, ATTENTION, STEP, BACKWARD, include_str!("../../attention/backward_keys.wgsl")],
             Self::Sums => &[NUMBERS, include_str!("../../attention/sums.wgsl")],
             Self::Merge => &[NUMBERS, include_str!("../../merge.wgsl")],
-            Self::Accumulate => &[NUMBERS, include_str!("../../accumulate.wgsl")],
+            Self::Accumulate => &[NUMBERS, AXES, include_str!("../../accumulate.wgsl")],
             Self::Rope => &[NUMBERS, include_str!("../../rope.wgsl")],
-            Self::Relayout => &[NUMBERS, include_str!("../../relayout.wgsl")],
+            Self::Relayout => &[NUMBERS, AXES, include_str!("../../relayout.wgsl")],
             Self::Fill => &[include_str!("../../fill.wgsl")],
         }
     }
