@@ -3,8 +3,8 @@
 use half::{bf16, f16};
 use tilefold_core::{AccumulateArgs, DType};
 
-use crate::arch::Arch;
-use crate::attention::Float;
+use crate::arch::{Arch, Halves};
+use crate::attention::{Float, update_dense};
 use crate::walk::{Origin, Run, Walk};
 
 /// Adds source to destination element by element.
@@ -43,12 +43,12 @@ impl Sum {
         self.walk.for_each_task(|task| {
             self.arch.vectorize(
                 #[inline(always)]
-                || {
+                |halves| {
                     self.walk.for_each_run(
                         task,
                         #[inline(always)]
                         // SAFETY: elements of both tensors, as core checked; the destination's belong to this worker.
-                        |run| unsafe { self.add_run::<A, B>(run) },
+                        |run| unsafe { self.add_run::<A, B>(halves, run) },
                     );
                 },
             );
@@ -58,13 +58,14 @@ impl Sum {
     /// # Safety
     /// The run is inside both tensors, which hold A and B; no other thread touches its elements of the destination.
     #[inline(always)]
-    unsafe fn add_run<A: Float, B: Float>(&self, ([from, to], length): Run<2>) {
+    unsafe fn add_run<A: Float, B: Float>(&self, halves: Halves, ([from, to], length): Run<2>) {
         let (from, to) = (self.source.element::<A>(from), self.destination.element::<B>(to));
         let strides = self.walk.strides();
         // SAFETY: the caller's; core checked that source and destination share no element.
         unsafe {
             if strides == [1, 1] {
-                add_dense(std::slice::from_raw_parts(from, length), std::slice::from_raw_parts_mut(to, length));
+                let from = std::slice::from_raw_parts(from, length);
+                update_dense(halves, from, std::slice::from_raw_parts_mut(to, length), |to, from| to + from);
                 return;
             }
             for i in 0..length.cast_signed() {
@@ -72,12 +73,5 @@ impl Sum {
                 *to = B::from_f32((*to).to_f32() + (*from.offset(i * strides[0])).to_f32());
             }
         }
-    }
-}
-
-#[inline(always)]
-fn add_dense<A: Float, B: Float>(from: &[A], to: &mut [B]) {
-    for (to, from) in to.iter_mut().zip(from) {
-        *to = B::from_f32(to.to_f32() + from.to_f32());
     }
 }

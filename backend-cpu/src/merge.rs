@@ -4,11 +4,13 @@ use half::{bf16, f16};
 use rayon::prelude::*;
 use tilefold_core::{DType, MergeArgs, TensorView};
 
-use crate::arch::Arch;
-use crate::attention::{Float, Operand};
+use crate::arch::{Arch, Halves};
+use crate::attention::{Float, Operand, update_dense};
 
 /// Queries of a task: few heads of one row leave enough of them.
 const QUERIES: usize = 32;
+/// Heads whose shares are kept: 8 KiB of them.
+const HEADS: usize = 32;
 
 /// Adds the operands' part into their accumulator.
 pub(crate) fn merge(arch: Arch, args: MergeArgs<'_>) {
@@ -60,31 +62,59 @@ impl Sum {
             let (outer, first) = (task / blocks, task % blocks * QUERIES);
             arch.vectorize(
                 #[inline(always)]
-                || self.block::<A, B>([outer / rows, outer % rows], first, QUERIES.min(seqlen - first)),
+                |halves| self.block::<A, B>(halves, [outer / rows, outer % rows], first, QUERIES.min(seqlen - first)),
             );
         });
     }
 
-    /// Some queries of one row, all heads, in the order in which they lie.
+    /// Some queries of one row, all heads.
     #[inline(always)]
-    fn block<A: Float, B: Float>(&self, [batch, row]: [usize; 2], first: usize, count: usize) {
-        let [.., heads, channels] = self.shape;
-        for i in 0..count * heads {
-            let (query, head) = if self.heads_first { (i % count, i / count) } else { (i / heads, i % heads) };
-            let query = first + query;
+    fn block<A: Float, B: Float>(&self, halves: Halves, outer: [usize; 2], first: usize, count: usize) {
+        let heads = self.shape[3];
+        let mut shares = [[[0.0; 2]; QUERIES]; HEADS];
+        for from in (0..heads).step_by(HEADS) {
+            let some = HEADS.min(heads - from);
+            for (head, shares) in (from..heads).zip(&mut shares) {
+                self.add_lse(outer, head, first, &mut shares[..count]);
+            }
+            self.mix::<A, B>(halves, outer, [from, first], &shares[..some], count);
+        }
+    }
+
+    /// Adds the lse of a head's queries, neighbours in memory as a rule, and gives the shares of both parts.
+    fn add_lse(&self, [batch, row]: [usize; 2], head: usize, first: usize, shares: &mut [[f32; 2]]) {
+        for (query, shares) in (first..).zip(shares) {
             let at = [batch, row, head, query];
             // SAFETY: f32 elements inside the operands; the accumulators' belong to this worker.
-            let read = |[high, low]: &[Operand<4>; 2]| unsafe {
-                f64::from(high.at(at).cast::<f32>().read()) + f64::from(low.at(at).cast::<f32>().read())
-            };
-            let weights = Weights::new(read(&self.acc), read(&self.part));
-            let data = |operand: &Operand<5>| (operand.at([batch, row, query, head, 0]), operand.strides[4]);
-            // SAFETY: rows of `channels` elements of their dtypes; the accumulators' belong to this worker.
             unsafe {
-                mix_row::<A, B>(&weights, channels, data(&self.out), data(&self.acc_out));
+                let read = |[high, low]: &[Operand<4>; 2]| {
+                    f64::from(high.at(at).cast::<f32>().read()) + f64::from(low.at(at).cast::<f32>().read())
+                };
+                let weights = Weights::new(read(&self.acc), read(&self.part));
                 self.acc[0].at(at).cast::<f32>().write(weights.lse);
                 self.acc[1].at(at).cast::<f32>().write(weights.lse_low);
+                *shares = weights.shares;
             }
+        }
+    }
+
+    /// Mixes the rows of some heads' queries, in the order in which they lie.
+    #[inline(always)]
+    fn mix<A: Float, B: Float>(
+        &self,
+        halves: Halves,
+        [batch, row]: [usize; 2],
+        [first_head, first]: [usize; 2],
+        shares: &[[[f32; 2]; QUERIES]],
+        count: usize,
+    ) {
+        let (heads, channels) = (shares.len(), self.shape[4]);
+        for i in 0..count * heads {
+            let (query, head) = if self.heads_first { (i % count, i / count) } else { (i / heads, i % heads) };
+            let at = [batch, row, first + query, first_head + head, 0];
+            let data = |operand: &Operand<5>| (operand.at(at), operand.strides[4]);
+            // SAFETY: rows of `channels` elements of their dtypes; the accumulators' belong to this worker.
+            unsafe { mix_row::<A, B>(halves, shares[head][query], channels, data(&self.out), data(&self.acc_out)) };
         }
     }
 }
@@ -97,29 +127,38 @@ type Channels = (*mut u8, isize);
 /// # Safety
 /// Both rows have `channels` elements, of A and of B; no other thread touches the accumulator's, and they share none.
 #[inline(always)]
-unsafe fn mix_row<A: Float, B: Float>(weights: &Weights, channels: usize, part: Channels, acc: Channels) {
+unsafe fn mix_row<A: Float, B: Float>(
+    halves: Halves,
+    shares: [f32; 2],
+    channels: usize,
+    part: Channels,
+    acc: Channels,
+) {
     let (from, to) = (part.0.cast::<A>().cast_const(), acc.0.cast::<B>());
     // SAFETY: the caller's.
     unsafe {
         if (part.1, acc.1) == (1, 1) {
             let from = std::slice::from_raw_parts(from, channels);
             let to = std::slice::from_raw_parts_mut(to, channels);
-            for (to, from) in to.iter_mut().zip(from) {
-                *to = B::from_f32(weights.mix(to.to_f32(), from.to_f32()));
+            // A loop of its own for each case of `mix`.
+            let [first, second] = shares;
+            match (first == 0.0, second == 0.0) {
+                (_, true) => {}
+                (true, false) => update_dense(halves, from, to, |_, from| from),
+                _ => update_dense(halves, from, to, |to, from| first * to + second * from),
             }
             return;
         }
         for i in 0..channels.cast_signed() {
             let to = to.offset(i * acc.1);
-            *to = B::from_f32(weights.mix((*to).to_f32(), (*from.offset(i * part.1)).to_f32()));
+            *to = B::from_f32(mix(shares, (*to).to_f32(), (*from.offset(i * part.1)).to_f32()));
         }
     }
 }
 
 /// Shares of two parts in their union, and the union's lse in two parts.
 struct Weights {
-    first: f32,
-    second: f32,
+    shares: [f32; 2],
     lse: f32,
     lse_low: f32,
 }
@@ -128,7 +167,7 @@ impl Weights {
     #[allow(clippy::cast_possible_truncation, reason = "weights and the split lse are f32 by contract")]
     fn new(first: f64, second: f64) -> Self {
         if first == f64::NEG_INFINITY && second == f64::NEG_INFINITY {
-            return Self { first: 0.0, second: 0.0, lse: f32::NEG_INFINITY, lse_low: 0.0 };
+            return Self { shares: [0.0; 2], lse: f32::NEG_INFINITY, lse_low: 0.0 };
         }
         // NaN on one side only: the maximum is the other side, the sum NaN.
         let max = first.max(second);
@@ -138,18 +177,18 @@ impl Weights {
         let (larger, smaller) = (1.0 / (1.0 + ratio), ratio / (1.0 + ratio));
         let (first, second) = if first < second { (smaller, larger) } else { (larger, smaller) };
         let low = if (lse as f32).is_finite() { (lse - f64::from(lse as f32)) as f32 } else { 0.0 };
-        Self { first: first as f32, second: second as f32, lse: lse as f32, lse_low: low }
+        Self { shares: [first as f32, second as f32], lse: lse as f32, lse_low: low }
     }
+}
 
-    /// A part without weight has no say, whatever it holds; two empty parts keep the accumulator, which may be the mean
-    /// of v under `EmptyRows::Uniform`.
-    #[inline(always)]
-    fn mix(&self, first: f32, second: f32) -> f32 {
-        match (self.first == 0.0, self.second == 0.0) {
-            (_, true) => first,
-            (true, false) => second,
-            _ => self.first * first + self.second * second,
-        }
+/// A part without a share has no say, whatever it holds; two empty parts keep the accumulator, which may be the mean of v
+/// under `EmptyRows::Uniform`.
+#[inline(always)]
+fn mix(shares: [f32; 2], first: f32, second: f32) -> f32 {
+    match shares.map(|share| share == 0.0) {
+        [_, true] => first,
+        [true, false] => second,
+        _ => shares[0] * first + shares[1] * second,
     }
 }
 
@@ -160,16 +199,16 @@ mod tests {
     #[test]
     fn weights_add_up() {
         let weights = Weights::new(0.0, 3_f64.ln());
-        assert!((weights.first - 0.25).abs() < 1e-7 && (weights.second - 0.75).abs() < 1e-7);
+        assert!((weights.shares[0] - 0.25).abs() < 1e-7 && (weights.shares[1] - 0.75).abs() < 1e-7);
         assert!((f64::from(weights.lse) + f64::from(weights.lse_low) - 4_f64.ln()).abs() < 1e-12);
         let far = Weights::new(-1e9 + 2_f64.ln(), -1e9 + 6_f64.ln());
-        assert!((far.first - 0.25).abs() < 1e-6, "-1e9 rows keep their lengths");
+        assert!((far.shares[0] - 0.25).abs() < 1e-6, "-1e9 rows keep their lengths");
         let empty = Weights::new(f64::NEG_INFINITY, f64::NEG_INFINITY);
-        assert_eq!((empty.lse, empty.mix(2.0, 5.0)), (f32::NEG_INFINITY, 2.0));
-        assert_eq!(Weights::new(f64::NEG_INFINITY, 1.0).mix(f32::NAN, 5.0), 5.0);
+        assert_eq!((empty.lse, mix(empty.shares, 2.0, 5.0)), (f32::NEG_INFINITY, 2.0));
+        assert_eq!(mix(Weights::new(f64::NEG_INFINITY, 1.0).shares, f32::NAN, 5.0), 5.0);
         for other in [f64::NEG_INFINITY, 1.0, f64::NAN] {
             for weights in [Weights::new(f64::NAN, other), Weights::new(other, f64::NAN)] {
-                assert!(weights.lse.is_nan() && weights.mix(1.0, 1.0).is_nan(), "NaN beside {other}");
+                assert!(weights.lse.is_nan() && mix(weights.shares, 1.0, 1.0).is_nan(), "NaN beside {other}");
             }
         }
     }

@@ -3,7 +3,7 @@
 use half::{bf16, f16};
 use tilefold_core::{DType, Element, RelayoutArgs, TensorViewMut};
 
-use crate::arch::Arch;
+use crate::arch::{Arch, BLOCK, Halves};
 use crate::attention::Float;
 use crate::walk::{Origin, Run, Walk};
 
@@ -45,7 +45,7 @@ impl Transfer {
         let strides = self.walk.strides();
         self.each_run(
             #[inline(always)]
-            |([from, to], length)| {
+            |_, ([from, to], length)| {
                 let (from, to) = (self.source.element::<T>(from), self.destination.element::<T>(to));
                 // SAFETY: elements of both tensors, as core checked, which share none; the destination's belong to this worker.
                 unsafe {
@@ -65,13 +65,13 @@ impl Transfer {
         let strides = self.walk.strides();
         self.each_run(
             #[inline(always)]
-            |([from, to], length)| {
+            |halves, ([from, to], length)| {
                 let (from, to) = (self.source.element::<A>(from), self.destination.element::<B>(to));
                 // SAFETY: as above.
                 unsafe {
                     if strides == [1, 1] {
                         let from = std::slice::from_raw_parts(from, length);
-                        cast_dense(from, std::slice::from_raw_parts_mut(to, length));
+                        cast_dense(halves, from, std::slice::from_raw_parts_mut(to, length));
                         return;
                     }
                     for i in 0..length.cast_signed() {
@@ -83,19 +83,31 @@ impl Transfer {
     }
 
     #[inline(always)]
-    fn each_run(&self, work: impl Fn(Run<2>) + Send + Sync) {
+    fn each_run(&self, work: impl Fn(Halves, Run<2>) + Send + Sync) {
         self.walk.for_each_task(|task| {
             self.arch.vectorize(
                 #[inline(always)]
-                || self.walk.for_each_run(task, &work),
+                |halves| {
+                    self.walk.for_each_run(
+                        task,
+                        #[inline(always)]
+                        |run| work(halves, run),
+                    );
+                },
             );
         });
     }
 }
 
 #[inline(always)]
-fn cast_dense<A: Float, B: Float>(from: &[A], to: &mut [B]) {
-    for (to, from) in to.iter_mut().zip(from) {
+fn cast_dense<A: Float, B: Float>(halves: Halves, from: &[A], to: &mut [B]) {
+    let whole = if A::BY_BLOCKS || B::BY_BLOCKS { from.len() / BLOCK * BLOCK } else { 0 };
+    let (blocks, rest) = from.split_at(whole);
+    let (to_blocks, to_rest) = to.split_at_mut(whole);
+    for (to, from) in to_blocks.as_chunks_mut().0.iter_mut().zip(blocks.as_chunks().0) {
+        *to = B::narrow_block(halves, A::widen_block(halves, from));
+    }
+    for (to, from) in to_rest.iter_mut().zip(rest) {
         *to = B::from_f32(from.to_f32());
     }
 }

@@ -4,7 +4,7 @@ use half::{bf16, f16};
 use rayon::prelude::*;
 use tilefold_core::{DType, Layout, MAX_HEAD_DIM, RopeAngle, RopeArgs, RopePairs};
 
-use crate::arch::Arch;
+use crate::arch::{Arch, BLOCK, Halves};
 use crate::attention::Float;
 use crate::walk::Origin;
 
@@ -61,14 +61,14 @@ impl Rotation {
             let (outer, first) = (task / blocks, task % blocks * POSITIONS);
             self.arch.vectorize(
                 #[inline(always)]
-                || self.block::<T>([outer / rows, outer % rows], first, POSITIONS.min(seqlen - first)),
+                |halves| self.block::<T>(halves, [outer / rows, outer % rows], first, POSITIONS.min(seqlen - first)),
             );
         });
     }
 
     /// Some positions of one row: all heads, in the order in which they lie.
     #[inline(always)]
-    fn block<T: Float>(&self, [batch, row]: [usize; 2], first: usize, count: usize) {
+    fn block<T: Float>(&self, halves: Halves, [batch, row]: [usize; 2], first: usize, count: usize) {
         let mut table = Table { sin: [[0.0; PAIRS]; POSITIONS], cos: [[0.0; PAIRS]; POSITIONS] };
         self.fill(&mut table, first, count);
         let heads = self.shape[3];
@@ -80,7 +80,7 @@ impl Rotation {
             let (sin, cos) = (&table.sin[position][..pairs], &table.cos[position][..pairs]);
             // SAFETY: a head's channels, inside both tensors as core checked, which hold T; the destination's belong to this
             // task alone.
-            unsafe { self.head::<T>(index, sin, cos) };
+            unsafe { self.head::<T>(halves, index, sin, cos) };
         }
     }
 
@@ -107,7 +107,7 @@ impl Rotation {
     /// # Safety
     /// The index is inside both tensors, which hold T; no other thread touches these channels of the destination.
     #[inline(always)]
-    unsafe fn head<T: Float>(&self, index: [usize; 4], sin: &[f32], cos: &[f32]) {
+    unsafe fn head<T: Float>(&self, halves: Halves, index: [usize; 4], sin: &[f32], cos: &[f32]) {
         let at = |strides: &[isize; 5]| {
             let steps = index.iter().zip(strides);
             steps.fold(0_isize, |sum, (&i, &stride)| sum.wrapping_add(i.cast_signed().wrapping_mul(stride)))
@@ -121,7 +121,7 @@ impl Rotation {
             if steps == [1, 1] {
                 let source = std::slice::from_raw_parts(source, head_dim);
                 let destination = std::slice::from_raw_parts_mut(destination, head_dim);
-                self.dense(source, destination, sin, cos);
+                self.dense(halves, source, destination, sin, cos);
                 return;
             }
             for (i, (&sin, &cos)) in sin.iter().zip(cos).enumerate() {
@@ -138,33 +138,64 @@ impl Rotation {
     }
 
     #[inline(always)]
-    fn dense<T: Float>(&self, from: &[T], to: &mut [T], sin: &[f32], cos: &[f32]) {
+    fn dense<T: Float>(&self, halves: Halves, from: &[T], to: &mut [T], sin: &[f32], cos: &[f32]) {
         let rotary_dim = 2 * sin.len();
         let (from, copied) = from.split_at(rotary_dim);
         let (to, copy) = to.split_at_mut(rotary_dim);
         copy.copy_from_slice(copied);
-        self.turn_all(from, to, sin, cos);
+        self.turn_all(halves, from, to, [sin, cos]);
     }
 
     #[inline(always)]
-    fn turn_all<T: Float>(&self, from: &[T], to: &mut [T], sin: &[f32], cos: &[f32]) {
-        let pairs = sin.len();
+    fn turn_all<T: Float>(&self, halves: Halves, from: &[T], to: &mut [T], [sin, cos]: [&[f32]; 2]) {
         if self.interleaved {
-            for ((to, from), (&sin, &cos)) in
-                to.as_chunks_mut::<2>().0.iter_mut().zip(from.as_chunks::<2>().0).zip(sin.iter().zip(cos))
-            {
-                *to = turn(from.map(T::to_f32), sin, cos).map(T::from_f32);
-            }
+            turn_neighbours(halves, from, to, [sin, cos]);
             return;
         }
+        let pairs = sin.len();
         let (first, second) = from.split_at(pairs);
         let (to_first, to_second) = to.split_at_mut(pairs);
-        let (second, to_second, cos) = (&second[..pairs], &mut to_second[..pairs], &cos[..pairs]);
-        for i in 0..pairs {
+        let whole = if T::BY_BLOCKS { pairs / BLOCK * BLOCK } else { 0 };
+        for at in (0..whole).step_by(BLOCK) {
+            let [Some(sin), Some(cos)] = [sin, cos].map(|table| table[at..].first_chunk::<BLOCK>()) else { break };
+            let [Some(x), Some(y)] = [first, second].map(|half| half[at..].first_chunk()) else { break };
+            let (mut x, mut y) = (T::widen_block(halves, x), T::widen_block(halves, y));
+            for i in 0..BLOCK {
+                [x[i], y[i]] = turn([x[i], y[i]], sin[i], cos[i]);
+            }
+            to_first[at..at + BLOCK].copy_from_slice(&T::narrow_block(halves, x));
+            to_second[at..at + BLOCK].copy_from_slice(&T::narrow_block(halves, y));
+        }
+        let (first, second) = (&first[whole..pairs], &second[whole..pairs]);
+        let (to_first, to_second) = (&mut to_first[whole..pairs], &mut to_second[whole..pairs]);
+        let (sin, cos) = (&sin[whole..pairs], &cos[whole..pairs]);
+        for i in 0..pairs - whole {
             let [x, y] = turn([first[i].to_f32(), second[i].to_f32()], sin[i], cos[i]);
             to_first[i] = T::from_f32(x);
             to_second[i] = T::from_f32(y);
         }
+    }
+}
+
+/// Pairs of neighbours.
+#[inline(always)]
+fn turn_neighbours<T: Float>(halves: Halves, from: &[T], to: &mut [T], [sin, cos]: [&[f32]; 2]) {
+    let whole = if T::BY_BLOCKS { from.len() / BLOCK * BLOCK } else { 0 };
+    let (blocks, rest) = from.split_at(whole);
+    let (to_blocks, to_rest) = to.split_at_mut(whole);
+    let (sins, sin_rest) = sin.split_at(whole / 2);
+    let (coses, cos_rest) = cos.split_at(whole / 2);
+    let tables = sins.as_chunks::<{ BLOCK / 2 }>().0.iter().zip(coses.as_chunks::<{ BLOCK / 2 }>().0);
+    for ((to, from), (sin, cos)) in to_blocks.as_chunks_mut().0.iter_mut().zip(blocks.as_chunks().0).zip(tables) {
+        let mut turned = T::widen_block(halves, from);
+        for ((pair, sin), cos) in turned.as_chunks_mut::<2>().0.iter_mut().zip(sin).zip(cos) {
+            *pair = turn(*pair, *sin, *cos);
+        }
+        *to = T::narrow_block(halves, turned);
+    }
+    let pairs = to_rest.as_chunks_mut::<2>().0.iter_mut().zip(rest.as_chunks::<2>().0);
+    for ((to, from), (sin, cos)) in pairs.zip(sin_rest.iter().zip(cos_rest)) {
+        *to = turn(from.map(T::to_f32), *sin, *cos).map(T::from_f32);
     }
 }
 

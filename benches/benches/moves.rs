@@ -1,6 +1,6 @@
 //! What moves memory, against a plain copy of as many bytes: `cargo bench -p tilefold-benches --bench moves`.
 //!
-//! Every operation is timed in turn with the copy, on the same threads; printed are medians, and the ratio of the bytes a
+//! `-- --json FILE` writes the table to a file as well. Every operation is timed in turn with the copy, on the same threads; printed are medians, and the ratio of the bytes a
 //! second that are read and written. The CPU should reach 0.7 on large tensors without gaps.
 
 #![allow(clippy::print_stdout, reason = "the table is what it is for")]
@@ -21,20 +21,25 @@ struct Move<'a> {
     run: Box<dyn FnMut() -> Result<(), Error> + 'a>,
 }
 
-fn main() -> Result<(), Error> {
+fn main() -> Result<(), Box<dyn std::error::Error>> {
     // `cargo test --benches` only asks whether it is there.
     if std::env::args().any(|argument| argument == "--test") {
         return Ok(());
     }
     let device = Device::cpu()?;
     println!("{:<24} {:>5} {:>8} {:>8} {:>6}", "operation", "dtype", "GB/s", "copy", "ratio");
+    let mut rows = Vec::new();
     for dtype in [DType::F32, DType::F16, DType::BF16] {
-        measure(&device, dtype)?;
+        measure(&device, dtype, &mut rows)?;
+    }
+    if let Some(file) = std::env::args().skip_while(|argument| argument != "--json").nth(1) {
+        let record = serde_json::json!({ "shape": SHAPE, "rounds": ROUNDS, "rows": rows });
+        std::fs::write(file, format!("{record:#}\n"))?;
     }
     Ok(())
 }
 
-fn measure(device: &Device, dtype: DType) -> Result<(), Error> {
+fn measure(device: &Device, dtype: DType, rows: &mut Vec<serde_json::Value>) -> Result<(), Error> {
     let count: usize = SHAPE.iter().product();
     let bytes = count * dtype.size_bytes();
     let mut filled = device.zeros(dtype, &SHAPE)?;
@@ -121,6 +126,10 @@ fn measure(device: &Device, dtype: DType) -> Result<(), Error> {
         }
         let (copy, run) = (rate(2 * bytes, &mut copies), rate(operation.bytes, &mut runs));
         println!("{:<24} {dtype:>5} {run:>8.1} {copy:>8.1} {:>6.2}", operation.name, run / copy);
+        rows.push(serde_json::json!({
+            "operation": operation.name, "dtype": dtype.to_string(), "gb_per_s": run, "copy_gb_per_s": copy,
+            "ratio": run / copy,
+        }));
     }
     Ok(())
 }

@@ -1,6 +1,6 @@
 //! What ranks as threads cost: ring attention over two ranks of one thread each against one rank with two threads, in turns.
 //!
-//! `cargo bench -p tilefold-comm` prints medians and ratios, and `-- --json FILE` writes them to a file as well. Causal,
+//! `cargo bench -p tilefold-comm --bench ring` prints medians and ratios, and `-- --json FILE` writes them to a file as well. Causal,
 //! 16 384 positions, 8 heads of 64 channels, zigzag.
 
 #![allow(clippy::unwrap_used, clippy::print_stdout, reason = "a program that stops where something fails")]

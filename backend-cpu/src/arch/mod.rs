@@ -10,6 +10,7 @@ mod x86_64;
 
 use std::fmt;
 
+use half::f16;
 use tilefold_core::OpenError;
 
 #[cfg(target_arch = "aarch64")]
@@ -18,6 +19,11 @@ pub(crate) use portable::Portable;
 pub(crate) use simd::Simd;
 #[cfg(target_arch = "x86_64")]
 pub(crate) use x86_64::{Avx2, Avx512};
+
+use crate::attention::Float;
+
+/// Numbers that are converted at a time.
+pub(crate) const BLOCK: usize = 16;
 
 /// An instruction set the kernels are compiled for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -105,17 +111,27 @@ impl Arch {
         named.ok_or_else(|| unavailable(VARIABLE, value.to_string_lossy().into_owned()))
     }
 
-    /// Runs `work` compiled for this instruction set, as [`Simd::vectorize`] does: for loops that the compiler vectorises.
+    /// Runs `work` compiled for this instruction set, as [`Simd::vectorize`] does: for loops that the compiler vectorises,
+    /// but for what it is given to convert f16 with.
     #[inline(always)]
-    pub(crate) fn vectorize<R>(self, work: impl FnOnce() -> R) -> R {
+    pub(crate) fn vectorize<R>(self, work: impl FnOnce(Halves) -> R) -> R {
         match self {
             #[cfg(target_arch = "x86_64")]
-            Self::Avx512 | Self::Avx512Bf16 if let Some(s) = Avx512::<false>::detect() => s.vectorize(work),
+            Self::Avx512 | Self::Avx512Bf16 if let Some(s) = Avx512::<false>::detect() => s.vectorize(
+                #[inline(always)]
+                || work(Halves::Avx512(s)),
+            ),
             #[cfg(target_arch = "x86_64")]
-            Self::Avx2 if let Some(s) = Avx2::<false>::detect() => s.vectorize(work),
+            Self::Avx2 if let Some(s) = Avx2::<false>::detect() => s.vectorize(
+                #[inline(always)]
+                || work(Halves::Avx2(s)),
+            ),
             #[cfg(target_arch = "aarch64")]
-            Self::Neon if let Some(s) = Neon::detect() => s.vectorize(work),
-            _ => work(),
+            Self::Neon if let Some(s) = Neon::detect() => s.vectorize(
+                #[inline(always)]
+                || work(Halves::Plain),
+            ),
+            _ => work(Halves::Plain),
         }
     }
 
@@ -128,6 +144,41 @@ impl Arch {
             Ok(())
         } else {
             Err(unavailable("instruction set", self.name().to_owned()))
+        }
+    }
+}
+
+/// What converts f16 inside [`Arch::vectorize`]: one instruction for some of the sets, where compilers make a dozen.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Halves {
+    Plain,
+    #[cfg(target_arch = "x86_64")]
+    Avx2(Avx2<false>),
+    #[cfg(target_arch = "x86_64")]
+    Avx512(Avx512<false>),
+}
+
+impl Halves {
+    #[inline(always)]
+    pub(crate) fn widen(self, from: &[f16; BLOCK]) -> [f32; BLOCK] {
+        match self {
+            Self::Plain => from.map(Float::to_f32),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2(s) => s.widen(from),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512(s) => s.widen(from),
+        }
+    }
+
+    /// Rounds to the nearest, ties to even.
+    #[inline(always)]
+    pub(crate) fn narrow(self, from: [f32; BLOCK]) -> [f16; BLOCK] {
+        match self {
+            Self::Plain => from.map(Float::from_f32),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2(s) => s.narrow(from),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512(s) => s.narrow(from),
         }
     }
 }

@@ -165,6 +165,34 @@ fn every_set_of_this_machine_computes_the_same() {
     Neon::detect().map_or_else(|| eprintln!("neon: not on this machine"), check_all);
 }
 
+/// Every f16, and numbers at, beside and between neighbours of it.
+#[test]
+fn instructions_that_convert_f16_do_as_their_definition() {
+    for arch in Arch::available() {
+        for start in (0..=u16::MAX).step_by(BLOCK) {
+            let numbers: [f16; BLOCK] = std::array::from_fn(|i| f16::from_bits(start + u16::try_from(i).unwrap()));
+            let wide = arch.vectorize(|halves| halves.widen(&numbers));
+            let expected = numbers.map(|number| <f16 as Float>::to_f32(number).to_bits());
+            assert_eq!(wide.map(f32::to_bits), expected, "{arch}");
+            for step in [0, 1, 0x0fff, 0x1000, 0x1001, 0x1fff] {
+                let near = wide.map(|x| f32::from_bits(x.to_bits() + step));
+                let narrow = arch.vectorize(|halves| halves.narrow(near));
+                let expected = near.map(<f16 as Float>::from_f32);
+                assert_eq!(narrow.map(f16::to_bits), expected.map(f16::to_bits), "{arch}: {near:?}");
+            }
+        }
+        // What becomes subnormal, or nothing.
+        let mut bits = 0_u32;
+        while f32::from_bits(bits) < 6.2e-5 {
+            let tiny: [f32; BLOCK] = std::array::from_fn(|i| f32::from_bits(bits + u32::try_from(i).unwrap() * 4099));
+            let narrow = arch.vectorize(|halves| halves.narrow(tiny));
+            let expected = tiny.map(<f16 as Float>::from_f32);
+            assert_eq!(narrow.map(f16::to_bits), expected.map(f16::to_bits), "{arch}: {tiny:?}");
+            bits += 16 * 4099;
+        }
+    }
+}
+
 #[test]
 fn names_are_told_apart() {
     assert!(Arch::available().contains(&Arch::Portable));

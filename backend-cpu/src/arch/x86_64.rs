@@ -8,7 +8,7 @@
 use std::arch::x86_64::*;
 use std::mem::transmute;
 
-use half::bf16;
+use half::{bf16, f16};
 
 use super::simd::{EXP2, EXP2_MAGIC, EXP2_ZERO, Simd, pair_lanes, store_bf16_lanes};
 
@@ -21,6 +21,26 @@ impl Avx2<false> {
     pub(crate) fn detect() -> Option<Self> {
         (is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c"))
             .then_some(Self(()))
+    }
+}
+
+impl Avx2<false> {
+    #[inline(always)]
+    pub(crate) fn widen(self, from: &[f16; 16]) -> [f32; 16] {
+        let halves = from.as_chunks::<8>().0;
+        // SAFETY: a half has 8 elements, and so many bytes as a vector of 128 bits.
+        let wide = |half: &[f16; 8]| unsafe { _mm256_cvtph_ps(_mm_loadu_si128(half.as_ptr().cast())) };
+        // SAFETY: vectors of the size of the array, any bits.
+        unsafe { transmute([wide(&halves[0]), wide(&halves[1])]) }
+    }
+
+    #[inline(always)]
+    pub(crate) fn narrow(self, from: [f32; 16]) -> [f16; 16] {
+        // SAFETY: vectors of the sizes of the arrays, any bits.
+        unsafe {
+            let halves: [__m256; 2] = transmute(from);
+            transmute(halves.map(|half| _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(half)))
+        }
     }
 }
 
@@ -222,6 +242,20 @@ impl Avx512<false> {
         .then(Avx2::<false>::detect)
         .flatten()
         .map(Self)
+    }
+}
+
+impl Avx512<false> {
+    #[inline(always)]
+    pub(crate) fn widen(self, from: &[f16; 16]) -> [f32; 16] {
+        // SAFETY: 16 elements are a vector of 256 bits; the result has the size of the array.
+        unsafe { transmute(_mm512_cvtph_ps(_mm256_loadu_si256(from.as_ptr().cast()))) }
+    }
+
+    #[inline(always)]
+    pub(crate) fn narrow(self, from: [f32; 16]) -> [f16; 16] {
+        // SAFETY: vectors of the sizes of the arrays, any bits.
+        unsafe { transmute(_mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(transmute::<[f32; 16], __m512>(from))) }
     }
 }
 

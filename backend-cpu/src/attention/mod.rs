@@ -24,7 +24,7 @@ use bias_gradient::{Reduction, owner_pass, reduce_sums, write_tile};
 use forward::{Forward, Item, ItemShape};
 pub(crate) use operands::Operand;
 use operands::{Inputs, Views};
-pub(crate) use pack::{Float, Row};
+pub(crate) use pack::{Float, Row, update_dense};
 use product::Matrix;
 use schedule::{BackwardSchedule, ForwardSchedule, cuts, part};
 pub(crate) use workspace::Caches;

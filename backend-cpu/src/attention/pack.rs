@@ -5,7 +5,7 @@ use half::{bf16, f16};
 use tilefold_core::DType;
 
 use super::product::Matrix;
-use crate::arch::Simd;
+use crate::arch::{BLOCK, Halves, Simd};
 
 /// A row of an operand: address of its first element and elements from one to the next.
 #[derive(Clone, Copy, Debug)]
@@ -17,12 +17,43 @@ pub(crate) struct Row {
 
 /// An element type the kernels read and write.
 pub(crate) trait Float: Copy + Send + Sync {
+    /// Whether blocks are converted by [`Halves`]. Loops over the others are for the compiler, which makes the most of them
+    /// when they are not cut into blocks.
+    const BY_BLOCKS: bool = false;
     fn to_f32(self) -> f32;
     fn from_f32(value: f32) -> Self;
     /// Widens a dense run.
     fn widen(from: &[Self], to: &mut [f32]);
     /// Rounds to a dense run.
     fn narrow(from: &[f32], to: &mut [Self]);
+    /// Widens a block inside [`crate::arch::Arch::vectorize`].
+    #[inline(always)]
+    fn widen_block(_: Halves, from: &[Self; BLOCK]) -> [f32; BLOCK] {
+        from.map(Self::to_f32)
+    }
+    /// Rounds a block there.
+    #[inline(always)]
+    fn narrow_block(_: Halves, from: [f32; BLOCK]) -> [Self; BLOCK] {
+        from.map(Self::from_f32)
+    }
+}
+
+/// `to = f(to, from)` for dense runs of one length.
+#[inline(always)]
+pub(crate) fn update_dense<A: Float, B: Float>(halves: Halves, from: &[A], to: &mut [B], f: impl Fn(f32, f32) -> f32) {
+    let whole = if A::BY_BLOCKS || B::BY_BLOCKS { from.len() / BLOCK * BLOCK } else { 0 };
+    let (blocks, rest) = from.split_at(whole);
+    let (to_blocks, to_rest) = to.split_at_mut(whole);
+    for (to, from) in to_blocks.as_chunks_mut().0.iter_mut().zip(blocks.as_chunks().0) {
+        let (mut sum, from) = (B::widen_block(halves, to), A::widen_block(halves, from));
+        for (sum, from) in sum.iter_mut().zip(from) {
+            *sum = f(*sum, from);
+        }
+        *to = B::narrow_block(halves, sum);
+    }
+    for (to, from) in to_rest.iter_mut().zip(rest) {
+        *to = B::from_f32(f(to.to_f32(), from.to_f32()));
+    }
 }
 
 impl Float for f32 {
@@ -83,6 +114,7 @@ impl Float for bf16 {
 }
 
 impl Float for f16 {
+    const BY_BLOCKS: bool = true;
     /// Branch-free, so that it vectorises.
     #[inline(always)]
     fn to_f32(self) -> f32 {
@@ -110,6 +142,14 @@ impl Float for f16 {
         let magnitude = if magnitude >= 0x4780_0000 { special } else { finite };
         #[allow(clippy::cast_possible_truncation, reason = "all of these have 16 bits")]
         Self::from_bits(magnitude as u16 | (bits >> 16) as u16 & 0x8000)
+    }
+    #[inline(always)]
+    fn widen_block(halves: Halves, from: &[Self; BLOCK]) -> [f32; BLOCK] {
+        halves.widen(from)
+    }
+    #[inline(always)]
+    fn narrow_block(halves: Halves, from: [f32; BLOCK]) -> [Self; BLOCK] {
+        halves.narrow(from)
     }
     fn widen(from: &[Self], to: &mut [f32]) {
         from.convert_to_f32_slice(to);
