@@ -186,6 +186,7 @@ impl AxialAttention {
             SharedBias::Gathered => {
                 let gathered = self.gathered(rank, shard)?;
                 let mut all = local::backward(rank, &problem, operands(shard, &gathered), forward, d_out.clone())?;
+                drop(gathered);
                 for (bias, gradient) in self.problem.spec().biases.iter().zip(&mut all.dbiases) {
                     if let (Place::Queries, Some(whole)) = (Place::of(bias), &gradient) {
                         *gradient = Some(ReduceScatter(self.query_split()).apply(rank, &whole.view())?);

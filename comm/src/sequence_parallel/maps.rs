@@ -29,6 +29,7 @@ use std::sync::Arc;
 use tilefold_core::{ProblemError, Tensor, TensorView};
 
 use crate::error::{CommError, Result};
+use crate::host;
 use crate::partition::Partition;
 use crate::rank::Rank;
 use crate::reduce::Reduction;
@@ -107,7 +108,11 @@ impl Map for Reduce {
     type Adjoint = Copy;
 
     fn apply(&self, rank: &Rank<'_>, x: &TensorView<'_>) -> Result<Tensor> {
-        let sum = rank.comm.all_reduce(&rank.pack(x)?.view(), Reduction::Sum)?;
+        let sum = if host::dense("x", x).is_ok() {
+            rank.comm.all_reduce(x, Reduction::Sum)?
+        } else {
+            rank.comm.all_reduce(&rank.pack(x)?.view(), Reduction::Sum)?
+        };
         rank.own(rank.unpack(Arc::new(sum))?)
     }
 
