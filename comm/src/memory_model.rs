@@ -1,7 +1,7 @@
 //! What one rank holds while a transformer is trained, buffer by buffer: published formulas as plain functions.
 //!
 //! s sequence, b batch, h hidden, a heads, L layers, V vocabulary, e bytes of an element, t tensor- and
-//! sequence-parallel ranks, N data-parallel ranks, Ψ parameters. *Sources*: Korthikanti et al. 2022, "Reducing Activation
+//! sequence-parallel ranks, r ranks that divide the sequence alone, N data-parallel ranks, Ψ parameters. *Sources*: Korthikanti et al. 2022, "Reducing Activation
 //! Recomputation in Large Transformer Models" (activations); Rajbhandari et al. 2020, "ZeRO" (model state); Narayanan et
 //! al. 2021, "Efficient Large-Scale Language Model Training on GPU Clusters" (parameters); Song et al. 2023,
 //! "DeepSpeed4Science" (masks and position tables of long sequences). Allocators, communication libraries, streams and
@@ -89,6 +89,9 @@ pub struct Training {
     pub tensor_ranks: u32,
     /// N
     pub data_ranks: u32,
+    /// r: ranks that divide the sequence and nothing else, as ring attention and Ulysses do. Each holds all weights, and
+    /// ZeRO shares them out over these ranks too.
+    pub sequence_ranks: u32,
     /// Whether the t ranks also divide the sequence between layers (Megatron's sequence parallelism).
     pub sequence_parallel: bool,
     /// What data-parallel ranks share out.
@@ -112,6 +115,11 @@ pub struct Training {
     pub element_bytes: u32,
     /// Whether gradients are summed in f32 (2Ψ more with e = 2).
     pub f32_gradients: bool,
+    /// Elements that a layer keeps for each of the sbh, divided where the sequence is; none for Megatron's layer: 16, and two
+    /// dropout masks.
+    pub kept_elements: Option<u32>,
+    /// Logits of a token that are there at a time, where the loss takes the vocabulary in tiles; none for all of them.
+    pub vocabulary_tile: Option<u32>,
     /// c: tensors of the whole sequence, e·sbh each, that sequence parallelism holds at a time. 2: in front of a layer's
     /// products the gathered input, and behind them the output before its reduce-scatter.
     pub gathered_copies: u32,
@@ -133,7 +141,7 @@ pub struct Buffer {
     pub name: &'static str,
     /// Bytes on one rank, as a formula.
     pub formula: String,
-    /// Ranks that share it out: `t`, `N`, `t N`, or `-` for none.
+    /// Ranks that share it out: `t`, `r`, `N`, several of them, or `-` for none.
     pub divided_by: String,
     /// Bytes on one rank.
     pub bytes: f64,
@@ -212,6 +220,7 @@ impl Training {
             batch: 1,
             tensor_ranks: 1,
             data_ranks: 1,
+            sequence_ranks: 1,
             sequence_parallel: false,
             zero: ZeroStage::default(),
             recompute: Recompute::default(),
@@ -223,6 +232,8 @@ impl Training {
             positions: Positions::default(),
             element_bytes: 2,
             f32_gradients: false,
+            kept_elements: None,
+            vocabulary_tile: None,
             gathered_copies: 2,
         }
     }
@@ -241,6 +252,9 @@ impl Training {
             ("batch", self.batch),
             ("tensor_ranks", self.tensor_ranks),
             ("data_ranks", self.data_ranks),
+            ("sequence_ranks", self.sequence_ranks),
+            ("kept_elements", self.kept_elements.unwrap_or(1)),
+            ("vocabulary_tile", self.vocabulary_tile.unwrap_or(1)),
         ];
         if let Some(&(parameter, _)) = sizes.iter().find(|(_, size)| *size == 0) {
             return Err(ModelError::Zero { parameter });

@@ -16,7 +16,7 @@ use crate::output::{self, Outcome, as_f64, say, say_json, table};
 /// What the letters mean; printed below the table.
 const LEGEND: &str = "\
 s sequence, b batch, h hidden, a heads, V vocabulary, L layers, Ψ parameters; bytes are of one rank, after the division\n\
-divided by: t tensor ranks, N data ranks, `t in part` what a term of the formula says, - nothing\n\
+divided by: t tensor ranks, r sequence ranks, N data ranks, `t in part` what a term of the formula says, - nothing\n\
 not in it: allocator, communication buffers, streams, temporaries; a GPU needs more (see --compare paper)";
 
 /// Options of `plan train`.
@@ -43,6 +43,9 @@ pub(crate) struct Args {
     /// Data-parallel ranks (N)
     #[arg(long, default_value = "1", value_parser = size())]
     data_ranks: u32,
+    /// Ranks that divide the sequence alone (r), as ring attention and Ulysses do
+    #[arg(long, default_value = "1", value_parser = size())]
+    sequence_ranks: u32,
     /// The tensor ranks divide the sequence between layers too
     #[arg(long)]
     sequence_parallel: bool,
@@ -76,6 +79,12 @@ pub(crate) struct Args {
     /// Gradients are summed in f32
     #[arg(long)]
     f32_gradients: bool,
+    /// Elements a layer keeps for each of s b h [default: Megatron's 16, and two dropout masks]
+    #[arg(long, value_parser = size())]
+    kept_elements: Option<u32>,
+    /// Logits of a token that are there at a time [default: all]
+    #[arg(long, value_parser = size())]
+    vocabulary_tile: Option<u32>,
     /// Tensors of the whole sequence that sequence parallelism holds at a time
     #[arg(long, default_value_t = 2, value_name = "COPIES")]
     gathered: u32,
@@ -155,6 +164,7 @@ enum Compare {
 struct Report {
     parameters: f64,
     tensor_ranks: u32,
+    sequence_ranks: u32,
     data_ranks: u32,
     dtype: String,
     seqlen: u64,
@@ -188,6 +198,7 @@ pub(crate) fn run(args: &Args) -> Result<Outcome> {
     let report = Report {
         parameters: training.model.parameters(),
         tensor_ranks: training.tensor_ranks,
+        sequence_ranks: training.sequence_ranks,
         data_ranks: training.data_ranks,
         dtype: args.dtype.to_string(),
         seqlen,
@@ -218,6 +229,7 @@ impl Args {
             batch: self.batch,
             tensor_ranks: self.tensor_ranks,
             data_ranks: self.data_ranks,
+            sequence_ranks: self.sequence_ranks,
             sequence_parallel: self.sequence_parallel,
             zero: match self.zero {
                 Zero::Off => ZeroStage::Off,
@@ -246,6 +258,8 @@ impl Args {
             },
             element_bytes,
             f32_gradients: self.f32_gradients,
+            kept_elements: self.kept_elements,
+            vocabulary_tile: self.vocabulary_tile,
             gathered_copies: self.gathered,
             ..Training::new(Model { layers, hidden, heads, vocabulary: self.vocabulary })
         };
@@ -267,9 +281,11 @@ impl BufferReport {
 
 impl Report {
     fn print(&self) -> Result<()> {
-        let Self { seqlen, dtype, tensor_ranks, data_ranks, .. } = self;
+        let Self { seqlen, dtype, tensor_ranks, sequence_ranks, data_ranks, .. } = self;
         let parameters = output::digits(self.parameters / 1e9);
-        say(&format!("{parameters} G parameters, sequence {seqlen}, {dtype}; t = {tensor_ranks}, N = {data_ranks}"))?;
+        say(&format!(
+            "{parameters} G parameters, sequence {seqlen}, {dtype}; t = {tensor_ranks}, r = {sequence_ranks}, N = {data_ranks}"
+        ))?;
         let mut sizes = table(&["buffer", "where", "formula", "divided by", "bytes"], 4);
         for buffer in &self.buffers {
             let BufferReport { buffer, place, formula, divided_by, bytes } = buffer;

@@ -27,6 +27,58 @@ fn ranks_agree_with_one_rank_whatever_the_layers_are() {
     }
 }
 
+/// The model keeps 10 numbers of each channel of a token in a layer: the inputs of both halves, q, k, v, out, and four of
+/// the MLP; and the loss takes 16 codons at a time.
+#[test]
+fn memory_is_what_the_plan_of_training_says() {
+    const SIZES: [&str; 4] = ["--hidden", "64", "--heads", "4"];
+    let number = |value: &serde_json::Value| value.as_f64().unwrap();
+    for ranks in ["1", "4"] {
+        let both = ["2", "6"].map(|layers| {
+            let run =
+                ["--layers", layers, "--ranks", ranks, "--tokens", "1024", "--steps", "1", "--no-compare", "--json"];
+            let found = json(&[&["genome", GENOME], &SIZES[..], &run].concat());
+            let plan = [
+                "plan",
+                "train",
+                "--layers",
+                layers,
+                "--sequence-ranks",
+                ranks,
+                "--seqlen",
+                "1024",
+                "--dtype",
+                "f32",
+                "--vocabulary",
+                "66",
+                "--vocabulary-tile",
+                "16",
+                "--kept-elements",
+                "10",
+                "--json",
+            ];
+            let plan = json(&[&plan[..], &SIZES[..]].concat());
+            let planned = |name: &str| {
+                let buffers = plan["buffers"].as_array().unwrap().iter().filter(|buffer| buffer["buffer"] == name);
+                buffers.map(|buffer| number(&buffer["bytes"])).sum::<f64>()
+            };
+            let row = found["rows"].as_array().unwrap().last().unwrap();
+            let state = ["parameters", "gradients", "optimizer state"].map(planned).iter().sum::<f64>();
+            // The plan's parameters have biases, which this model does without: 13 h of 12 h² + 13 h.
+            let without = number(&row["state_bytes"]) / state;
+            assert!((0.98..=1.0).contains(&without), "{without}");
+            [number(&row["activation_bytes"]), planned("activations"), planned("norm, logits and loss")]
+        });
+        let [[few, planned_few, loss], [many, planned_many, _]] = both;
+        // What layers keep comes out but for the lse of attention, two numbers for each head of 16 channels, and lists.
+        let ratio = (many - few) / (planned_many - planned_few);
+        assert!((1.0..1.03).contains(&ratio), "{ratio}");
+        // Beside it and the loss, what one layer has in work.
+        let (rest, layer) = (many - planned_many - loss, planned_many / 6.0);
+        assert!((0.0..layer).contains(&rest), "{rest} beside layers of {layer}");
+    }
+}
+
 #[test]
 fn the_table_ends_with_the_verdict() {
     let text = stdout(&[&["genome", GENOME, "--ranks", "2"], &SMALL[..]].concat());

@@ -66,7 +66,7 @@ impl Training {
         buffers.collect()
     }
 
-    /// 16sh, with ZeRO as the rest of the state; over t when it is partitioned. Megatron keeps it whole on each of the t
+    /// 16sh, with ZeRO as the rest of the state; over t and r when it is partitioned. Megatron keeps it whole on each of the t
     /// ranks.
     fn position_table(&self, seqlen: u64) -> Option<Buffer> {
         let partitioned = match self.positions {
@@ -74,17 +74,17 @@ impl Training {
             Positions::Replicated => false,
             Positions::Partitioned => true,
         };
-        let data_ranks = f64::from(self.data_ranks);
+        let data_ranks = f64::from(self.data_ranks) * f64::from(self.sequence_ranks);
         let parts = self.bytes_per_parameter().into_iter().zip(self.is_sharded());
         let bytes: f64 = parts.map(|(bytes, sharded)| if sharded { bytes / data_ranks } else { bytes }).sum();
         let share = Share::of(bytes * real(seqlen) * f64::from(self.model.hidden));
-        let share = if partitioned { share.over_tensor(self) } else { share };
+        let share = if partitioned { share.over_tensor(self).over_sequence(self) } else { share };
         Some(share.buffer("position table", format!("{bytes} s h")))
     }
 
     /// ZeRO-3 gathers the parameters of the layer in use: e(12h² + 13h)/t.
     fn gathered_parameters(&self) -> Option<Buffer> {
-        let gathers = self.zero == ZeroStage::Parameters && self.data_ranks > 1;
+        let gathers = self.zero == ZeroStage::Parameters && (self.data_ranks > 1 || self.sequence_ranks > 1);
         let share = Share::of(f64::from(self.element_bytes) * self.model.layer_parameters()).over_tensor(self);
         gathers.then(|| share.buffer("gathered parameters", format!("{} Ψ/L", self.element_bytes)))
     }
@@ -102,6 +102,9 @@ impl Training {
     fn layer(&self, seqlen: u64) -> f64 {
         let (e, t) = (f64::from(self.element_bytes), f64::from(self.tensor_ranks));
         let whole = if self.sequence_parallel { t } else { 1.0 };
+        if let Some(elements) = self.kept_elements {
+            return self.tokens(seqlen) * f64::from(elements) * e / whole;
+        }
         self.tokens(seqlen) * ((4.0 * e + 2.0) / whole + 12.0 * e / t)
     }
 
@@ -139,7 +142,7 @@ impl Training {
             _ => vec!["t"],
         };
         let buffer = |layers: u32, name, place| {
-            let share = Share { bytes: f64::from(layers) * one, by: by.clone() };
+            let share = Share { bytes: f64::from(layers) * one, by: by.clone() }.over_sequence(self);
             Buffer { place, ..share.buffer(name, format!("{layers} ({formula})")) }
         };
         if !self.offload_activations {
@@ -153,7 +156,9 @@ impl Training {
 
     fn layer_formula(&self) -> String {
         let e = self.element_bytes;
-        if self.sequence_parallel || self.tensor_ranks == 1 {
+        if let Some(elements) = self.kept_elements {
+            format!("{} s b h", elements * e)
+        } else if self.sequence_parallel || self.tensor_ranks == 1 {
             format!("{} s b h", 16 * e + 2)
         } else {
             format!("{} s b h + {} s b h/t", 4 * e + 2, 12 * e)
@@ -177,10 +182,10 @@ impl Training {
         };
         let in_part = self.recompute == Recompute::Full && !self.sequence_parallel;
         let by = vec![if in_part { "t in part" } else { "t" }];
-        Some(Share { bytes, by }.buffer("layer computed again", formula))
+        Some(Share { bytes, by }.over_sequence(self).buffer("layer computed again", formula))
     }
 
-    /// s² or 4s², twice where it is built from another; divided by nothing.
+    /// s² or 4s², twice where it is built from another; divided by r alone, whose ranks need the rows of their queries.
     fn dense_mask(&self, seqlen: u64) -> Vec<Buffer> {
         let bytes = match self.mask {
             DenseMask::None => return Vec::new(),
@@ -190,7 +195,7 @@ impl Training {
         let names = ["mask", "mask, the copy it is built from"];
         let buffers = names.into_iter().take(1 + usize::from(self.mask_is_copied));
         let s = real(seqlen);
-        buffers.map(|name| Share::of(bytes * s * s).buffer(name, format!("{bytes} s²"))).collect()
+        buffers.map(|name| Share::of(bytes * s * s).over_sequence(self).buffer(name, format!("{bytes} s²"))).collect()
     }
 
     /// c·e·sbh of the whole sequence, which sequence parallelism gathers: not divided by t.
@@ -198,7 +203,7 @@ impl Training {
         let gathers = self.sequence_parallel && self.tensor_ranks > 1 && self.gathered_copies > 0;
         let per_token = f64::from(self.gathered_copies) * f64::from(self.element_bytes);
         let share = Share::of(per_token * self.tokens(seqlen));
-        gathers.then(|| share.buffer("gathered sequence", format!("{per_token} s b h")))
+        gathers.then(|| share.over_sequence(self).buffer("gathered sequence", format!("{per_token} s b h")))
     }
 
     /// Final norm, input of the output layer, logits in f32: 4sbh(1 + V/h)/t with e = 2; without sequence parallelism only
@@ -208,10 +213,16 @@ impl Training {
     fn logits(&self, seqlen: u64) -> Buffer {
         let inputs = 2.0 * f64::from(self.element_bytes);
         let whole = if self.sequence_parallel { f64::from(self.tensor_ranks) } else { 1.0 };
-        let vocabulary = f64::from(self.model.vocabulary) / f64::from(self.model.hidden);
+        let logits = self.vocabulary_tile.map_or(self.model.vocabulary, |tile| tile.min(self.model.vocabulary));
+        let vocabulary = f64::from(logits) / f64::from(self.model.hidden);
         let bytes = self.tokens(seqlen) * (inputs / whole + 4.0 * vocabulary / f64::from(self.tensor_ranks));
         let by = if self.sequence_parallel { "t" } else { "t in part" };
-        Share { bytes, by: vec![by] }.buffer("norm, logits and loss", format!("{inputs} s b h + 4 s b V"))
+        let formula = if logits < self.model.vocabulary {
+            format!("{inputs} s b h + {} s b", 4 * u64::from(logits))
+        } else {
+            format!("{inputs} s b h + 4 s b V")
+        };
+        Share { bytes, by: vec![by] }.over_sequence(self).buffer("norm, logits and loss", formula)
     }
 }
 
@@ -226,9 +237,19 @@ impl Share {
         self
     }
 
+    /// Ranks that hold the same weights: N and r.
     fn over_data(mut self, training: &Training) -> Self {
         self.bytes /= f64::from(training.data_ranks);
         self.by.push("N");
+        self.over_sequence(training)
+    }
+
+    /// r, which is not spoken of where it is 1.
+    fn over_sequence(mut self, training: &Training) -> Self {
+        if training.sequence_ranks > 1 {
+            self.bytes /= f64::from(training.sequence_ranks);
+            self.by.push("r");
+        }
         self
     }
 

@@ -104,6 +104,23 @@ fn masks_positions_and_gathered_tensors_are_divided_as_they_are() {
 }
 
 #[test]
+fn ranks_that_divide_the_sequence_alone_hold_all_weights() {
+    let mask = DenseMask::Bool;
+    let one = Training { mask, positions: Positions::Partitioned, element_bytes: 4, ..Training::new(SMALL) };
+    let four = Training { sequence_ranks: 4, ..one };
+    close(state(&four), state(&one));
+    close(state(&Training { zero: ZeroStage::OptimizerState, ..four }), (8.0 + 8.0 / 4.0) * PARAMETERS);
+    for name in ["activations", "mask", "position table", "norm, logits and loss"] {
+        close(bytes(&four, 60, name), bytes(&one, 60, name) / 4.0);
+    }
+    // 10 elements of 4 bytes for each of s · h = 480, in 3 layers; 8 s h + 4 s · 6 for the loss.
+    let own = Training { kept_elements: Some(10), vocabulary_tile: Some(6), ..four };
+    close(bytes(&own, 60, "activations"), 3.0 * 40.0 * 480.0 / 4.0);
+    close(bytes(&own, 60, "norm, logits and loss"), (8.0 * 480.0 + 24.0 * 60.0) / 4.0);
+    close(bytes(&Training { vocabulary_tile: Some(11), ..one }, 60, "norm, logits and loss"), 8.0 * 480.0 + 2400.0);
+}
+
+#[test]
 fn offloaded_activations_leave_two_layers_on_the_device() {
     let training = Training { offload_activations: true, recompute: Recompute::Full, ..Training::new(SMALL) };
     close(bytes(&training, 10, "activations"), 2.0 * 160.0);
