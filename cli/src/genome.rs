@@ -155,7 +155,7 @@ fn as_threads(job: &Job<'_>, ranks: usize, global: &Global) -> Result<Option<Rep
     if ranks > memory::MAX_RANKS {
         bail!("--ranks: expected at most {} threads, got {ranks}", memory::MAX_RANKS);
     }
-    let reports = on_threads(ranks, |comm| as_rank(job, comm, global)).into_iter();
+    let reports = on_threads(ranks, |comm| as_rank(job, comm, global, ranks)).into_iter();
     let mut reports =
         reports.map(|report| report.map_err(|_| anyhow!("a rank panicked"))?).collect::<Result<Vec<_>>>()?;
     Ok(reports.swap_remove(0))
@@ -164,7 +164,7 @@ fn as_threads(job: &Job<'_>, ranks: usize, global: &Global) -> Result<Option<Rep
 /// This process a rank of its MPI job.
 #[cfg(feature = "mpi")]
 fn as_process(job: &Job<'_>, global: &Global) -> Result<Option<Report>> {
-    as_rank(job, Communicator::mpi()?, global)
+    as_rank(job, Communicator::mpi()?, global, 1)
 }
 
 #[cfg(not(feature = "mpi"))]
@@ -172,8 +172,8 @@ fn as_process(_: &Job<'_>, _: &Global) -> Result<Option<Report>> {
     bail!("--mpi: this program was built without MPI; build it with `--features mpi`")
 }
 
-/// One rank, on threads of its own, so that time and memory are its own.
-fn as_rank(job: &Job<'_>, comm: Communicator, global: &Global) -> Result<Option<Report>> {
+/// One rank of so many in this process, on threads of its own, so that time and memory are its own.
+fn as_rank(job: &Job<'_>, comm: Communicator, global: &Global, ranks_here: usize) -> Result<Option<Report>> {
     let slot = if comm.world_size() <= memory::MAX_RANKS { comm.rank() } else { 0 };
     let threads = rayon::ThreadPoolBuilder::new()
         .num_threads(global.threads.map_or(1, usize::from))
@@ -183,6 +183,7 @@ fn as_rank(job: &Job<'_>, comm: Communicator, global: &Global) -> Result<Option<
     threads.install(move || {
         comm.set_deadline(DEADLINE)?;
         let device = global.open()?;
+        job.check_fits(device.info(), ranks_here)?;
         let stream = device.stream()?;
         job.run(Rank { comm: &comm, device: &device, stream: &stream }, slot)
     })

@@ -14,6 +14,7 @@ pub mod cases;
 mod determinism;
 mod device_trials;
 pub mod exchange;
+mod hosted;
 mod large;
 mod merging;
 pub mod oracle;

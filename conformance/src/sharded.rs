@@ -7,7 +7,7 @@ use tilefold::comm::{
     AxialAttention, Communicator, Partition, Rank, RingAttention, Shard, ShardBackward, ShardForward, SharedBias,
     UlyssesAttention, on_threads,
 };
-use tilefold_core::{AttentionProblem, AttentionSpec, Backend, BiasSpec, DType, EmptyRows, Layout, Tensor};
+use tilefold_core::{AttentionProblem, AttentionSpec, Backend, BiasSpec, EmptyRows, Tensor};
 
 use crate::buffer::Downloaded;
 use crate::case::Case;
@@ -221,34 +221,6 @@ fn same_bits(first: &[Part], second: &[Part]) -> Result<(), String> {
         }
     }
     Ok(())
-}
-
-/// What travels of a tensor is what it shows, wherever that lies in its memory.
-pub(crate) fn packing(device: &Arc<dyn Backend>) -> Trial {
-    let device = Arc::clone(device);
-    Trial::new("sharded", "f32/sharded/pack/offsets".to_owned(), move || {
-        let (comm, stream) = (Communicator::alone(), device.stream().map_err(text)?);
-        let rank = Rank { comm: &comm, device: &*device, stream: &stream };
-        let numbers: Vec<f32> = (0..24_u8).map(f32::from).collect();
-        for (strides, offset) in [([3, 1], 0), ([3, 1], 7), ([4, 1], 5), ([1, 2], 8), ([-3, -1], 23)] {
-            let layout = Layout::new(&[2, 3], &strides, offset).map_err(text)?;
-            let shown: Vec<f32> =
-                layout.positions().filter_map(|at| numbers.get(usize::try_from(at).ok()?)).copied().collect();
-            let whole = rank.unpack(Arc::new(Tensor::from_vec(numbers.clone(), &[24]).map_err(text)?)).map_err(text)?;
-            let storage = rank.own(whole).map_err(text)?.into_storage();
-            let tensor = Arc::new(Tensor::new(storage, DType::F32, layout).map_err(text)?);
-            for packed in [rank.pack(&tensor.view()), rank.pack_shared(&tensor)] {
-                let packed = packed.map_err(text)?;
-                let bytes = packed.view().as_bytes().map_err(text)?.to_vec();
-                if bytes != shown.iter().flat_map(|number| number.to_ne_bytes()).collect::<Vec<_>>() {
-                    return Err(format!(
-                        "strides {strides:?}, offset {offset}: expected {shown:?}, got bytes {bytes:?}"
-                    ));
-                }
-            }
-        }
-        Ok(0.0)
-    })
 }
 
 /// One rank's results, by name.

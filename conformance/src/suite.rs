@@ -6,7 +6,9 @@ use std::sync::Arc;
 use tilefold_core::{AttentionProblem, AttentionSpec, Backend, DType, DeviceInfo, DeviceKind, Precision};
 
 use crate::case::{Case, DTYPES};
-use crate::{cases, determinism, device_trials, large, merging, oracle, packed, relayouts, ropes, sharded, sums};
+use crate::{
+    cases, determinism, device_trials, hosted, large, merging, oracle, packed, relayouts, ropes, sharded, sums,
+};
 
 /// A device, and others that must give the same bits: the same device with another number of workers.
 #[derive(Clone, Debug)]
@@ -122,7 +124,7 @@ pub fn trials(subject: &Subject, filter: &Filter) -> Vec<Trial> {
     }
     trials.extend(relayouts::trials(&subject.device));
     trials.extend(sums::trials(&subject.device));
-    trials.push(sharded::packing(&subject.device));
+    trials.extend(hosted::trials(&subject.device));
     trials.extend(ropes::trials(&subject.device));
     trials.retain(|trial| filter.contains.as_ref().is_none_or(|part| trial.name.contains(part)));
     trials

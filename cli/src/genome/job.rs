@@ -2,15 +2,15 @@
 
 use std::time::Instant;
 
-use anyhow::Result;
-use tilefold::Tensor;
+use anyhow::{Result, bail};
 use tilefold::comm::{Partition, Rank, Reduction};
+use tilefold::{DeviceInfo, Tensor};
 use tilefold_models::genslm::{Adam, Config, Model, Parameters, Tokens, VOCABULARY};
 
 use super::compare::{self, Point};
 use super::memory::Growth;
 use super::report::{Report, Row};
-use crate::output::say;
+use crate::output::{as_f64, bytes, digits, say};
 
 /// Seed of the weights before training.
 const SEED: u64 = 20_240_229;
@@ -37,6 +37,24 @@ pub(super) struct Evaluated {
 }
 
 impl Job<'_> {
+    /// Refuses a model whose weights, gradients and state of Adam alone are more than the memory of all ranks here: an allocation
+    /// that fails would end the program.
+    pub(super) fn check_fits(&self, device: &DeviceInfo, ranks_here: usize) -> Result<()> {
+        let needed = self.config.weights() * as_f64(STATE_BYTES) * as_f64(ranks_here);
+        let there = as_f64(device.memory_bytes);
+        if device.memory_bytes > 0 && needed > there {
+            bail!(
+                "{} weights need {} for gradients and the optimizer on {ranks_here} ranks, {} has {}; use a smaller --hidden, fewer --layers or \
+                 --ranks",
+                digits(self.config.weights()),
+                bytes(needed),
+                device.id,
+                bytes(there),
+            );
+        }
+        Ok(())
+    }
+
     /// Trains over all ranks, then holds them against fewer. The report is rank 0's.
     pub(super) fn run(&self, rank: Rank<'_>, slot: usize) -> Result<Option<Report>> {
         let ranks = rank.comm.world_size();

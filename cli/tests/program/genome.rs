@@ -100,6 +100,8 @@ fn what_is_wrong_with_genome_or_sizes_is_named() {
         failure(1, &[&quiet[..], &["3"]].concat()).contains("tokens: expected 1 to 2, the codons of the genome, got 3")
     );
     assert!(failure(1, &[&quiet[..], &["1"]].concat()).contains("use fewer ranks"));
+    let wide = failure(1, &[&quiet[..], &["2", "--hidden", "1000000000"]].concat());
+    assert!(wide.contains("weights need") && wide.contains("use a smaller --hidden"), "{wide}");
     let heads = [&quiet[..], &["2", "--heads", "3"]].concat();
     assert!(failure(1, &heads).contains("hidden: expected a multiple of 3 heads, got 128"));
 }

@@ -3,6 +3,7 @@
 use tilefold::{AttentionSpec, DType, Element, StructuralMask};
 
 use super::error::{Error, Result};
+use super::tokens::VOCABULARY;
 
 /// How the model knows where a token stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -62,6 +63,15 @@ impl Config {
     #[must_use]
     pub fn head_dim(&self) -> usize {
         self.hidden / self.heads.max(1)
+    }
+
+    /// How many weights a model of these sizes has, however many that are.
+    #[must_use]
+    pub fn weights(&self) -> f64 {
+        let [layers, hidden, mlp] = [self.layers, self.hidden, self.mlp_hidden].map(|size| size as f64);
+        let positions = if self.positions == Positions::Learned { self.seqlen as f64 } else { 0.0 };
+        let layer = 4.0 * hidden * hidden + 2.0 * hidden * mlp + 2.0 * hidden;
+        layers * layer + (VOCABULARY as f64 + positions + 1.0) * hidden
     }
 
     /// Tokens that the loss is the mean over.

@@ -66,6 +66,16 @@ fn on_ranks<T: Send>(ranks: usize, work: impl Fn(Rank<'_>) -> Result<T> + Sync) 
     results.into_iter().map(|result| result.unwrap()).collect()
 }
 
+#[test]
+fn weights_are_counted_before_they_are_there() {
+    for positions in POSITIONS {
+        let config = Config { layers: 3, mlp_hidden: 7, ..config(positions) };
+        assert_eq!(config.weights(), Parameters::new(&config, 1).count() as f64);
+    }
+    let huge = Config { hidden: 1 << 31, mlp_hidden: 1 << 33, ..config(Positions::Rope) };
+    assert!(huge.weights() > 1e20);
+}
+
 /// Loss and all gradients of a run over ranks, whole; the same on every rank.
 fn run(config: &Config, partition: &Partition) -> (f32, Parameters) {
     let (weights, tokens) = (weights(config), tokens(config));
