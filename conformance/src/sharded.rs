@@ -178,13 +178,14 @@ impl<'a> Sharded<'a> {
     }
 }
 
-/// One trial for each case that can be split: with every feature at once in all ways, the others in one. With `few`, for a slow
-/// device, every eighth case in one way.
+/// One trial for each case that can be split: those with every feature at once and those of the Evoformer in all ways, the others
+/// in one. With `few`, for a slow device, every eighth case in one way.
 pub(crate) fn trials(device: &Arc<dyn Backend>, table: &[Case], few: bool) -> Vec<Trial> {
     let mut trials = Vec::new();
     for (number, case) in table.iter().enumerate().step_by(if few { 8 } else { 1 }) {
         let turn = WAYS.iter().cycle().skip(number).take(WAYS.len()).filter(|way| way.applies(&case.spec));
-        let count = if case.group == "everything" && !few { WAYS.len() } else { 1 };
+        let is_whole = matches!(case.group, "everything" | "workload") && !few;
+        let count = if is_whole { WAYS.len() } else { 1 };
         for &way in turn.take(count) {
             let name = way.name(case);
             let (device, case) = (Arc::clone(device), case.clone());
