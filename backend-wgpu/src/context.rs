@@ -18,6 +18,8 @@ const MAX_BINDING_BYTES: u64 = (1 << 32) - 4;
 
 /// Memory of a workgroup that is used, so that several fit one multiprocessor: what every device has.
 const MAX_WORKGROUP_BYTES: u64 = 16 << 10;
+/// Rounds of loops that llvmpipe does, less what a bound from measurements may miss: LP_MAX_TGSI_LOOP_ITERATIONS is 65 535.
+const LLVMPIPE_LOOP_ROUNDS: u64 = 61_440;
 /// Threads of a workgroup, which no subgroup exceeds here.
 const THREADS: u32 = 64;
 
@@ -35,6 +37,8 @@ pub struct WgpuOptions {
     pub max_storage_buffers: u32,
     /// Bytes of one binding, at most.
     pub max_binding_bytes: u64,
+    /// Rounds that the loops of one thread make, at most: llvmpipe ends loops after 65 535, without a word.
+    pub max_loop_rounds: u64,
 }
 
 impl Default for WgpuOptions {
@@ -45,6 +49,7 @@ impl Default for WgpuOptions {
             timestamps: true,
             max_storage_buffers: u32::MAX,
             max_binding_bytes: u64::MAX,
+            max_loop_rounds: u64::MAX,
         }
     }
 }
@@ -59,6 +64,7 @@ impl WgpuOptions {
             timestamps: false,
             max_storage_buffers: 10,
             max_binding_bytes: 128 << 20,
+            max_loop_rounds: u64::MAX,
         }
     }
 }
@@ -168,6 +174,7 @@ impl Context {
             lock(&told.failed).get_or_insert_with(|| caught("submit", &error));
         }));
         let software = info.device_type == wgpu::DeviceType::Cpu;
+        let driver_rounds = if info.driver == "llvmpipe" { LLVMPIPE_LOOP_ROUNDS } else { u64::MAX };
         let has_subgroups = features.contains(wgpu::Features::SUBGROUP);
         let staged = options.workgroup_memory.unwrap_or(!software);
         let workgroup_bytes = u64::from(limits.max_compute_workgroup_storage_size).min(MAX_WORKGROUP_BYTES);
@@ -178,6 +185,7 @@ impl Context {
             workgroups: limits.max_compute_workgroups_per_dimension,
             subgroup: if has_subgroups { info.subgroup_min_size.clamp(1, THREADS) } else { 1 },
             workgroup_bytes: if staged { workgroup_bytes } else { 0 },
+            loop_rounds: options.max_loop_rounds.min(driver_rounds),
             software,
         };
         let memory = Memory::new(limits.max_buffer_size);

@@ -29,6 +29,8 @@ const TESTS: &[harness::Test] = &[
     ("rows_in_the_workgroups_memory_give_the_same", staged),
     ("calls_are_cut_where_bindings_are_small", small_bindings),
     ("a_head_that_no_binding_shows_is_refused", too_small_bindings),
+    ("calls_are_cut_where_loops_are_short", short_loops),
+    ("loops_that_a_driver_cuts_off_are_cut_or_refused", long_loops),
     ("too_few_storage_buffers_are_refused", few_buffers),
     ("backends_of_one_device_share_its_memory", shared),
     ("streams_and_events_of_another_maker_are_refused", foreign_handles),
@@ -122,6 +124,55 @@ fn too_small_bindings() {
     let device = with(|options| options.max_binding_bytes = 1024);
     let error = check_case(&device, &cut_case(DType::F32)).unwrap_err();
     assert!(error.contains("max_storage_buffer_binding_size") && error.contains("at most 1024"), "{error}");
+}
+
+/// Walks over rows, sums over all of them, down to one head of one row at a time.
+fn short_loops() {
+    for dtype in [DType::F32, DType::F16, DType::BF16] {
+        let case = cut_case(dtype);
+        for rounds in [2_000, 600, 300] {
+            let worst = check_case(&with(|options| options.max_loop_rounds = rounds), &case);
+            assert!(worst.is_ok(), "{dtype} {rounds}: {worst:?}");
+        }
+    }
+    let error = check_case(&with(|options| options.max_loop_rounds = 100), &cut_case(DType::F32)).unwrap_err();
+    assert!(error.contains("rounds of one thread's loops") && error.contains("at most 100"), "{error}");
+}
+
+/// On llvmpipe, which ends loops after 65 535 rounds of all of them together. Lengths just within what is accepted are right,
+/// and so is a walk over as many rows as one likes.
+fn long_loops() {
+    let device = WgpuBackend::new(0).unwrap();
+    let spec = |rows, [seqlen_q, seqlen_k]: [usize; 2], heads, head_dim| AttentionSpec {
+        seqlen_k,
+        ..AttentionSpec::new(DType::F32, 1, rows, seqlen_q, heads, head_dim)
+    };
+    let pair = |spec: AttentionSpec| {
+        let shape = [1, 1, spec.heads, spec.seqlen_q, spec.seqlen_k];
+        AttentionSpec { biases: vec![BiasSpec { shape, dtype: DType::F32 }], ..spec }
+    };
+    let right = [
+        ("rows", pair(spec(40, [4, 2_000], 32, 4))),
+        ("keys", spec(1, [3, 30_000], 1, 8)),
+        ("queries", spec(1, [30_000, 3], 1, 8)),
+        ("wide keys", pair(spec(1, [3, 4_400], 1, 72))),
+        ("wide queries", spec(1, [3_500, 3], 1, 72)),
+        ("widest keys", spec(1, [3, 1_300], 1, 256)),
+        ("widest queries", spec(1, [1_100, 3], 1, 256)),
+    ];
+    for (name, spec) in right {
+        let worst = check_case(&device, &Case::new("long", name, spec.with_all_gradients()));
+        assert!(worst.is_ok(), "{name}: {worst:?}");
+    }
+    let long = [("keys", spec(1, [3, 140_000], 1, 8)), ("wide keys", spec(1, [3, 20_000], 1, 72))];
+    for (name, spec) in long {
+        match check_case(&device, &Case::new("long", name, spec)) {
+            Err(error) if device.info().arch.contains("llvmpipe") => {
+                assert!(error.contains("rounds of one thread's loops, which grows"), "{name}: {error}");
+            }
+            worst => assert!(worst.is_ok() && !device.info().arch.contains("llvmpipe"), "{name}: {worst:?}"),
+        }
+    }
 }
 
 fn few_buffers() {

@@ -332,6 +332,7 @@ fn limits(device: &WgpuBackend) -> Limits {
         workgroups: limits.max_compute_workgroups_per_dimension,
         subgroup: 1,
         workgroup_bytes: 0,
+        loop_rounds: u64::MAX,
         software: device.is_software(),
     }
 }

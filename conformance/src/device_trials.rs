@@ -102,10 +102,10 @@ fn workspace(device: &dyn Backend) -> Result<(), String> {
             let plan = plan(device, AttentionSpec::new(dtype, 1, 4, length, 8, 32).with_all_gradients())?;
             Ok::<_, String>([plan.forward_workspace_bytes, plan.backward_workspace_bytes])
         };
-        let (short, long) = (bytes(1 << 12)?, bytes(1 << 16)?);
+        let (short, long) = (bytes(1 << 10)?, bytes(1 << 14)?);
         for (short, long) in short.into_iter().zip(long) {
             // 16 times the length: 256 times the bytes would be a matrix of logits.
-            ensure(long <= 20 * short + (1 << 20), || format!("{dtype}: {short} bytes at 2^12, {long} at 2^16"))?;
+            ensure(long <= 20 * short + (1 << 20), || format!("{dtype}: {short} bytes at 2^10, {long} at 2^14"))?;
         }
     }
     Ok(())

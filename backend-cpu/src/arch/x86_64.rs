@@ -22,9 +22,7 @@ impl Avx2<false> {
         (is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c"))
             .then_some(Self(()))
     }
-}
 
-impl Avx2<false> {
     #[inline(always)]
     pub(crate) fn widen(self, from: &[f16; 16]) -> [f32; 16] {
         let halves = from.as_chunks::<8>().0;
@@ -243,9 +241,7 @@ impl Avx512<false> {
         .flatten()
         .map(Self)
     }
-}
 
-impl Avx512<false> {
     #[inline(always)]
     pub(crate) fn widen(self, from: &[f16; 16]) -> [f32; 16] {
         // SAFETY: 16 elements are a vector of 256 bits; the result has the size of the array.

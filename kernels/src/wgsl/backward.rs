@@ -1,14 +1,16 @@
 //! The backward pass: statistics of the queries, then gradients by queries, by keys and by entries of biases.
 
-use tilefold_core::AttentionProblem;
+use tilefold_core::{AttentionProblem, DType};
 
 use crate::BackwardOperands;
 use crate::params::Operand;
 use crate::wgsl::attention::{self, BIAS_NAMES, SCALARS, Sizes, THREADS};
-use crate::wgsl::dispatch::{Builder, Dispatch, DispatchError, Heads, Limits, Part, View, gather, number, parts};
+use crate::wgsl::dispatch::{
+    Builder, Dispatch, DispatchError, Heads, Limits, Part, View, gather, number, parts, parts_with,
+};
 use crate::wgsl::forward::part_heads;
 use crate::wgsl::moves::{copy_view, zeros};
-use crate::wgsl::shader::{Constant, File};
+use crate::wgsl::shader::{Constant, Elements, File};
 
 /// Workgroups that the pass by queries should have, where a walk can be cut for it: on a processor, and on a GPU.
 const QUERY_GROUPS: [i64; 2] = [32, 512];
@@ -256,7 +258,8 @@ where
             ("d_gate", o.d_gate.as_ref().map(|d_gate| by_query("d_gate", d_gate).written())),
         ];
         let switches = [("STATISTICS", needs_statistics), ("GATED", gated.is_some()), ("D_GATE", o.d_gate.is_some())];
-        self.pass(File::Prepare, with_absent_inputs(views), &switches, &[], seqlen_q, THREADS, sizes.group)?;
+        let (views, rounds) = (with_absent_inputs(views), sizes.head_dim_v.unsigned_abs() + 1);
+        self.pass(File::Prepare, views, (&switches, &[]), seqlen_q, THREADS, sizes.group, rounds)?;
         Ok((statistics, gated.map_or(d_out, |gated| View { name: "d_out", ..gated })))
     }
 
@@ -322,6 +325,14 @@ where
             None => None,
         };
         views.push(("dbias", dbias));
+        // A walk that is too long for the device's loops goes on in another dispatch.
+        let walked = attention::walked(self.problem, seqlen_k, THREADS * queries);
+        let of_head = attention::rounds(spec, self.limits, 1, [2, 1], walked) + 1;
+        let rounds =
+            |part: &Part| of_head * ((Walks::of(part, &sizes, shape).steps() + chunks - 1) / chunks).unsigned_abs();
+        let is_too_long =
+            |part: &Part| Walks::of(part, &sizes, shape).steps() > 1 && rounds(part) > self.limits.loop_rounds;
+        let parts = parts_with(sizes.outer(), sizes.group, &present, self.limits, is_too_long)?;
 
         let mut constants = self.constants.clone();
         constants.extend([("D_Q", with_dq), ("ROW_SUMS", with_sums), ("D_BIAS", bias.is_some())].map(switch));
@@ -348,6 +359,7 @@ where
                 scalars: QUERY_SCALARS,
                 values,
                 limits: self.limits,
+                rounds: rounds(&part),
                 operands: in_part(&views, &part, sizes.group),
             };
             self.dispatches.push(builder.dispatch((tiles * walks.entries() * chunks).unsigned_abs())?);
@@ -405,7 +417,10 @@ where
         views.push(self.sums(Heads::Key, THREADS * keys, attention::quads(spec).iter().sum())?);
         let switches = [("D_K", o.dk.is_some()), ("D_V", o.dv.is_some()), ("COLUMN_SUMS", sums)];
         let numbers = [("KEYS", keys), ("STEP", attention::step(spec, self.limits, 1))];
-        self.pass(File::Keys, views, &switches, &numbers, seqlen_k, THREADS * keys, 1)?;
+        let walked = attention::walked(self.problem, sizes.seqlen_q, THREADS * keys);
+        let of_member = attention::rounds(spec, self.limits, 1, [2, 2], walked) + 1;
+        let rounds = of_member * sizes.group.unsigned_abs();
+        self.pass(File::Keys, views, (&switches, &numbers), seqlen_k, THREADS * keys, 1, rounds)?;
         Ok(column_sums)
     }
 
@@ -415,11 +430,11 @@ where
         &mut self,
         file: File,
         views: Vec<Named>,
-        switches: &[(&'static str, bool)],
-        numbers: &[(&'static str, u32)],
+        (switches, numbers): Switches<'_>,
         positions: i64,
         tile: u32,
         group: i64,
+        rounds: u64,
     ) -> Result<(), E> {
         let sizes = self.sizes;
         let tiles = u32::try_from(positions).unwrap_or(u32::MAX).div_ceil(tile);
@@ -434,6 +449,7 @@ where
                 scalars: SCALARS,
                 values: attention::scalars(self.problem, &sizes, &part, tiles),
                 limits: self.limits,
+                rounds,
                 operands: in_part(&views, &part, sizes.group),
             };
             let groups = part_heads(&part, group).unsigned_abs() * u64::from(tiles);
@@ -468,9 +484,49 @@ where
         self.add(source, total, shape, add, false)
     }
 
+    /// [`Self::add`] for more than one thread's loops can add: half of the longest axis after the other, in f32.
+    fn add_halves(
+        &mut self,
+        source: View,
+        total: View,
+        shape: [i64; 5],
+        add: [i64; 5],
+        accumulates: bool,
+    ) -> Result<(), E> {
+        if total.elements != Elements::Numbers(DType::F32) {
+            let sum = self.array("total", shape)?;
+            self.add(source, sum.written(), shape, add, false)?;
+            self.dispatches.extend(copy_view(&sum, &View { sizes: shape, ..total }, self.limits)?);
+            return Ok(());
+        }
+        let axis = (0..5).max_by_key(|&axis| add[axis]).unwrap_or(0);
+        let half = add[axis] / 2;
+        let stride = if axis == 0 { source.copies[0] } else { source.strides[axis - 1] };
+        for (first, count, accumulates) in [(0, half, accumulates), (half, add[axis] - half, true)] {
+            let address = source.address.wrapping_add_signed(first * stride * source.size_bytes());
+            let mut part = add;
+            part[axis] = count;
+            let copies = if axis == 0 { [source.copies[0], count] } else { source.copies };
+            let mut sizes = source.sizes;
+            if axis > 0 {
+                sizes[axis - 1] = count;
+            }
+            self.add(View { address, copies, sizes, ..source }, total, shape, part, accumulates)?;
+        }
+        Ok(())
+    }
+
     /// `total[b, n, h, i, j]` is the sum of `source` over so many copies, batches, rows, heads and positions, added to
     /// what it was if `accumulates`.
     fn add(&mut self, source: View, total: View, shape: [i64; 5], add: [i64; 5], accumulates: bool) -> Result<(), E> {
+        // Nested loops; each ends with a round of its own.
+        let rounds = add
+            .iter()
+            .rev()
+            .fold(1, |inner: u64, &size| inner.saturating_add(1).saturating_mul(size.unsigned_abs()) + 1);
+        if rounds > self.limits.loop_rounds {
+            return self.add_halves(source, total, shape, add, accumulates);
+        }
         let limit = self.limits.binding_bytes;
         let part = |view: &View| {
             let sizes = std::array::from_fn(|axis| if shape[axis] > 1 { shape[axis] } else { view.sizes[axis] });
@@ -524,6 +580,7 @@ where
             scalars: SUM_SCALARS,
             values: values.map(number).to_vec(),
             limits: self.limits,
+            rounds,
             operands: vec![
                 ("source", Some(View { name: "source", ..part(&source) })),
                 ("total", Some(View { name: "total", ..part(&total) })),
@@ -533,6 +590,9 @@ where
         Ok(())
     }
 }
+
+/// Constants of a pass: switches and numbers.
+type Switches<'c> = (&'c [(&'static str, bool)], &'c [(&'static str, u32)]);
 
 /// How the pass by queries shares out its work in one part.
 struct Walks {
@@ -617,6 +677,7 @@ mod tests {
             workgroups: 65_535,
             subgroup: 1,
             workgroup_bytes: 0,
+            loop_rounds: u64::MAX,
             software: false,
         };
         let spec = AttentionSpec::new(DType::F16, 1, 1 << 5, 1 << 28, 1 << 2, 1).with_all_gradients();

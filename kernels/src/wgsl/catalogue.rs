@@ -41,6 +41,7 @@ pub fn catalogue() -> Result<Vec<Dispatch>, CatalogueError> {
             workgroups: 65_535,
             subgroup,
             workgroup_bytes,
+            loop_rounds: u64::MAX,
             software,
         };
         for dtype in DTYPES {

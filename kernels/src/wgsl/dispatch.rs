@@ -21,6 +21,9 @@ pub struct Limits {
     pub subgroup: u32,
     /// Memory of a workgroup that rows wanted by all its threads may take; 0 where they are not kept there.
     pub workgroup_bytes: u64,
+    /// Rounds that the loops of one thread may make, all of them together. llvmpipe ends loops after 65 535, whatever is left
+    /// to do (`LP_MAX_TGSI_LOOP_ITERATIONS`), and says nothing; others have no such limit.
+    pub loop_rounds: u64,
     /// Whether the device is a processor, which has memory for many registers and a slow exponential.
     pub software: bool,
 }
@@ -235,11 +238,29 @@ pub(crate) struct Part {
 /// # Errors
 /// [`DispatchError::Binding`].
 pub(crate) fn parts(sizes: [i64; 3], group: i64, views: &[View], limits: &Limits) -> Result<Vec<Part>, DispatchError> {
+    parts_with(sizes, group, views, limits, |_| false)
+}
+
+/// The same, of which none is too long either, as far as that can be had by cutting.
+///
+/// # Errors
+/// As [`parts`].
+pub(crate) fn parts_with(
+    sizes: [i64; 3],
+    group: i64,
+    views: &[View],
+    limits: &Limits,
+    is_too_long: impl Fn(&Part) -> bool,
+) -> Result<Vec<Part>, DispatchError> {
     let mut step = sizes;
     loop {
         let first = Part { batch: [0, step[0]], rows: [0, step[1]], heads: [0, step[2]] };
         let bytes = |view: &&View| view.part(&first, group).binding(limits).bytes;
-        let Some(large) = views.iter().find(|view| bytes(view) > limits.binding_bytes) else { break };
+        let Some(large) = views.iter().find(|view| bytes(view) > limits.binding_bytes) else {
+            let Some(axis) = (0..3).find(|&axis| step[axis] > 1).filter(|_| is_too_long(&first)) else { break };
+            step[axis] = (step[axis] + 1) / 2;
+            continue;
+        };
         // Halved along the outermost axis on which the operand has a say; else along any.
         let has_say = |axis: &usize| step[*axis] > 1 && large.strides[*axis] != 0;
         let Some(axis) = (0..3).find(has_say) else {
@@ -336,6 +357,8 @@ pub(crate) struct Builder<'a> {
     pub(crate) scalars: &'static [(&'static str, &'static str)],
     pub(crate) values: Vec<u32>,
     pub(crate) limits: &'a Limits,
+    /// Rounds that the loops of a thread make, at most.
+    pub(crate) rounds: u64,
     /// Operands in the order of the argument, `None` for what the problem lacks.
     pub(crate) operands: Vec<(&'static str, Option<View>)>,
 }
@@ -344,13 +367,18 @@ impl Builder<'_> {
     /// The dispatch. `groups` workgroups are folded; the scalars `groups` and `groups_x`, first of all, are set here.
     ///
     /// # Errors
-    /// [`DispatchError::Limit`] with more workgroups than two axes have.
+    /// [`DispatchError::Limit`] with more workgroups than two axes have, or loops that the device does not run to their end.
     pub(crate) fn dispatch(self, groups: u64) -> Result<Dispatch, DispatchError> {
         let along_x = groups.min(u64::from(self.limits.workgroups));
         let along_y = groups.div_ceil(along_x.max(1));
         let limit = u64::from(self.limits.workgroups).pow(2).min(u64::from(u32::MAX));
         if groups > limit {
             return Err(DispatchError::Limit { what: "the number of workgroups", limit, got: groups });
+        }
+        if self.rounds > self.limits.loop_rounds {
+            let what = "the number of rounds of one thread's loops, which grows with the length of the sequence and this driver \
+                        cuts off (use a shorter sequence, narrower heads, or the CPU backend)";
+            return Err(DispatchError::Limit { what, limit: self.limits.loop_rounds, got: self.rounds });
         }
         let mut params = vec![number(groups), number(along_x)];
         params.extend(self.values);
@@ -424,6 +452,7 @@ mod tests {
         workgroups: 65_535,
         subgroup: 1,
         workgroup_bytes: 0,
+        loop_rounds: u64::MAX,
         software: true,
     };
 
@@ -469,11 +498,15 @@ mod tests {
             scalars: &[],
             values: Vec::new(),
             limits: &LIMITS,
+            rounds: 1,
             operands: Vec::new(),
         };
         assert_eq!(builder().dispatch(65_535).unwrap().groups, [65_535, 1]);
         let folded = builder().dispatch(65_536).unwrap();
         assert_eq!((folded.groups, &folded.params[..2]), ([65_535, 2], [65_536, 65_535].as_slice()));
         assert!(matches!(builder().dispatch(1 << 40), Err(DispatchError::Limit { .. })));
+        let limits = Limits { loop_rounds: 100, ..LIMITS };
+        let of = |rounds| Builder { rounds, limits: &limits, ..builder() }.dispatch(1);
+        assert!(of(100).is_ok() && matches!(of(101), Err(DispatchError::Limit { limit: 100, got: 101, .. })));
     }
 }

@@ -1,6 +1,6 @@
 //! The forward pass.
 
-use tilefold_core::AttentionProblem;
+use tilefold_core::{AttentionProblem, EmptyRows};
 
 use crate::forward::ForwardOutputs;
 use crate::wgsl::attention::{self, Operands, SCALARS, Sizes, THREADS};
@@ -91,6 +91,13 @@ pub fn forward<E: From<DispatchError>>(
     let tiles = u32::try_from(sizes.seqlen_q).unwrap_or(u32::MAX).div_ceil(THREADS * queries);
     let present: Vec<View> = views.iter().filter_map(|(_, view)| *view).collect();
     let parts = parts(sizes.outer(), sizes.group, &present, limits)?;
+    let walked = attention::walked(problem, sizes.seqlen_k, THREADS * queries);
+    let mut rounds = attention::rounds(spec, limits, STEP, [1, 1], walked);
+    if spec.empty_rows == EmptyRows::Uniform {
+        // The mean of v, for each quad of channels.
+        let [_, quads] = attention::quads(spec);
+        rounds += u64::from(quads) * (sizes.seqlen_k.unsigned_abs() + 1);
+    }
     for part in &parts {
         let groups = (part_heads(part, sizes.group) * i64::from(tiles)).unsigned_abs();
         let builder = Builder {
@@ -99,6 +106,7 @@ pub fn forward<E: From<DispatchError>>(
             scalars: SCALARS,
             values: attention::scalars(problem, &sizes, part, tiles),
             limits,
+            rounds,
             operands: views.iter().map(|(name, view)| (*name, view.map(|view| view.part(part, sizes.group)))).collect(),
         };
         dispatches.push(builder.dispatch(groups)?);

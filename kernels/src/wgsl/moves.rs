@@ -300,6 +300,7 @@ impl Moves<'_> {
             scalars: if self.file == File::Fill { FILL_SCALARS } else { RELAYOUT_SCALARS },
             values,
             limits: self.limits,
+            rounds: MAX_LAYOUT_AXES as u64 + 1,
             operands,
         };
         let groups = part.count().unsigned_abs().div_ceil(u64::from(THREADS));
@@ -366,6 +367,7 @@ pub fn merge(operands: &MergeOperands<'_>, limits: &Limits) -> Result<Vec<Dispat
             scalars: MERGE_SCALARS,
             values: numbers.map(number).to_vec(),
             limits,
+            rounds: sizes.head_dim_v.unsigned_abs() + 1,
             operands: views.iter().map(|view| (view.name, Some(view.part(part, 1)))).collect(),
         };
         builder.dispatch(count.unsigned_abs().div_ceil(u64::from(THREADS)))

@@ -4,7 +4,7 @@ use tilefold_core::{RopeAngle, RopePairs, RopeSpec, TensorView};
 
 use crate::params::{MAX_ROPE_PAIRS, Operand};
 use crate::wgsl::attention::{Sizes, THREADS};
-use crate::wgsl::dispatch::{Builder, Dispatch, DispatchError, Limits, Part, View, number, parts};
+use crate::wgsl::dispatch::{Builder, Dispatch, DispatchError, Limits, Part, View, number, parts_with};
 use crate::wgsl::moves::MAX_ELEMENTS;
 use crate::wgsl::shader::{Constant, File};
 
@@ -58,6 +58,7 @@ pub fn rope(
     let pairs = angles.len() as i64;
     let slots = head_dim - pairs;
     let words = angle_words(angles);
+    let rounds = |part: &Part| part.heads[1].unsigned_abs() + 1;
     let dispatch = |part: &Part| {
         let count = part.batch[1] * part.rows[1] * seqlen * slots;
         if count > MAX_ELEMENTS {
@@ -75,11 +76,13 @@ pub fn rope(
             scalars: SCALARS,
             values: numbers.map(number).into_iter().chain(words.iter().copied()).collect(),
             limits,
+            rounds: rounds(part),
             operands: views.iter().map(|view| (view.name, Some(view.part(part, 1)))).collect(),
         };
         builder.dispatch(count.unsigned_abs().div_ceil(u64::from(THREADS)))
     };
-    parts(sizes.outer(), 1, &views, limits)?.iter().map(dispatch).collect()
+    let is_too_long = |part: &Part| rounds(part) > limits.loop_rounds;
+    parts_with(sizes.outer(), 1, &views, limits, is_too_long)?.iter().map(dispatch).collect()
 }
 
 /// Angles as the kernel reads them, lower halves first; room for all that there may be.
