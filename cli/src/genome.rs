@@ -183,7 +183,7 @@ fn as_rank(job: &Job<'_>, comm: Communicator, global: &Global, ranks_here: usize
     threads.install(move || {
         comm.set_deadline(DEADLINE)?;
         let device = global.open()?;
-        job.check_fits(device.info(), ranks_here)?;
+        job.check_fits(ranks_here)?;
         let stream = device.stream()?;
         job.run(Rank { comm: &comm, device: &device, stream: &stream }, slot)
     })

@@ -211,6 +211,8 @@ impl Communicator {
         let parcels = self.checked(operation, host::cut(values, &counts))?;
         let parts = self.exchange(operation, &kind, parcels)?.into_iter().flatten().collect::<Vec<_>>();
         let reduced = self.checked(operation, reduce(operation, &parts, reduction))?;
+        // Before the whole comes on top.
+        drop(parts);
         let parcel = reduced.into_iter().map(Arc::new).collect();
         let parts: Parcel = self.exchange(operation, &kind, self.to_all(&parcel))?.into_iter().flatten().collect();
         self.checked(operation, host::join(&parts, values.dtype(), values.shape()))
@@ -459,7 +461,7 @@ impl Shift<'_> {
 }
 
 /// Runs `work` as each rank of a new group, on a thread of its own; gives what each rank gave, by rank, or what it panicked
-/// with.
+/// with. The others get [`CommError::Lost`] then.
 ///
 /// ```
 /// use tilefold_comm::{Reduction, on_threads};
@@ -473,6 +475,7 @@ impl Shift<'_> {
 /// }
 /// # Ok::<(), tilefold_comm::Error>(())
 /// ```
+#[must_use = "that a rank has panicked is in its result"]
 pub fn on_threads<T: Send>(world_size: usize, work: impl Fn(Communicator) -> T + Sync) -> Vec<thread::Result<T>> {
     let work = &work;
     thread::scope(|scope| {

@@ -171,7 +171,7 @@ impl Partition {
 pub(crate) fn check_alike(cut: [(&'static str, &Partition, usize); 2]) -> Result<()> {
     for (list, partition, size) in cut {
         if partition.seqlen() != size {
-            let (expected, got) = (format!("a partition of {size} positions"), partition.seqlen().to_string());
+            let (expected, got) = (format!("a partition of {size}"), partition.seqlen().to_string());
             return Err(CommError::Counts { list, expected, got }.into());
         }
     }

@@ -88,7 +88,8 @@ fn rows_then_columns_over_ranks_are_those_of_one_device() {
     let expected = on_ranks(1, soon, |rank| msa(rank, contiguous, SharedBias::Gathered)).remove(0);
     assert!(expected.iter().all(|values| values.iter().any(|x| x.abs() > 0.1)), "nothing to compare: {expected:?}");
     for ranks in [1, 2, 3, 5, 7] {
-        for (cut, shared) in [contiguous, backwards].into_iter().zip([SharedBias::Gathered, SharedBias::Travelling]) {
+        let both = [SharedBias::Gathered, SharedBias::Travelling];
+        for (cut, shared) in both.into_iter().flat_map(|shared| [(contiguous, shared), (backwards, shared)]) {
             for got in on_ranks(ranks, soon, |rank| msa(rank, cut, shared)) {
                 for ((name, got), expected) in ["out", "dx", "d_pair"].iter().zip(got).zip(&expected) {
                     // Only the order of sums over rows and parts differs: a few units in the last place of the largest.

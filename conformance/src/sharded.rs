@@ -214,6 +214,12 @@ fn check(device: &dyn Backend, case: &Case, way: Way) -> Result<f64, String> {
 }
 
 fn same_bits(first: &[Part], second: &[Part]) -> Result<(), String> {
+    let names = |parts: &[Part]| {
+        parts.iter().map(|part| part.iter().map(|(name, _)| name.clone()).collect()).collect::<Vec<Vec<_>>>()
+    };
+    if names(first) != names(second) {
+        return Err("a second run has other results".to_owned());
+    }
     for (rank, (first, second)) in first.iter().zip(second).enumerate() {
         for ((name, a), (_, b)) in first.iter().zip(second) {
             if a.view().as_bytes().map_err(text)? != b.view().as_bytes().map_err(text)? {

@@ -4,8 +4,8 @@ use std::time::Instant;
 
 use anyhow::{Result, bail};
 use tilefold::comm::{Partition, Rank, Reduction};
-use tilefold::{DeviceInfo, Tensor};
-use tilefold_models::genslm::{Adam, Config, Model, Parameters, Tokens, VOCABULARY};
+use tilefold::{Backend, Device, Tensor};
+use tilefold_models::genslm::{Adam, Config, MlpKind, Model, Parameters, Positions, Tokens, VOCABULARY};
 
 use super::compare::{self, Point};
 use super::memory::Growth;
@@ -37,19 +37,21 @@ pub(super) struct Evaluated {
 }
 
 impl Job<'_> {
-    /// Refuses a model whose weights, gradients and state of Adam alone are more than the memory of all ranks here: an allocation
-    /// that fails would end the program.
-    pub(super) fn check_fits(&self, device: &DeviceInfo, ranks_here: usize) -> Result<()> {
-        let needed = self.config.weights() * as_f64(STATE_BYTES) * as_f64(ranks_here);
-        let there = as_f64(device.memory_bytes);
-        if device.memory_bytes > 0 && needed > there {
+    /// Refuses a model that host memory cannot hold, whatever is split over ranks: every rank has all weights twice, from before
+    /// training and from after it, and its part of weights, gradients and Adam's state. An allocation that fails would end
+    /// the program.
+    pub(super) fn check_fits(&self, ranks_here: usize) -> Result<()> {
+        let is_split = self.config.mlp == MlpKind::Tensor || self.config.positions == Positions::Learned;
+        let own = if is_split { 0 } else { STATE_BYTES };
+        let needed = self.config.weights() * as_f64(2 * size_of::<f32>() + own) * as_f64(ranks_here);
+        let there = Device::cpu()?.info().memory_bytes;
+        if there > 0 && needed > as_f64(there) {
             bail!(
-                "{} weights need {} for gradients and the optimizer on {ranks_here} ranks, {} has {}; use a smaller --hidden, fewer --layers or \
-                 --ranks",
+                "{} weights on the ranks of this process need {} of host memory at least, and there are {}; use a smaller --hidden, \
+                 fewer --layers, or fewer ranks",
                 digits(self.config.weights()),
                 bytes(needed),
-                device.id,
-                bytes(there),
+                bytes(as_f64(there)),
             );
         }
         Ok(())

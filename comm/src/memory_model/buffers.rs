@@ -47,7 +47,7 @@ impl Training {
         [e, if self.f32_gradients { 4.0 } else { e }, 8.0 + master]
     }
 
-    /// Which of the three are divided by N.
+    /// Which of the three are divided by N and r.
     fn is_sharded(&self) -> [bool; 3] {
         [ZeroStage::Parameters, ZeroStage::Gradients, ZeroStage::OptimizerState].map(|stage| self.zero >= stage)
     }
@@ -74,9 +74,10 @@ impl Training {
             Positions::Replicated => false,
             Positions::Partitioned => true,
         };
-        let data_ranks = f64::from(self.data_ranks) * f64::from(self.sequence_ranks);
+        // Ranks that hold the same rows share out what ZeRO does.
+        let alike = f64::from(self.data_ranks) * if partitioned { 1.0 } else { f64::from(self.sequence_ranks) };
         let parts = self.bytes_per_parameter().into_iter().zip(self.is_sharded());
-        let bytes: f64 = parts.map(|(bytes, sharded)| if sharded { bytes / data_ranks } else { bytes }).sum();
+        let bytes: f64 = parts.map(|(bytes, sharded)| if sharded { bytes / alike } else { bytes }).sum();
         let share = Share::of(bytes * real(seqlen) * f64::from(self.model.hidden));
         let share = if partitioned { share.over_tensor(self).over_sequence(self) } else { share };
         Some(share.buffer("position table", format!("{bytes} s h")))
@@ -138,7 +139,7 @@ impl Training {
         };
         let by = match self.recompute {
             Recompute::Full if !self.divides_checkpoints() => Vec::new(),
-            Recompute::None | Recompute::Selective if !self.sequence_parallel => vec!["t in part"],
+            Recompute::None | Recompute::Selective if !self.sequence_parallel => self.layer_by(),
             _ => vec!["t"],
         };
         let buffer = |layers: u32, name, place| {
@@ -154,10 +155,15 @@ impl Training {
         ]
     }
 
+    /// What divides [`Self::layer`] without sequence parallelism.
+    fn layer_by(&self) -> Vec<&'static str> {
+        if self.kept_elements.is_some() { Vec::new() } else { vec!["t in part"] }
+    }
+
     fn layer_formula(&self) -> String {
         let e = self.element_bytes;
         if let Some(elements) = self.kept_elements {
-            format!("{} s b h", elements * e)
+            format!("{} s b h", u64::from(elements) * u64::from(e))
         } else if self.sequence_parallel || self.tensor_ranks == 1 {
             format!("{} s b h", 16 * e + 2)
         } else {
@@ -181,11 +187,12 @@ impl Training {
             }
         };
         let in_part = self.recompute == Recompute::Full && !self.sequence_parallel;
-        let by = vec![if in_part { "t in part" } else { "t" }];
+        let by = if in_part { self.layer_by() } else { vec!["t"] };
         Some(Share { bytes, by }.over_sequence(self).buffer("layer computed again", formula))
     }
 
-    /// s² or 4s², twice where it is built from another; divided by r alone, whose ranks need the rows of their queries.
+    /// s² or 4s², twice where it is built from another; divided by r alone, whose ranks need the rows of their queries (under
+    /// ring attention; with Ulysses every rank needs all).
     fn dense_mask(&self, seqlen: u64) -> Vec<Buffer> {
         let bytes = match self.mask {
             DenseMask::None => return Vec::new(),
@@ -213,14 +220,15 @@ impl Training {
     fn logits(&self, seqlen: u64) -> Buffer {
         let inputs = 2.0 * f64::from(self.element_bytes);
         let whole = if self.sequence_parallel { f64::from(self.tensor_ranks) } else { 1.0 };
-        let logits = self.vocabulary_tile.map_or(self.model.vocabulary, |tile| tile.min(self.model.vocabulary));
-        let vocabulary = f64::from(logits) / f64::from(self.model.hidden);
-        let bytes = self.tokens(seqlen) * (inputs / whole + 4.0 * vocabulary / f64::from(self.tensor_ranks));
+        // Of this rank's part of the vocabulary; a tile is as wide on every rank.
+        let own = f64::from(self.model.vocabulary) / f64::from(self.tensor_ranks);
+        let tile = self.vocabulary_tile.filter(|&tile| f64::from(tile) < own);
+        let logits = tile.map_or(own, f64::from);
+        let bytes = self.tokens(seqlen) * (inputs / whole + 4.0 * logits / f64::from(self.model.hidden));
         let by = if self.sequence_parallel { "t" } else { "t in part" };
-        let formula = if logits < self.model.vocabulary {
-            format!("{inputs} s b h + {} s b", 4 * u64::from(logits))
-        } else {
-            format!("{inputs} s b h + 4 s b V")
+        let formula = match tile {
+            Some(tile) => format!("{inputs} s b h + {} s b", 4 * u64::from(tile)),
+            None => format!("{inputs} s b h + 4 s b V"),
         };
         Share { bytes, by: vec![by] }.over_sequence(self).buffer("norm, logits and loss", formula)
     }

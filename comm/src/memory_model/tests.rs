@@ -110,6 +110,12 @@ fn ranks_that_divide_the_sequence_alone_hold_all_weights() {
     let four = Training { sequence_ranks: 4, ..one };
     close(state(&four), state(&one));
     close(state(&Training { zero: ZeroStage::OptimizerState, ..four }), (8.0 + 8.0 / 4.0) * PARAMETERS);
+    // Ranks along the sequence hold other rows of the table, and the same weights.
+    let table = |positions| {
+        bytes(&Training { positions, zero: ZeroStage::OptimizerState, data_ranks: 2, ..four }, 60, "position table")
+    };
+    close(table(Positions::Partitioned), (8.0 + 8.0 / 2.0) * 480.0 / 4.0);
+    close(table(Positions::Replicated), (8.0 + 8.0 / 8.0) * 480.0);
     for name in ["activations", "mask", "position table", "norm, logits and loss"] {
         close(bytes(&four, 60, name), bytes(&one, 60, name) / 4.0);
     }
@@ -117,6 +123,10 @@ fn ranks_that_divide_the_sequence_alone_hold_all_weights() {
     let own = Training { kept_elements: Some(10), vocabulary_tile: Some(6), ..four };
     close(bytes(&own, 60, "activations"), 3.0 * 40.0 * 480.0 / 4.0);
     close(bytes(&own, 60, "norm, logits and loss"), (8.0 * 480.0 + 24.0 * 60.0) / 4.0);
+    // Of 10 / 2 logits of a rank, 3 at a time, or all.
+    let halves = |tile| bytes(&Training { tensor_ranks: 2, vocabulary_tile: tile, ..one }, 60, "norm, logits and loss");
+    close(halves(Some(3)), 8.0 * 480.0 + 4.0 * 60.0 * 3.0);
+    close(halves(Some(7)), halves(None));
     close(bytes(&Training { vocabulary_tile: Some(11), ..one }, 60, "norm, logits and loss"), 8.0 * 480.0 + 2400.0);
 }
 

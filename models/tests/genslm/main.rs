@@ -226,7 +226,7 @@ fn what_does_not_fit_is_named() {
         (Config { heads: 4, ..good.clone() }, 1, "hidden: expected an even number of channels a head"),
         (Config { layers: 0, ..good.clone() }, 1, "layers: expected at least 1, got 0"),
         (Config { attention: AttentionKind::Ulysses, ..good.clone() }, 6, "group: expected 1 to 5 ranks"),
-        (Config { seqlen: 12, ..good.clone() }, 2, "queries: expected a partition of 12 positions, got 13"),
+        (Config { seqlen: 12, ..good.clone() }, 2, "queries: expected a partition of 12, got 13"),
         (Config { batch: 1, ..good.clone() }, 1, "tokens: expected 14 tokens, got 28"),
     ] {
         let message = message(config, ranks, &tokens);
