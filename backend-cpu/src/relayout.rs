@@ -3,8 +3,8 @@
 use half::{bf16, f16};
 use tilefold_core::{DType, Element, RelayoutArgs, TensorViewMut};
 
-use crate::arch::{Arch, BLOCK, Halves};
-use crate::attention::Float;
+use crate::arch::{Arch, Halves};
+use crate::attention::{Float, update_dense};
 use crate::walk::{Origin, Run, Walk};
 
 /// Copies source to destination element by element, rounding where the dtypes differ.
@@ -71,7 +71,7 @@ impl Transfer {
                 unsafe {
                     if strides == [1, 1] {
                         let from = std::slice::from_raw_parts(from, length);
-                        cast_dense(halves, from, std::slice::from_raw_parts_mut(to, length));
+                        update_dense(halves, from, std::slice::from_raw_parts_mut(to, length), |_, from| from);
                         return;
                     }
                     for i in 0..length.cast_signed() {
@@ -96,19 +96,6 @@ impl Transfer {
                 },
             );
         });
-    }
-}
-
-#[inline(always)]
-fn cast_dense<A: Float, B: Float>(halves: Halves, from: &[A], to: &mut [B]) {
-    let whole = if A::BY_BLOCKS || B::BY_BLOCKS { from.len() / BLOCK * BLOCK } else { 0 };
-    let (blocks, rest) = from.split_at(whole);
-    let (to_blocks, to_rest) = to.split_at_mut(whole);
-    for (to, from) in to_blocks.as_chunks_mut().0.iter_mut().zip(blocks.as_chunks().0) {
-        *to = B::narrow_block(halves, A::widen_block(halves, from));
-    }
-    for (to, from) in to_rest.iter_mut().zip(rest) {
-        *to = B::from_f32(from.to_f32());
     }
 }
 

@@ -156,15 +156,15 @@ impl Rotation {
         let (first, second) = from.split_at(pairs);
         let (to_first, to_second) = to.split_at_mut(pairs);
         let whole = if T::BY_BLOCKS { pairs / BLOCK * BLOCK } else { 0 };
-        for at in (0..whole).step_by(BLOCK) {
-            let [Some(sin), Some(cos)] = [sin, cos].map(|table| table[at..].first_chunk::<BLOCK>()) else { break };
-            let [Some(x), Some(y)] = [first, second].map(|half| half[at..].first_chunk()) else { break };
+        let from = first[..whole].as_chunks().0.iter().zip(second[..whole].as_chunks().0);
+        let tables = sin[..whole].as_chunks::<BLOCK>().0.iter().zip(cos[..whole].as_chunks::<BLOCK>().0);
+        let to = to_first[..whole].as_chunks_mut().0.iter_mut().zip(to_second[..whole].as_chunks_mut().0);
+        for (((x, y), (sin, cos)), (to_x, to_y)) in from.zip(tables).zip(to) {
             let (mut x, mut y) = (T::widen_block(halves, x), T::widen_block(halves, y));
             for i in 0..BLOCK {
                 [x[i], y[i]] = turn([x[i], y[i]], sin[i], cos[i]);
             }
-            to_first[at..at + BLOCK].copy_from_slice(&T::narrow_block(halves, x));
-            to_second[at..at + BLOCK].copy_from_slice(&T::narrow_block(halves, y));
+            (*to_x, *to_y) = (T::narrow_block(halves, x), T::narrow_block(halves, y));
         }
         let (first, second) = (&first[whole..pairs], &second[whole..pairs]);
         let (to_first, to_second) = (&mut to_first[whole..pairs], &mut to_second[whole..pairs]);

@@ -60,7 +60,10 @@ impl PositionTable {
         let row_bytes = width * dtype.size_bytes();
         let mut bytes = Vec::new();
         for position in to.positions(comm.rank()) {
-            let Some((part, row)) = owners.of(position) else { continue };
+            let Some((part, row)) = owners.of(position) else {
+                let (expected, got) = (format!("positions below {}", saved.seqlen()), position.to_string());
+                return Err(CommError::Counts { list: "to", expected, got }.into());
+            };
             if parts[part].dtype() != dtype {
                 let (tensor, expected) = ("parts", dtype.to_string());
                 return Err(ProblemError::UnsupportedDType { tensor, expected, got: parts[part].dtype() }.into());
