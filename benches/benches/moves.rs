@@ -1,7 +1,8 @@
 //! What moves memory, against a plain copy of as many bytes: `cargo bench -p tilefold-benches --bench moves`.
 //!
-//! `-- --json FILE` writes the table to a file as well. Every operation is timed in turn with the copy, on the same threads; printed are medians, and the ratio of the bytes a
-//! second that are read and written. The CPU should reach 0.7 on large tensors without gaps.
+//! `-- --json FILE` writes the table to a file as well. Every operation is timed in turn with the copy, on the same threads;
+//! printed are medians, and the ratio of the bytes a second that are read and written. The CPU should reach 0.7 on large
+//! tensors without gaps.
 
 #![allow(clippy::print_stdout, reason = "the table is what it is for")]
 

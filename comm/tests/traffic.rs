@@ -49,8 +49,7 @@ thread_local! {
 
 /// A block with room for the number of its rank in front, at any alignment.
 fn with_owner(block: Block) -> Option<(Block, usize)> {
-    let (with_owner, offset) = Block::new::<usize>().extend(block).ok()?;
-    Some((with_owner, offset))
+    Block::new::<usize>().extend(block).ok()
 }
 
 // SAFETY: each block is the system's, of the layout that `with_owner` makes of the caller's, less what lies in front of it.

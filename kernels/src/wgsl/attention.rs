@@ -225,7 +225,7 @@ pub(crate) fn step(spec: &AttentionSpec, limits: &Limits, narrow: u32) -> u32 {
 /// neighbours and over slices of rows of q, and of v, come so many times.
 ///
 /// Measured on llvmpipe by the length from which results are wrong: 1 or 2 rounds a key in narrow heads, in heads of 72
-/// channels 8.6 forward, 11.8 by queries and 14.1 by keys, where this says 10.7, 12.8 and 16.
+/// channels 8.6 forward, 11.8 by queries and 14.1 by keys, where this says 10.5, 13.7 and 16.9.
 pub(crate) fn rounds(
     spec: &AttentionSpec,
     limits: &Limits,
