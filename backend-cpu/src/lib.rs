@@ -14,6 +14,7 @@ mod attention;
 mod device;
 mod memory;
 mod merge;
+mod past_caches;
 mod relayout;
 mod rope;
 mod walk;

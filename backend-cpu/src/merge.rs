@@ -81,20 +81,35 @@ impl Sum {
         }
     }
 
-    /// Adds the lse of a head's queries, neighbours in memory as a rule, and gives the shares of both parts.
+    /// Adds the lse of a head's queries and gives the shares of both parts.
+    #[inline(always)]
     fn add_lse(&self, [batch, row]: [usize; 2], head: usize, first: usize, shares: &mut [[f32; 2]]) {
-        for (query, shares) in (first..).zip(shares) {
-            let at = [batch, row, head, query];
+        let (at, count) = ([batch, row, head, first], shares.len());
+        let lse_of = |[high, low]: &[Operand<4>; 2]| {
             // SAFETY: f32 elements inside the operands; the accumulators' belong to this worker.
-            unsafe {
-                let read = |[high, low]: &[Operand<4>; 2]| {
-                    f64::from(high.at(at).cast::<f32>().read()) + f64::from(low.at(at).cast::<f32>().read())
-                };
-                let weights = Weights::new(read(&self.acc), read(&self.part));
-                self.acc[0].at(at).cast::<f32>().write(weights.lse);
-                self.acc[1].at(at).cast::<f32>().write(weights.lse_low);
-                *shares = weights.shares;
+            let (high, low) = unsafe { (read(high, at, count), read(low, at, count)) };
+            let mut sums = [0.0; QUERIES];
+            for i in 0..QUERIES {
+                sums[i] = f64::from(high[i]) + f64::from(low[i]);
             }
+            sums
+        };
+        let (of_acc, of_part) = (lse_of(&self.acc), lse_of(&self.part));
+        let mut weights = [[0.0; QUERIES]; 4];
+        let [to_acc, to_part, lse, lse_low] = &mut weights;
+        // Without a branch, for vectors.
+        for i in 0..count.min(QUERIES) {
+            let weights = Weights::new(of_acc[i], of_part[i]);
+            [to_acc[i], to_part[i]] = weights.shares;
+            (lse[i], lse_low[i]) = (weights.lse, weights.lse_low);
+        }
+        // SAFETY: as above.
+        unsafe {
+            write(&self.acc[0], at, &lse[..count]);
+            write(&self.acc[1], at, &lse_low[..count]);
+        }
+        for (shares, both) in shares.iter_mut().zip(to_acc.iter().zip(to_part)) {
+            *shares = [*both.0, *both.1];
         }
     }
 
@@ -109,12 +124,57 @@ impl Sum {
         count: usize,
     ) {
         let (heads, channels) = (shares.len(), self.shape[4]);
-        for i in 0..count * heads {
-            let (query, head) = if self.heads_first { (i % count, i / count) } else { (i / heads, i % heads) };
+        let (mut query, mut head) = (0, 0);
+        for _ in 0..count * heads {
             let at = [batch, row, first + query, first_head + head, 0];
             let data = |operand: &Operand<5>| (operand.at(at), operand.strides[4]);
             // SAFETY: rows of `channels` elements of their dtypes; the accumulators' belong to this worker.
             unsafe { mix_row::<A, B>(halves, shares[head][query], channels, data(&self.out), data(&self.acc_out)) };
+            let (inner, outer, size) =
+                if self.heads_first { (&mut query, &mut head, count) } else { (&mut head, &mut query, heads) };
+            *inner += 1;
+            if *inner == size {
+                (*inner, *outer) = (0, *outer + 1);
+            }
+        }
+    }
+}
+
+/// Queries from one on, neighbours in memory as a rule.
+///
+/// # Safety
+/// There are as many, at most [`QUERIES`], in f32.
+#[inline(always)]
+unsafe fn read(operand: &Operand<4>, at: [usize; 4], count: usize) -> [f32; QUERIES] {
+    let (first, stride) = (operand.at(at).cast::<f32>(), operand.strides[3]);
+    let mut values = [0.0; QUERIES];
+    // SAFETY: the caller's.
+    unsafe {
+        if (stride, count) == (1, QUERIES) {
+            return first.cast::<[f32; QUERIES]>().read_unaligned();
+        }
+        for (i, value) in (0..).zip(&mut values[..count]) {
+            *value = first.offset(i * stride).read();
+        }
+    }
+    values
+}
+
+/// The other way.
+///
+/// # Safety
+/// As [`read`], and no other thread touches them.
+#[inline(always)]
+unsafe fn write(operand: &Operand<4>, at: [usize; 4], values: &[f32]) {
+    let (first, stride) = (operand.at(at).cast::<f32>(), operand.strides[3]);
+    // SAFETY: the caller's.
+    unsafe {
+        if stride == 1 {
+            first.copy_from_nonoverlapping(values.as_ptr(), values.len());
+            return;
+        }
+        for (i, value) in (0..).zip(values) {
+            first.offset(i * stride).write(*value);
         }
     }
 }
@@ -165,20 +225,69 @@ struct Weights {
 
 impl Weights {
     #[allow(clippy::cast_possible_truncation, reason = "weights and the split lse are f32 by contract")]
+    #[inline(always)]
     fn new(first: f64, second: f64) -> Self {
-        if first == f64::NEG_INFINITY && second == f64::NEG_INFINITY {
-            return Self { shares: [0.0; 2], lse: f32::NEG_INFINITY, lse_low: 0.0 };
-        }
+        let empty = first == f64::NEG_INFINITY && second == f64::NEG_INFINITY;
         // NaN on one side only: the maximum is the other side, the sum NaN.
         let max = first.max(second);
         // +inf spreads as NaN does: no sum of finite logits gives it.
-        let ratio = if max == f64::INFINITY { f64::NAN } else { (-(first - second).abs()).exp() };
-        let lse = max + ratio.ln_1p();
+        let ratio = if max == f64::INFINITY { f64::NAN } else { exp_negative((first - second).abs()) };
+        let lse = max + ln_1p(ratio);
         let (larger, smaller) = (1.0 / (1.0 + ratio), ratio / (1.0 + ratio));
         let (first, second) = if first < second { (smaller, larger) } else { (larger, smaller) };
+        let shares = [first as f32, second as f32].map(|share| if empty { 0.0 } else { share });
+        let lse = if empty { f64::NEG_INFINITY } else { lse };
         let low = if (lse as f32).is_finite() { (lse - f64::from(lse as f32)) as f32 } else { 0.0 };
-        Self { shares: [first as f32, second as f32], lse: lse as f32, lse_low: low }
+        Self { shares, lse: lse as f32, lse_low: low }
     }
+}
+
+/// Of Taylor's series of e to the x, from the 13th power down.
+const EXP: [f64; 14] = {
+    let mut coefficients = [1.0; 14];
+    let mut power = 1;
+    while power < 14 {
+        coefficients[13 - power] = coefficients[14 - power] / power as f64;
+        power += 1;
+    }
+    coefficients
+};
+
+/// Of artanh(s) / s in powers of s², from the 32nd of s down.
+const ARTANH: [f64; 17] = {
+    let mut coefficients = [1.0; 17];
+    let mut power = 0;
+    while power < 17 {
+        coefficients[16 - power] = 1.0 / (2 * power + 1) as f64;
+        power += 1;
+    }
+    coefficients
+};
+
+/// e to the power of -x for x ≥ 0, to a few units in the last place, without a branch or a call; NaN stays NaN. From x = 700 on
+/// the power of -700, nothing in f32.
+#[inline(always)]
+fn exp_negative(x: f64) -> f64 {
+    /// Its last bits count ones.
+    const MAGIC: f64 = 1.5 * (1_u64 << 52) as f64;
+    /// ln 2 in two parts, the first with trailing zeros.
+    const LN_2: [f64; 2] = [6.931_471_803_691_238e-1, 1.908_214_929_270_587_7e-10];
+    let x = if x > 700.0 { -700.0 } else { -x };
+    let power = x * std::f64::consts::LOG2_E + MAGIC;
+    let whole = power - MAGIC;
+    let rest = (x - whole * LN_2[0]) - whole * LN_2[1];
+    // Taylor's series, to the 13th power of at most ln 2 / 2.
+    let sum = EXP.iter().fold(0.0, |sum, coefficient| sum * rest + coefficient);
+    sum * f64::from_bits((power.to_bits() << 52).wrapping_add(1023 << 52))
+}
+
+/// ln(1 + x) for x from 0 to 1, as [`exp_negative`].
+#[inline(always)]
+fn ln_1p(x: f64) -> f64 {
+    // 2 artanh(s), whose series ends with the 33rd power of at most a third.
+    let s = x / (2.0 + x);
+    let square = s * s;
+    2.0 * s * ARTANH.iter().fold(0.0, |sum, coefficient| sum * square + coefficient)
 }
 
 /// A part without a share has no say, whatever it holds; two empty parts keep the accumulator, which may be the mean of v
@@ -195,6 +304,20 @@ fn mix(shares: [f32; 2], first: f32, second: f32) -> f32 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn exponentials_and_logarithms_are_those_of_the_library() {
+        for i in 0..=70_000_u32 {
+            let x = f64::from(i) * 0.01;
+            let (got, expected) = (exp_negative(x), (-x).exp());
+            assert!((got / expected - 1.0).abs() < 1e-15, "exp(-{x}) = {got:e}, expected {expected:e}");
+            let ratio = expected;
+            let (got, expected) = (ln_1p(ratio), ratio.ln_1p());
+            assert!((got / expected - 1.0).abs() < 1e-15, "ln(1 + {ratio:e}) = {got:e}, expected {expected:e}");
+        }
+        assert!(exp_negative(f64::INFINITY) < 1e-300 && exp_negative(f64::NAN).is_nan() && ln_1p(f64::NAN).is_nan());
+        assert_eq!((exp_negative(0.0), ln_1p(0.0)), (1.0, 0.0));
+    }
 
     #[test]
     fn weights_add_up() {

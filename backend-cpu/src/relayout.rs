@@ -5,6 +5,7 @@ use tilefold_core::{DType, Element, RelayoutArgs, TensorViewMut};
 
 use crate::arch::{Arch, Halves};
 use crate::attention::{Float, update_dense};
+use crate::past_caches;
 use crate::walk::{Origin, Run, Walk};
 
 /// Copies source to destination element by element, rounding where the dtypes differ.
@@ -16,6 +17,7 @@ pub(crate) fn relayout(arch: Arch, args: RelayoutArgs<'_>) {
         walk: Walk::of([source.layout(), destination.as_view().layout()]),
         source: Origin::read(&source),
         destination: Origin::write(&mut destination),
+        past_caches: destination.as_view().layout().len() * to.size_bytes() > past_caches::CACHES,
     };
     match (from, to) {
         // Bits are kept, NaN payloads included.
@@ -38,6 +40,7 @@ struct Transfer {
     walk: Walk<2>,
     source: Origin,
     destination: Origin,
+    past_caches: bool,
 }
 
 impl Transfer {
@@ -50,7 +53,11 @@ impl Transfer {
                 // SAFETY: elements of both tensors, as core checked, which share none; the destination's belong to this worker.
                 unsafe {
                     if strides == [1, 1] {
-                        from.copy_to_nonoverlapping(to, length);
+                        if self.past_caches {
+                            past_caches::copy(from.cast(), to.cast(), length * size_of::<T>());
+                        } else {
+                            from.copy_to_nonoverlapping(to, length);
+                        }
                         return;
                     }
                     for i in 0..length.cast_signed() {
@@ -95,6 +102,9 @@ impl Transfer {
                     );
                 },
             );
+            if self.past_caches {
+                past_caches::finish();
+            }
         });
     }
 }
@@ -126,5 +136,26 @@ fn fill_with<T: Element>(mut destination: TensorViewMut<'_>, value: T) {
         (0..walk.tasks()).for_each(|task| walk.for_each_run(task, set));
     } else {
         walk.for_each_task(|task| walk.for_each_run(task, set));
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "a panic is a failed test")]
+mod tests {
+    use tilefold_core::Tensor;
+
+    use super::*;
+
+    #[test]
+    fn what_is_larger_than_the_caches_is_copied_past_them() {
+        const SHAPE: [usize; 3] = [300, 41, 801];
+        let count: usize = SHAPE.iter().product();
+        assert!(count * 4 > past_caches::CACHES);
+        let source = Tensor::from_vec((0..i32::try_from(count).unwrap()).collect(), &SHAPE).unwrap();
+        let turned = source.view().permute(&[1, 0, 2]).unwrap();
+        let mut copy = Tensor::zeros(DType::I32, turned.shape()).unwrap();
+        relayout(Arch::Portable, RelayoutArgs::new(turned.clone(), copy.view_mut()).unwrap());
+        let expected = turned.layout().positions().map(|position| i32::try_from(position).unwrap());
+        assert!(copy.as_slice::<i32>().unwrap().iter().copied().eq(expected));
     }
 }

@@ -5,6 +5,8 @@ use tilefold_core::{Layout, TensorView, TensorViewMut};
 
 /// Elements of a task, about: several of them fit the caches of a core.
 const TASK: usize = 1 << 14;
+/// Runs that follow each other in the order of the first tensor, at most: the heads of a query, as a rule.
+const BLOCK: usize = 32;
 
 /// Elements of N tensors, met in the order in which the last one lies.
 #[derive(Debug)]
@@ -51,7 +53,7 @@ impl<const N: usize> Walk<N> {
             }
         }
         let inner = joined.pop().unwrap_or(Axis { size: 1, strides: [1; N] });
-        Self { outer: joined, inner }
+        Self { outer: in_blocks(joined, inner), inner }
     }
 
     /// Elements from one neighbour of a run to the next, in each tensor.
@@ -97,6 +99,22 @@ impl<const N: usize> Walk<N> {
     fn rows_of_task(&self) -> usize {
         (TASK / self.inner.size).max(1)
     }
+}
+
+/// Outer axes such that runs that are neighbours in the first tensor follow each other, some at a time: it is read in longer
+/// pieces, at twice the speed of a run here and there.
+fn in_blocks<const N: usize>(mut outer: Vec<Axis<N>>, inner: Axis<N>) -> Vec<Axis<N>> {
+    let first = |axis: &Axis<N>| axis.strides[0].unsigned_abs();
+    let neighbours = outer.iter().position(|axis| first(axis) == first(&inner) * inner.size);
+    let Some(at) = neighbours.filter(|&at| at + 1 < outer.len()) else { return outer };
+    let axis = outer[at];
+    let block = (1..=BLOCK.min(axis.size)).rev().find(|size| axis.size.is_multiple_of(*size)).unwrap_or(1);
+    if block > 1 {
+        let strides = axis.strides.map(|stride| stride.wrapping_mul(block.cast_signed()));
+        outer[at] = Axis { size: axis.size / block, strides };
+        outer.push(Axis { size: block, ..axis });
+    }
+    outer
 }
 
 /// Where a walk is: the index along each outer axis, and the elements from each tensor's origin.
@@ -183,6 +201,8 @@ mod tests {
         let flipped = dense.slice(1, 0..5, -1).unwrap();
         let one = Layout::contiguous(&[1]).unwrap();
         let broadcast = Layout::contiguous(&[3, 1, 7]).unwrap().expand(&[3, 5, 7]).unwrap();
+        let heads_first = Layout::contiguous(&[2, 40, 70, 3]).unwrap();
+        let queries_first = Layout::contiguous(&[2, 70, 40, 3]).unwrap().permute(&[0, 2, 1, 3]).unwrap();
         let pairs = [
             (&long, &long),
             (&turned, &dense),
@@ -190,6 +210,8 @@ mod tests {
             (&flipped, &dense),
             (&one, &one),
             (&broadcast, &turned),
+            (&heads_first, &queries_first),
+            (&queries_first, &heads_first),
         ];
         for (a, b) in pairs {
             let walk = Walk::of([a, b]);
@@ -210,6 +232,22 @@ mod tests {
             expected.sort_unstable();
             assert!(met == expected, "{a:?} with {b:?}: {} met, {} expected", met.len(), expected.len());
         }
+    }
+
+    #[test]
+    fn neighbours_in_the_first_tensor_follow_each_other() {
+        let heads_first = Layout::contiguous(&[40, 70, 3]).unwrap();
+        let queries_first = Layout::contiguous(&[70, 40, 3]).unwrap().permute(&[1, 0, 2]).unwrap();
+        let walk = Walk::of([&queries_first, &heads_first]);
+        let first = Mutex::new(Vec::new());
+        walk.for_each_run(0, |([from, _], _)| first.lock().unwrap().push(from));
+        let first = first.into_inner().unwrap();
+        let expected = [(0, 20), (120, 20)].map(|(start, runs)| (0..runs).map(move |run| start + 3 * run));
+        assert_eq!(
+            first[..40],
+            expected.into_iter().flatten().collect::<Vec<_>>()[..],
+            "20 of 40 heads of two queries"
+        );
     }
 
     #[test]

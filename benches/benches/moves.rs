@@ -1,4 +1,5 @@
-//! What moves memory, against a plain copy of as many bytes: `cargo bench -p tilefold-benches --bench moves`.
+//! What moves memory, against a plain copy of as many bytes, between memory that the device
+//! gave, so that pages are the same: `cargo bench -p tilefold-benches --bench moves`.
 //!
 //! `-- --json FILE` writes the table to a file as well. Every operation is timed in turn with the copy, on the same threads;
 //! printed are medians, and the ratio of the bytes a second that are read and written. The CPU should reach 0.7 on large
@@ -56,11 +57,9 @@ fn measure(device: &Device, dtype: DType, rows: &mut Vec<serde_json::Value>) -> 
         device.zeros(dtype, &SHAPE)?,
     );
     let lse_shape = [SHAPE[0], SHAPE[1], SHAPE[3], SHAPE[2]];
-    let (lse, mut acc_lse, mut acc_low) = (
-        device.zeros(DType::F32, &lse_shape)?,
-        device.zeros(DType::F32, &lse_shape)?,
-        device.zeros(DType::F32, &lse_shape)?,
-    );
+    let of_lse = || device.zeros(DType::F32, &lse_shape);
+    let (lse, mut acc_lse, mut acc_low) = (of_lse()?, of_lse()?, of_lse()?);
+    let (mut wide_acc, mut wide_lse, mut wide_low) = (device.zeros(DType::F32, &SHAPE)?, of_lse()?, of_lse()?);
     let heads_first = [SHAPE[0], SHAPE[1], SHAPE[3], SHAPE[2], SHAPE[4]];
     let mut by_head = device.zeros(dtype, &heads_first)?;
     let spec = |pairs| RopeSpec { offset: 1 << 20, ..RopeSpec::new(SHAPE[4], pairs) };
@@ -98,29 +97,25 @@ fn measure(device: &Device, dtype: DType, rows: &mut Vec<serde_json::Value>) -> 
         Move {
             name: "merge",
             bytes: 3 * bytes,
-            run: Box::new(|| {
-                merge(
-                    device,
-                    MergeOperands {
-                        out: source.view(),
-                        lse: lse.view(),
-                        lse_low: lse.view(),
-                        acc_out: acc.view_mut(),
-                        acc_lse: acc_lse.view_mut(),
-                        acc_lse_low: acc_low.view_mut(),
-                    },
-                )
-            }),
+            run: Box::new(|| add(device, &source, &lse, [&mut acc, &mut acc_lse, &mut acc_low])),
+        },
+        // As ring attention does.
+        Move {
+            name: "merge, into f32",
+            bytes: bytes + 8 * count,
+            run: Box::new(|| add(device, &source, &lse, [&mut wide_acc, &mut wide_lse, &mut wide_low])),
         },
     ];
     let from = source.view();
     let from = from.as_bytes()?;
-    let mut to = vec![1_u8; from.len()];
+    let mut to = device.zeros(dtype, &SHAPE)?;
+    let to = to.host_bytes_mut().unwrap_or_default();
+    assert_eq!(to.len(), from.len(), "the CPU's tensors are host memory");
     for mut operation in moves {
         let (mut copies, mut runs) = (Vec::new(), Vec::new());
         for _ in 0..ROUNDS {
             copies.push(seconds(|| {
-                copy(from, &mut to);
+                copy(from, to);
                 Ok(())
             })?);
             runs.push(seconds(&mut operation.run)?);
@@ -133,6 +128,15 @@ fn measure(device: &Device, dtype: DType, rows: &mut Vec<serde_json::Value>) -> 
         }));
     }
     Ok(())
+}
+
+/// Merges a part into an accumulator, its out and lse.
+fn add(device: &Device, out: &Tensor, lse: &Tensor, acc: [&mut Tensor; 3]) -> Result<(), Error> {
+    let [acc_out, acc_lse, acc_lse_low] = acc.map(Tensor::view_mut);
+    merge(
+        device,
+        MergeOperands { out: out.view(), lse: lse.view(), lse_low: lse.view(), acc_out, acc_lse, acc_lse_low },
+    )
 }
 
 /// As many bytes as there are, by all threads at once.

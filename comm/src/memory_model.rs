@@ -28,7 +28,8 @@ pub struct Model {
     pub vocabulary: u32,
 }
 
-/// What data-parallel ranks share out instead of each holding all of it: every stage adds one.
+/// What ranks share out that have the same weights, the N data-parallel ones and the r that divide the sequence alone, instead
+/// of each holding all of it: every stage adds one.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub enum ZeroStage {
     /// Nothing.
@@ -72,9 +73,9 @@ pub enum Positions {
     /// None: rotary positions or ALiBi.
     #[default]
     None,
-    /// Whole on every tensor-parallel rank.
+    /// Whole on every rank.
     Replicated,
-    /// Each of the t ranks has its own positions.
+    /// Each of the t tensor-parallel ranks has its own positions.
     Partitioned,
 }
 

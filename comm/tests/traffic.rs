@@ -111,9 +111,14 @@ fn sent(comm: &Communicator, names: &[&str]) -> usize {
 
 /// Calls `work` on each of P ranks with a device of its own.
 fn on_ranks(work: impl Fn(&Rank<'_>) + Sync) {
+    on(P, work);
+}
+
+/// Calls `work` on each of some ranks.
+fn on(ranks: usize, work: impl Fn(&Rank<'_>) + Sync) {
     static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
     let _counted = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
-    let results = on_threads(P, |comm| {
+    let results = on_threads(ranks, |comm| {
         let device = CpuBackend::new().unwrap().with_threads(1).unwrap();
         let stream = device.stream().unwrap();
         RANK.set(comm.rank());
@@ -148,6 +153,18 @@ fn shard<'a>(q: &'a Tensor, k: &Arc<Tensor>, v: &Arc<Tensor>, biases: &'a [Tenso
 #[test]
 fn ring_attention() {
     for dtype in [DType::F32, DType::BF16] {
+        // q, k, v, out and lse of one rank alone.
+        let alone = P * (4 * PART / F32 * dtype.size_bytes() + 2 * LSE);
+        on(1, |rank| {
+            let [rows, positions] = [1, S].map(|count| Partition::contiguous(count, 1).unwrap());
+            let spec = AttentionSpec { dtype, ..sequence() };
+            let attention = AxialAttention::new(spec, rows, positions, SharedBias::Gathered).unwrap();
+            holding(rank, "alone", alone..=alone, || {
+                let zeros = || rank.zeros(dtype, &[1, 1, S, H, D]).unwrap();
+                let (q, k, v) = (zeros(), Arc::new(zeros()), Arc::new(zeros()));
+                attention.forward(rank, &shard(&q, &k, &v, &[])).unwrap()
+            });
+        });
         on_ranks(|rank| {
             let partition = Partition::zigzag(S, P).unwrap();
             let spec = AttentionSpec { dtype, ..sequence() };
@@ -163,8 +180,7 @@ fn ring_attention() {
             let outputs = PART + 2 * LSE + if dtype == DType::F32 { chunk } else { chunk.max(part) };
             let forward = holding(rank, "forward", outputs..=outputs, || ring.forward(rank, &shard).unwrap());
             assert_eq!(sent(rank.comm, &names), (P - 1) * 2 * part, "forward");
-            // q, k, v, out and lse of one rank alone, to which attention in one launch adds nothing of that size.
-            let (here, alone) = (3 * part + outputs + SMALL, P * (4 * part + 2 * LSE));
+            let (here, alone) = (3 * part + outputs + SMALL, alone);
             let percent = if dtype == DType::F32 { 30 } else { 40 };
             assert!(100 * here < percent * alone, "{here} of {alone} bytes");
 

@@ -181,14 +181,13 @@ fn instructions_that_convert_f16_do_as_their_definition() {
                 assert_eq!(narrow.map(f16::to_bits), expected.map(f16::to_bits), "{arch}: {near:?}");
             }
         }
-        // What becomes subnormal, or nothing.
-        let mut bits = 0_u32;
-        while f32::from_bits(bits) < 6.2e-5 {
-            let tiny: [f32; BLOCK] = std::array::from_fn(|i| f32::from_bits(bits + u32::try_from(i).unwrap() * 4099));
-            let narrow = arch.vectorize(|halves| halves.narrow(tiny));
-            let expected = tiny.map(<f16 as Float>::from_f32);
-            assert_eq!(narrow.map(f16::to_bits), expected.map(f16::to_bits), "{arch}: {tiny:?}");
-            bits += 16 * 4099;
+        // Numbers of every size and sign: what becomes infinite, subnormal or nothing, and what is not a number.
+        const STRIDE: u32 = 4099;
+        for start in (0..u32::MAX - 16 * STRIDE).step_by(16 * 4099) {
+            let any: [f32; BLOCK] = std::array::from_fn(|i| f32::from_bits(start + u32::try_from(i).unwrap() * STRIDE));
+            let narrow = arch.vectorize(|halves| halves.narrow(any));
+            let expected = any.map(<f16 as Float>::from_f32);
+            assert_eq!(narrow.map(f16::to_bits), expected.map(f16::to_bits), "{arch}: {any:?}");
         }
     }
 }

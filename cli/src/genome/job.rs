@@ -132,12 +132,14 @@ impl Job<'_> {
         let tokens = self.tokens.windows(0, self.config.batch, self.config.seqlen)?;
         let (mut points, mut measured) = (Vec::new(), [0_f32; 4]);
         for whole in weights {
+            let training = Growth::of(slot);
             let own = model.scatter(whole)?;
-            let (sent, growth, start) = (model.bytes_sent(), Growth::of(slot), Instant::now());
+            let adam = Adam::new(&own, self.rate);
+            let (sent, step, start) = (model.bytes_sent(), Growth::of(slot), Instant::now());
             let (loss, gradients) = model.loss_and_gradients(&own, &tokens)?;
             let seconds = start.elapsed().as_secs_f32();
-            let state = own.count() * STATE_BYTES;
-            let activations = growth.peak_bytes().saturating_sub(own.count() * size_of::<f32>());
+            let (state, activations) = (training.bytes(), step.peak_bytes().saturating_sub(step.bytes()));
+            drop(adam);
             measured = [activations as f32, state as f32, (model.bytes_sent() - sent) as f32, seconds];
             points.push(Point { loss, gradients: model.gather(&gradients)? });
         }

@@ -46,6 +46,11 @@ impl Growth {
         Self { rank, before }
     }
 
+    /// Those that there are now.
+    pub(super) fn bytes(&self) -> usize {
+        LIVE[self.rank + 1].load(Ordering::Relaxed).saturating_sub(self.before)
+    }
+
     /// The most there were at a time, until now.
     pub(super) fn peak_bytes(&self) -> usize {
         PEAK[self.rank + 1].load(Ordering::Relaxed).saturating_sub(self.before)
@@ -169,8 +174,9 @@ mod tests {
         assert!((3 * BYTES..3 * BYTES + BYTES / 2).contains(&peak), "{peak}");
         drop(vec![0_u8; 8 * BYTES]);
         assert_eq!(growth.peak_bytes(), peak, "no rank's");
+        assert!((2 * BYTES..2 * BYTES + BYTES / 2).contains(&growth.bytes()), "{growth:?}");
         drop(kept);
-        assert!(LIVE[rank + 1].load(Ordering::Relaxed) < BYTES / 2);
+        assert!(growth.bytes() < BYTES / 2, "{growth:?}");
     }
 
     #[test]

@@ -64,7 +64,7 @@ fn memory_is_what_the_plan_of_training_says() {
             };
             let row = found["rows"].as_array().unwrap().last().unwrap();
             let state = ["parameters", "gradients", "optimizer state"].map(planned).iter().sum::<f64>();
-            // Counted, not measured. The plan's layers have biases, which this model does without: 11 h of 12 h² + 13 h.
+            // The plan's layers have biases, which this model does without: 11 h of 12 h² + 13 h.
             let without = number(&row["state_bytes"]) / state;
             assert!((0.98..=1.0).contains(&without), "{without}");
             [number(&row["activation_bytes"]), planned("activations"), planned("norm, logits and loss")]

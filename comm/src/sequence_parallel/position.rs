@@ -41,7 +41,8 @@ impl PositionTable {
     /// `saved` holds.
     ///
     /// # Errors
-    /// As [`PositionTable::new`]; [`CommError::Counts`] when parts do not fit `saved`, or it has other positions.
+    /// As [`PositionTable::new`]; [`CommError::Counts`] when `saved` has other positions, or names the part that does not fit it or
+    /// the first part's dtype and width.
     pub fn from_saved(comm: &Communicator, parts: &[TensorView<'_>], saved: &Partition, to: Partition) -> Result<Self> {
         check_ranks(comm, &to)?;
         if saved.ranks() != parts.len() || saved.seqlen() != to.seqlen() {
@@ -49,14 +50,16 @@ impl PositionTable {
             let got = format!("{} parts of {}", parts.len(), saved.seqlen());
             return Err(CommError::Counts { list: "parts", expected, got }.into());
         }
+        let (dtype, width) = (parts[0].dtype(), parts[0].shape().last().copied().unwrap_or(0));
         for (part, view) in parts.iter().enumerate() {
-            let (expected, got) = (saved.count(part), view.shape().first().copied().unwrap_or(0));
-            if view.shape().len() != 2 || expected != got {
-                return Err(ProblemError::Shape { tensor: "parts", dimension: "positions", expected, got }.into());
+            let shape = [saved.count(part), width];
+            if view.shape() != shape || view.dtype() != dtype {
+                let expected = format!("part {part} of {dtype} {shape:?}");
+                let got = format!("{} {:?}", view.dtype(), view.shape());
+                return Err(CommError::Counts { list: "parts", expected, got }.into());
             }
         }
         let owners = saved.owners();
-        let (dtype, width) = (parts[0].dtype(), parts[0].shape()[1]);
         let row_bytes = width * dtype.size_bytes();
         let mut bytes = Vec::new();
         for position in to.positions(comm.rank()) {
@@ -64,14 +67,6 @@ impl PositionTable {
                 let (expected, got) = (format!("positions below {}", saved.seqlen()), position.to_string());
                 return Err(CommError::Counts { list: "to", expected, got }.into());
             };
-            if parts[part].dtype() != dtype {
-                let (tensor, expected) = ("parts", dtype.to_string());
-                return Err(ProblemError::UnsupportedDType { tensor, expected, got: parts[part].dtype() }.into());
-            }
-            if parts[part].shape()[1] != width {
-                let (tensor, dimension, got) = ("parts", "width", parts[part].shape()[1]);
-                return Err(ProblemError::Shape { tensor, dimension, expected: width, got }.into());
-            }
             bytes.extend_from_slice(&parts[part].as_bytes()?[row * row_bytes..(row + 1) * row_bytes]);
         }
         let rows = host::tensor(&bytes, dtype, &[to.count(comm.rank()), width])?;
