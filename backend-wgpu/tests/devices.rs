@@ -264,7 +264,9 @@ fn timed() {
             timing
         };
         time(1);
-        let (few, many) = (time(2), time(100));
+        // The shortest of several: other tests have the machine's cores at times.
+        let mut shortest = |fills| (0..8).map(|_| time(fills)).min_by_key(|timing| timing.elapsed).unwrap();
+        let (few, many) = (shortest(2), shortest(100));
         let has_clock = device.raw_device().features().contains(wgpu::Features::TIMESTAMP_QUERY);
         assert!(timestamps || !has_clock);
         let clock = if has_clock { Clock::Device } else { Clock::Host };
@@ -273,7 +275,8 @@ fn timed() {
     }
     let device = with(|_| ());
     let stream = device.stream().unwrap();
-    let nothing = device.timed(&stream, &mut || ()).unwrap();
+    let nothing =
+        (0..8).map(|_| device.timed(&stream, &mut || ()).unwrap()).min_by_key(|timing| timing.elapsed).unwrap();
     assert!(nothing.elapsed < Duration::from_millis(50), "{nothing:?}");
 }
 
