@@ -2,17 +2,19 @@
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a panic in a test is a failed test")]
 
+mod failing;
 mod ranks;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use failing::{FAULT, Failing};
 use ranks::on_ranks;
 use tilefold_comm::{
     AxialAttention, CommError, Communicator, Error, Partition, Rank, Result, RingAttention, Shard, ShardBackward,
     ShardForward, SharedBias, UlyssesAttention, UlyssesForward,
 };
-use tilefold_core::{AttentionSpec, BiasSpec, DType, Gradients, ProblemError, Tensor, TensorView};
+use tilefold_core::{AttentionSpec, BiasSpec, DType, DeviceError, Gradients, ProblemError, Tensor, TensorView};
 
 /// Long enough for a loaded machine: what takes as long is a hang.
 const DEADLINE: Duration = Duration::from_secs(60);
@@ -287,6 +289,40 @@ fn a_problem_of_one_rank_that_is_none() {
             };
             assert!(is_expected, "{way:?}, rank {rank}: {result:?}");
         }
+    }
+}
+
+/// At whatever launch a rank's device fails, all ranks hear of it, and none takes what was left on its way for another pass.
+#[test]
+fn a_device_of_one_rank_that_fails_on_the_way() {
+    for way in WAYS {
+        let mut launches = 0;
+        loop {
+            let results = on_ranks(RANKS, DEADLINE, |rank| {
+                let device = Failing::after(if rank.comm.rank() == ODD { launches } else { usize::MAX });
+                let rank = Rank { device: &device, ..*rank };
+                [(); 2].map(|()| run(way, &rank, &Given::new(way)))
+            });
+            if results[ODD][0].is_ok() {
+                break;
+            }
+            for (rank, [first, again]) in results.into_iter().enumerate() {
+                let is_told = |result: &Result<()>| match result {
+                    Err(Error::Device(DeviceError::Unsupported { limit })) => rank == ODD && limit == FAULT,
+                    Err(Error::Comm(error @ CommError::Refused { .. })) => {
+                        rank != ODD && error.to_string().contains(FAULT)
+                    }
+                    _ => false,
+                };
+                let is_unusable = matches!(again, Err(Error::Comm(CommError::Unusable { .. })));
+                // A rank that needed nothing more of the other hears of it in its next call.
+                let is_late = rank != ODD && first.is_ok() && is_told(&again);
+                let expected = (is_told(&first) && is_unusable) || is_late;
+                assert!(expected, "{way:?}, launch {launches}, rank {rank}: {first:?}, then {again:?}");
+            }
+            launches += 1;
+        }
+        assert!(launches >= 2, "{way:?}: both passes launch");
     }
 }
 

@@ -29,6 +29,8 @@ use crate::partition::{Partition, check_alike};
 use crate::rank::{Rank, along, along_mut};
 use crate::shape::with_axis;
 
+/// What it is called in errors.
+const NAME: &str = "axial_attention";
 /// What biases are called on their way.
 const BIASES: &str = "axial_attention biases";
 /// What their gradients are called.
@@ -129,9 +131,14 @@ impl AxialAttention {
     ///
     /// # Errors
     /// A [`ProblemError`] for a shard that does not fit, which the other ranks see as [`CommError::Refused`];
-    /// [`CommError::Mismatch`] when ranks have different problems or partitions; what the device reports.
+    /// [`CommError::Mismatch`] when ranks have different problems or partitions; what the device reports, which the others see
+    /// as [`CommError::Refused`], and the communicator is unusable then.
     pub fn forward(&self, rank: &Rank<'_>, shard: &Shard<'_>) -> Result<ShardForward> {
         self.agree(rank, shard, "forward")?;
+        rank.comm.checked(NAME, self.attend(rank, shard))
+    }
+
+    fn attend(&self, rank: &Rank<'_>, shard: &Shard<'_>) -> Result<ShardForward> {
         let here = rank.comm.rank();
         let problem = self.local_problem(here, None)?;
         if self.shared == SharedBias::Gathered {
@@ -180,7 +187,17 @@ impl AxialAttention {
             let problem = self.local_problem(rank.comm.rank(), None)?;
             check_outputs(problem.spec(), problem.out_shape(), forward, d_out)
         });
-        rank.comm.agree("axial_attention", checked.map(|()| format!("backward {self:?}")))?;
+        rank.comm.agree(NAME, checked.map(|()| format!("backward {self:?}")))?;
+        rank.comm.checked(NAME, self.differentiate(rank, shard, forward, d_out))
+    }
+
+    fn differentiate(
+        &self,
+        rank: &Rank<'_>,
+        shard: &Shard<'_>,
+        forward: &ShardForward,
+        d_out: &TensorView<'_>,
+    ) -> Result<ShardBackward> {
         let problem = self.local_problem(rank.comm.rank(), None)?;
         let mut gradients = match self.shared {
             SharedBias::Gathered => {
@@ -407,7 +424,7 @@ impl AxialAttention {
     }
 
     fn agree(&self, rank: &Rank<'_>, shard: &Shard<'_>, pass: &str) -> Result<()> {
-        rank.comm.agree("axial_attention", self.check(rank, shard).map(|()| format!("{pass} {self:?}")))
+        rank.comm.agree(NAME, self.check(rank, shard).map(|()| format!("{pass} {self:?}")))
     }
 
     fn check(&self, rank: &Rank<'_>, shard: &Shard<'_>) -> Result<()> {

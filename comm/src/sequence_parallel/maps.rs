@@ -111,7 +111,8 @@ impl Map for Reduce {
         let sum = if host::dense("x", x).is_ok() {
             rank.comm.all_reduce(x, Reduction::Sum)?
         } else {
-            rank.comm.all_reduce(&rank.pack(x)?.view(), Reduction::Sum)?
+            let packed = rank.comm.checked("all_reduce", rank.pack(x))?;
+            rank.comm.all_reduce(&packed.view(), Reduction::Sum)?
         };
         rank.own(rank.unpack(Arc::new(sum))?)
     }

@@ -31,6 +31,8 @@ use crate::rank::{Rank, along};
 use crate::shape::{exact, optional, with_axis};
 use crate::transport::Parcel;
 
+/// What it is called in errors.
+pub(super) const NAME: &str = "ring_attention";
 /// What keys and values are called on their way.
 pub(super) const KEYS: &str = "ring_attention keys";
 /// Names of biases in errors.
@@ -171,9 +173,15 @@ impl RingAttention {
     ///
     /// # Errors
     /// A [`ProblemError`] for a shard that does not fit, which the other ranks see as [`CommError::Refused`];
-    /// [`CommError::Mismatch`] when ranks have different problems or partitions; what the device reports.
+    /// [`CommError::Mismatch`] when ranks have different problems or partitions; what the device reports, which the others see
+    /// as [`CommError::Refused`], and the communicator is unusable then.
     pub fn forward(&self, rank: &Rank<'_>, shard: &Shard<'_>) -> Result<ShardForward> {
         self.agree(rank, shard, None)?;
+        // What goes wrong from here on leaves blocks on their way: others wait for them, and a later pass would take them.
+        rank.comm.checked(NAME, self.attend(rank, shard))
+    }
+
+    fn attend(&self, rank: &Rank<'_>, shard: &Shard<'_>) -> Result<ShardForward> {
         let spec = self.problem.spec();
         let here = rank.comm.rank();
         let shape = with_axis(self.problem.out_shape(), 2, self.queries.count(here));
@@ -208,7 +216,7 @@ impl RingAttention {
             check_outputs(self.problem.spec(), shape, forward, d_out)
         });
         let pass = if outputs.is_some() { "backward" } else { "forward" };
-        rank.comm.agree("ring_attention", checked.map(|()| format!("{pass} {self:?}")))
+        rank.comm.agree(NAME, checked.map(|()| format!("{pass} {self:?}")))
     }
 
     /// This rank's keys and what goes with them.

@@ -4,7 +4,7 @@ use tilefold_core::{BackwardArgs, BackwardOperands, DType, Tensor, TensorView, T
 
 use super::local::Operands;
 use super::maps::{Map, Reduce};
-use super::ring::{KEYS, Pair, RingAttention, Shard, ShardBackward, ShardForward, SplitAlong, bias_shape};
+use super::ring::{KEYS, NAME, Pair, RingAttention, Shard, ShardBackward, ShardForward, SplitAlong, bias_shape};
 use super::travelling::{pass_on, received, round};
 use crate::error::Result;
 use crate::rank::{Rank, along_mut};
@@ -49,6 +49,16 @@ impl RingAttention {
         d_out: &TensorView<'_>,
     ) -> Result<ShardBackward> {
         self.agree(rank, shard, Some((forward, d_out)))?;
+        rank.comm.checked(NAME, self.differentiate(rank, shard, forward, d_out))
+    }
+
+    fn differentiate(
+        &self,
+        rank: &Rank<'_>,
+        shard: &Shard<'_>,
+        forward: &ShardForward,
+        d_out: &TensorView<'_>,
+    ) -> Result<ShardBackward> {
         let here = rank.comm.rank();
         let mut resident = self.resident(rank, here)?;
         round(rank, KEYS, self.outgoing(rank, shard)?, |owner, parcel| {

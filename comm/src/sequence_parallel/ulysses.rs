@@ -20,6 +20,8 @@ use crate::partition::Partition;
 use crate::rank::Rank;
 use crate::shape::{exact, with_axis};
 
+/// What it is called in errors.
+const NAME: &str = "ulysses_attention";
 /// The axis of `[batch, rows, seqlen, heads, head_dim]` that ranks hold parts of before the switch.
 const SEQLEN: usize = 2;
 /// The axis they hold parts of after it.
@@ -179,7 +181,7 @@ impl UlyssesAttention {
     ) -> Result<Self> {
         let parts = Self::parts(comm, &spec, &queries, &keys, group);
         let text = format!("{spec:?} {queries:?} {keys:?} {group}");
-        comm.agree("ulysses_attention", parts.as_ref().map(|_| text).map_err(Clone::clone))?;
+        comm.agree(NAME, parts.as_ref().map(|_| text).map_err(Clone::clone))?;
         let (problem, heads, inner) = parts?;
         let number = |number: usize| u32::try_from(number).unwrap_or(u32::MAX);
         let (row, column) = (comm.rank() / group, comm.rank() % group);
@@ -241,6 +243,10 @@ impl UlyssesAttention {
     pub fn forward(&self, rank: &Rank<'_>, shard: &Shard<'_>) -> Result<UlyssesForward> {
         let checked = check_shard(&self.problem, &self.queries, &self.keys, rank.comm, shard);
         self.agree(rank, "forward", checked)?;
+        self.checked(rank, self.attend(rank, shard))
+    }
+
+    fn attend(&self, rank: &Rank<'_>, shard: &Shard<'_>) -> Result<UlyssesForward> {
         let kept = self.switched(rank, shard)?;
         let inner = match &self.inner {
             Inner::Whole(problem) => local::forward(rank, problem, kept.operands())?,
@@ -256,6 +262,15 @@ impl UlyssesAttention {
     /// As [`RingAttention::backward`].
     pub fn backward(&self, rank: &Rank<'_>, forward: &UlyssesForward, d_out: &TensorView<'_>) -> Result<ShardBackward> {
         self.agree(rank, "backward", self.check_outputs(rank, forward, d_out))?;
+        self.checked(rank, self.differentiate(rank, forward, d_out))
+    }
+
+    fn differentiate(
+        &self,
+        rank: &Rank<'_>,
+        forward: &UlyssesForward,
+        d_out: &TensorView<'_>,
+    ) -> Result<ShardBackward> {
         let group = on(rank, &self.group);
         let q_switch = self.q_switch(rank);
         let d_out = q_switch.apply(&group, d_out)?;
@@ -292,7 +307,13 @@ impl UlyssesAttention {
     fn agree(&self, rank: &Rank<'_>, pass: &str, checked: Result<()>) -> Result<()> {
         let Self { problem, queries, keys, group, .. } = self;
         let text = |()| format!("{pass} {problem:?} {queries:?} {keys:?} {}", group.world_size());
-        rank.comm.agree("ulysses_attention", checked.map(text))
+        rank.comm.agree(NAME, checked.map(text))
+    }
+
+    /// What went wrong on this rank, told to whoever may wait for it.
+    fn checked<T>(&self, rank: &Rank<'_>, result: Result<T>) -> Result<T> {
+        let result = self.ring.checked(NAME, self.group.checked(NAME, result));
+        rank.comm.checked(NAME, result)
     }
 
     fn check_outputs(&self, rank: &Rank<'_>, forward: &UlyssesForward, d_out: &TensorView<'_>) -> Result<()> {
