@@ -78,7 +78,7 @@ const TRAVELLING: Method = Method::Axial(SharedBias::Travelling);
 
 /// Each case takes its turn.
 #[rustfmt::skip]
-const WAYS: [Way; 17] = [
+const WAYS: [Way; 21] = [
     Way { ranks: 2, method: Method::Ring, cut: Cut::Contiguous },
     Way { ranks: 2, method: Method::Ulysses(2), cut: Cut::Contiguous },
     Way { ranks: 3, method: TRAVELLING, cut: Cut::Contiguous },
@@ -96,10 +96,33 @@ const WAYS: [Way; 17] = [
     Way { ranks: 3, method: Method::Ring, cut: Cut::Uneven },
     Way { ranks: 6, method: Method::Ulysses(2), cut: Cut::Uneven },
     Way { ranks: 8, method: Method::Ring, cut: Cut::Zigzag },
+    Way { ranks: 5, method: TRAVELLING, cut: Cut::Contiguous },
+    Way { ranks: 8, method: Method::Ulysses(4), cut: Cut::Zigzag },
+    Way { ranks: 8, method: GATHERED, cut: Cut::Contiguous },
+    Way { ranks: 8, method: Method::Ulysses(8), cut: Cut::Contiguous },
 ];
 
 impl Way {
-    /// Whether a case can be computed so: where parts over different keys are merged, a gate and the mean of v come after that.
+    /// A case without what is refused here: where parts over different keys are merged, a gate and the mean of v come after
+    /// that; where rows are split, so would be their key lengths.
+    fn fitted(self, case: &Case) -> Case {
+        let mut case = case.clone();
+        let spec = &mut case.spec;
+        match self.method {
+            Method::Ulysses(group) if group == self.ranks => {}
+            Method::Ring | Method::Ulysses(_) => {
+                (spec.gate, spec.gradients.gate) = (false, false);
+                spec.empty_rows = EmptyRows::Zero;
+            }
+            Method::Axial(_) => {
+                let batch = spec.batch;
+                spec.kv_lengths.iter_mut().for_each(|lengths| lengths.truncate(batch));
+            }
+        }
+        case
+    }
+
+    /// Whether a case can be computed so.
     fn applies(self, spec: &AttentionSpec) -> bool {
         let merges = !spec.gate && spec.empty_rows == EmptyRows::Zero;
         let sequence = spec.seqlen_q >= self.ranks && spec.seqlen_k >= self.ranks;
@@ -178,17 +201,18 @@ impl<'a> Sharded<'a> {
     }
 }
 
-/// One trial for each case that can be split: those with every feature at once and those of the Evoformer in all ways, the others
-/// in one. With `few`, for a slow device, every eighth case in one way.
+/// One trial for each case that can be split: those with every feature at once and those of the Evoformer in all ways, less what
+/// a way refuses, the others in one. With `few`, for a slow device, every eighth case in one way.
 pub(crate) fn trials(device: &Arc<dyn Backend>, table: &[Case], few: bool) -> Vec<Trial> {
     let mut trials = Vec::new();
     for (number, case) in table.iter().enumerate().step_by(if few { 8 } else { 1 }) {
-        let turn = WAYS.iter().cycle().skip(number).take(WAYS.len()).filter(|way| way.applies(&case.spec));
         let is_whole = matches!(case.group, "everything" | "workload") && !few;
+        let turn = WAYS.iter().cycle().skip(number).take(WAYS.len());
+        let turn = turn.map(|way| (way, if is_whole { way.fitted(case) } else { case.clone() }));
+        let turn = turn.filter(|(way, case)| way.applies(&case.spec));
         let count = if is_whole { WAYS.len() } else { 1 };
-        for &way in turn.take(count) {
-            let name = way.name(case);
-            let (device, case) = (Arc::clone(device), case.clone());
+        for (&way, case) in turn.take(count) {
+            let (name, device) = (way.name(&case), Arc::clone(device));
             trials.push(Trial::new("sharded", name, move || check(&*device, &case, way)));
         }
     }

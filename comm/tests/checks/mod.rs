@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use half::bf16;
+use half::{bf16, f16};
 use tilefold_comm::{CommError, Communicator, Error, Reduction, Result, near_equal};
 use tilefold_core::{DType, Tensor, TensorView};
 
@@ -12,6 +12,7 @@ pub(crate) fn all(comm: &Communicator) -> Result<()> {
     exchanges(comm)?;
     reduces(comm)?;
     rounds_once(comm)?;
+    adds_in_order(comm)?;
     broadcasts(comm)?;
     shifts(comm)?;
     splits(comm)?;
@@ -94,6 +95,22 @@ fn rounds_once(comm: &Communicator) -> Result<()> {
     let mine = [bf16::from_f32(if comm.rank() == 0 { 256.0 } else { 1.0 })];
     let sum = comm.all_reduce(&TensorView::from_slice(&mine, &[1])?, Reduction::Sum)?;
     assert_eq!(sum.as_slice::<bf16>()?, [bf16::from_f32(255.0 + ranks as f32)]);
+    let mine = vec![f16::from_f32(if comm.rank() == 0 { 2048.0 } else { 1.0 }); ranks];
+    let sum = comm.reduce_scatter(&TensorView::from_slice(&mine, &[ranks])?, &vec![1; ranks], Reduction::Sum)?;
+    assert_eq!(sum.as_slice::<f16>()?, [f16::from_f32(2047.0 + ranks as f32)]);
+    Ok(())
+}
+
+/// Sums of floats are those of the ranks in their order: 1 is lost beside 2²⁵, and would not be after -2²⁵ has taken it away.
+fn adds_in_order(comm: &Communicator) -> Result<()> {
+    let large = (1 << 25) as f32;
+    let of_rank = |rank: usize| [1.0, large, -large].get(rank).copied().unwrap_or(0.0);
+    let expected = (0..comm.world_size()).fold(0.0, |sum, rank| sum + of_rank(rank));
+    let mine = vec![of_rank(comm.rank()); comm.world_size()];
+    let view = TensorView::from_slice(&mine, &[comm.world_size()])?;
+    assert_eq!(comm.all_reduce(&view, Reduction::Sum)?.as_slice::<f32>()?, vec![expected; comm.world_size()]);
+    let part = comm.reduce_scatter(&view, &vec![1; comm.world_size()], Reduction::Sum)?;
+    assert_eq!(part.as_slice::<f32>()?, [expected]);
     Ok(())
 }
 
