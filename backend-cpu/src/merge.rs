@@ -329,6 +329,13 @@ mod tests {
         let empty = Weights::new(f64::NEG_INFINITY, f64::NEG_INFINITY);
         assert_eq!((empty.lse, mix(empty.shares, 2.0, 5.0)), (f32::NEG_INFINITY, 2.0));
         assert_eq!(mix(Weights::new(f64::NEG_INFINITY, 1.0).shares, f32::NAN, 5.0), 5.0);
+        for other in [f64::NEG_INFINITY, 1.0, f64::INFINITY] {
+            for weights in [Weights::new(f64::INFINITY, other), Weights::new(other, f64::INFINITY)] {
+                assert!(weights.lse.is_nan() && mix(weights.shares, 1.0, 1.0).is_nan(), "+inf beside {other}");
+            }
+        }
+        let alone = Weights::new(800.0, 50.0);
+        assert_eq!((alone.shares, alone.lse, alone.lse_low), ([1.0, 0.0], 800.0, 0.0));
         for other in [f64::NEG_INFINITY, 1.0, f64::NAN] {
             for weights in [Weights::new(f64::NAN, other), Weights::new(other, f64::NAN)] {
                 assert!(weights.lse.is_nan() && mix(weights.shares, 1.0, 1.0).is_nan(), "NaN beside {other}");

@@ -3,10 +3,13 @@
 /// A tensor of more bytes than this is written past the caches.
 pub(crate) const CACHES: usize = 32 << 20;
 
-/// Copies bytes; what is copied is there for other threads after [`finish`].
+/// Shorter runs, in bytes, are mostly the ends of lines.
+pub(crate) const LEAST_RUN: usize = 256;
+
+/// Copies bytes.
 ///
 /// # Safety
-/// As [`std::ptr::copy_nonoverlapping`].
+/// As [`std::ptr::copy_nonoverlapping`]; and no thread, nor this one, touches the destination before this one calls [`finish`].
 #[cfg(target_arch = "x86_64")]
 #[inline(always)]
 pub(crate) unsafe fn copy(from: *const u8, to: *mut u8, bytes: usize) {

@@ -12,12 +12,13 @@ use crate::walk::{Origin, Run, Walk};
 pub(crate) fn relayout(arch: Arch, args: RelayoutArgs<'_>) {
     let (from, to) = args.dtypes();
     let (source, mut destination) = args.into_parts();
+    let walk = Walk::of([source.layout(), destination.as_view().layout()]);
     let copy = Transfer {
         arch,
-        walk: Walk::of([source.layout(), destination.as_view().layout()]),
+        past_caches: from == to && is_past_caches(&walk, destination.as_view().layout().len(), to.size_bytes()),
+        walk,
         source: Origin::read(&source),
         destination: Origin::write(&mut destination),
-        past_caches: destination.as_view().layout().len() * to.size_bytes() > past_caches::CACHES,
     };
     match (from, to) {
         // Bits are kept, NaN payloads included.
@@ -33,6 +34,12 @@ pub(crate) fn relayout(arch: Arch, args: RelayoutArgs<'_>) {
         (_, DType::F32) => copy.cast::<bf16, f32>(),
         _ => copy.cast::<bf16, f16>(),
     }
+}
+
+/// Whether so many elements are more than caches keep, in runs of several lines.
+fn is_past_caches(walk: &Walk<2>, count: usize, element_bytes: usize) -> bool {
+    let is_dense = walk.strides() == [1, 1] && walk.run_length() * element_bytes >= past_caches::LEAST_RUN;
+    is_dense && count * element_bytes > past_caches::CACHES
 }
 
 struct Transfer {
@@ -148,14 +155,17 @@ mod tests {
 
     #[test]
     fn what_is_larger_than_the_caches_is_copied_past_them() {
-        const SHAPE: [usize; 3] = [300, 41, 801];
-        let count: usize = SHAPE.iter().product();
-        assert!(count * 4 > past_caches::CACHES);
-        let source = Tensor::from_vec((0..i32::try_from(count).unwrap()).collect(), &SHAPE).unwrap();
-        let turned = source.view().permute(&[1, 0, 2]).unwrap();
-        let mut copy = Tensor::zeros(DType::I32, turned.shape()).unwrap();
-        relayout(Arch::Portable, RelayoutArgs::new(turned.clone(), copy.view_mut()).unwrap());
-        let expected = turned.layout().positions().map(|position| i32::try_from(position).unwrap());
-        assert!(copy.as_slice::<i32>().unwrap().iter().copied().eq(expected));
+        // Heads in blocks, and runs that begin anywhere in a line.
+        for (shape, expected) in [([300, 40, 801], true), ([300, 40, 90], false), ([9000, 40, 31], false)] {
+            let count: usize = shape.iter().product();
+            let source = Tensor::from_vec((0..i32::try_from(count).unwrap()).collect(), &shape).unwrap();
+            let turned = source.view().permute(&[1, 0, 2]).unwrap();
+            let mut copy = Tensor::zeros(DType::I32, turned.shape()).unwrap();
+            let walk = Walk::of([turned.layout(), copy.view().layout()]);
+            assert_eq!(is_past_caches(&walk, count, 4), expected, "{shape:?}");
+            relayout(Arch::Portable, RelayoutArgs::new(turned.clone(), copy.view_mut()).unwrap());
+            let positions = turned.layout().positions().map(|position| i32::try_from(position).unwrap());
+            assert!(copy.as_slice::<i32>().unwrap().iter().copied().eq(positions), "{shape:?}");
+        }
     }
 }

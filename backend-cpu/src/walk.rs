@@ -8,7 +8,7 @@ const TASK: usize = 1 << 14;
 /// Runs that follow each other in the order of the first tensor, at most: the heads of a query, as a rule.
 const BLOCK: usize = 32;
 
-/// Elements of N tensors, met in the order in which the last one lies.
+/// Elements of N tensors, met in the order in which the last one lies, but for blocks of runs.
 #[derive(Debug)]
 pub(crate) struct Walk<const N: usize> {
     /// Outer axes from the outermost: entries, and elements from one to the next in each tensor.
@@ -61,6 +61,11 @@ impl<const N: usize> Walk<N> {
         self.inner.strides
     }
 
+    /// Neighbours of a run, at most.
+    pub(crate) fn run_length(&self) -> usize {
+        self.inner.size
+    }
+
     /// Calls `work` with the number of every task, on all workers.
     pub(crate) fn for_each_task(&self, work: impl Fn(usize) + Send + Sync) {
         (0..self.tasks()).into_par_iter().for_each(work);
@@ -101,12 +106,14 @@ impl<const N: usize> Walk<N> {
     }
 }
 
-/// Outer axes such that runs that are neighbours in the first tensor follow each other, some at a time: it is read in longer
-/// pieces, at twice the speed of a run here and there.
+/// Outer axes such that dense runs that are neighbours in the first tensor follow each other, some at a time: it is read in longer
+/// pieces, which for heads of 128 channels is twice as fast as a run here and there. An axis that no number up to [`BLOCK`] divides
+/// stays as it is.
 fn in_blocks<const N: usize>(mut outer: Vec<Axis<N>>, inner: Axis<N>) -> Vec<Axis<N>> {
     let first = |axis: &Axis<N>| axis.strides[0].unsigned_abs();
-    let neighbours = outer.iter().position(|axis| first(axis) == first(&inner) * inner.size);
-    let Some(at) = neighbours.filter(|&at| at + 1 < outer.len()) else { return outer };
+    let neighbours = outer.iter().position(|axis| first(axis) == inner.size);
+    let is_moved = |&at: &usize| at + 1 < outer.len() && inner.strides == [1; N];
+    let Some(at) = neighbours.filter(is_moved) else { return outer };
     let axis = outer[at];
     let block = (1..=BLOCK.min(axis.size)).rev().find(|size| axis.size.is_multiple_of(*size)).unwrap_or(1);
     if block > 1 {
@@ -203,6 +210,7 @@ mod tests {
         let broadcast = Layout::contiguous(&[3, 1, 7]).unwrap().expand(&[3, 5, 7]).unwrap();
         let heads_first = Layout::contiguous(&[2, 40, 70, 3]).unwrap();
         let queries_first = Layout::contiguous(&[2, 70, 40, 3]).unwrap().permute(&[0, 2, 1, 3]).unwrap();
+        let backwards = queries_first.slice(1, 0..40, -1).unwrap();
         let pairs = [
             (&long, &long),
             (&turned, &dense),
@@ -212,6 +220,8 @@ mod tests {
             (&broadcast, &turned),
             (&heads_first, &queries_first),
             (&queries_first, &heads_first),
+            (&backwards, &heads_first),
+            (&heads_first, &backwards),
         ];
         for (a, b) in pairs {
             let walk = Walk::of([a, b]);
@@ -248,6 +258,14 @@ mod tests {
             expected.into_iter().flatten().collect::<Vec<_>>()[..],
             "20 of 40 heads of two queries"
         );
+    }
+
+    /// There a run is no piece of the first tensor.
+    #[test]
+    fn a_transpose_is_met_as_the_last_tensor_lies() {
+        let dense = Layout::contiguous(&[32, 500, 520]).unwrap();
+        let walk = Walk::of([&dense.permute(&[0, 2, 1]).unwrap(), &Layout::contiguous(&[32, 520, 500]).unwrap()]);
+        assert_eq!(walk.outer.iter().map(|axis| axis.size).collect::<Vec<_>>(), [32, 520]);
     }
 
     #[test]

@@ -37,6 +37,8 @@ pub struct WgpuOptions {
     pub max_storage_buffers: u32,
     /// Bytes of one binding, at most.
     pub max_binding_bytes: u64,
+    /// Workgroups along one axis of a dispatch, at most; more are folded into the other.
+    pub max_workgroups: u32,
     /// Rounds that the loops of one thread make, at most: llvmpipe ends loops after 65 535, without a word.
     pub max_loop_rounds: u64,
 }
@@ -49,6 +51,7 @@ impl Default for WgpuOptions {
             timestamps: true,
             max_storage_buffers: u32::MAX,
             max_binding_bytes: u64::MAX,
+            max_workgroups: u32::MAX,
             max_loop_rounds: u64::MAX,
         }
     }
@@ -64,6 +67,7 @@ impl WgpuOptions {
             timestamps: false,
             max_storage_buffers: 10,
             max_binding_bytes: 128 << 20,
+            max_workgroups: 65_535,
             max_loop_rounds: u64::MAX,
         }
     }
@@ -143,6 +147,8 @@ impl Context {
         *buffers = options.max_storage_buffers.min(*buffers);
         let bytes = &mut limits.max_storage_buffer_binding_size;
         *bytes = options.max_binding_bytes.min(*bytes);
+        let workgroups = &mut limits.max_compute_workgroups_per_dimension;
+        *workgroups = options.max_workgroups.min(*workgroups);
         let found = limits.max_storage_buffers_per_shader_stage;
         if found < MIN_STORAGE_BUFFERS {
             let limit = format!(
@@ -236,7 +242,7 @@ impl Context {
         lock(&self.state.failed).take().map_or(Ok(()), Err)
     }
 
-    fn check_lost(&self) -> DeviceResult<()> {
+    pub(crate) fn check_lost(&self) -> DeviceResult<()> {
         match self.state.lost.get() {
             Some(message) => Err(DeviceError::Lost { message: message.clone() }),
             None => Ok(()),

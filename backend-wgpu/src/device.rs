@@ -184,11 +184,13 @@ impl Backend for WgpuBackend {
 
     fn record(&self, stream: &Stream) -> DeviceResult<Event> {
         WgpuStream::check(&self.context, stream)?;
+        self.context.check_lost()?;
         Ok(event::record(&self.context))
     }
 
     fn wait(&self, stream: &Stream, event: &Event) -> DeviceResult<()> {
         WgpuStream::check(&self.context, stream)?;
+        self.context.check_lost()?;
         event::wait(&self.context, event)
     }
 

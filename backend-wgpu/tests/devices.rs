@@ -29,6 +29,7 @@ const TESTS: &[harness::Test] = &[
     ("rows_in_the_workgroups_memory_give_the_same", staged),
     ("calls_are_cut_where_bindings_are_small", small_bindings),
     ("a_head_that_no_binding_shows_is_refused", too_small_bindings),
+    ("workgroups_are_folded_where_an_axis_is_short", short_axes),
     ("calls_are_cut_where_loops_are_short", short_loops),
     ("loops_that_a_driver_cuts_off_are_cut_or_refused", long_loops),
     ("too_few_storage_buffers_are_refused", few_buffers),
@@ -127,6 +128,19 @@ fn too_small_bindings() {
 }
 
 /// Walks over rows, sums over all of them, down to one head of one row at a time.
+/// wgpu itself refuses a dispatch of more.
+fn short_axes() {
+    for dtype in [DType::F32, DType::BF16] {
+        let worst = check_case(&with(|options| options.max_workgroups = 24), &cut_case(dtype));
+        assert!(worst.is_ok(), "{dtype}: {worst:?}");
+    }
+    for moves in ["relayout/", "f32/merge", "accumulate/", "rope/f32"] {
+        conforms(with(|options| options.max_workgroups = 100), moves);
+    }
+    let error = check_case(&with(|options| options.max_workgroups = 2), &cut_case(DType::F32)).unwrap_err();
+    assert!(error.contains("number of workgroups") && error.contains("at most 4"), "{error}");
+}
+
 fn short_loops() {
     for dtype in [DType::F32, DType::F16, DType::BF16] {
         let case = cut_case(dtype);

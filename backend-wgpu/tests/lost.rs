@@ -12,7 +12,10 @@ mod harness;
 use std::process::ExitCode;
 
 use tilefold_backend_wgpu::WgpuBackend;
-use tilefold_core::{Backend, DType, DeviceError, Layout, RelayoutArgs, Tensor};
+use tilefold_core::{
+    AccumulateArgs, AttentionProblem, AttentionSpec, Backend, DType, DeviceError, ForwardArgs, ForwardOperands, Layout,
+    MergeArgs, MergeOperands, RelayoutArgs, RopeArgs, RopePairs, RopeSpec, Tensor,
+};
 
 fn main() -> ExitCode {
     harness::run(&[("a_lost_device_is_an_error_of_every_call", lost)])
@@ -26,12 +29,22 @@ fn lost() {
         Tensor::new(device.alloc(&stream, 4 << 20).unwrap(), DType::F32, layout).unwrap()
     };
     let (mut source, mut destination) = (tensor(), tensor());
+    let of = |shape: &[usize]| {
+        let layout = Layout::contiguous(shape).unwrap();
+        Tensor::new(device.alloc(&stream, layout.len() * 4).unwrap(), DType::F32, layout).unwrap()
+    };
+    let mut heads = [(); 2].map(|()| of(&[1, 1, 16, 2, 8]));
+    let mut sums = [(); 3].map(|()| of(&[1, 1, 2, 16]));
+    let spec = AttentionSpec::new(DType::F32, 1, 1, 16, 2, 8);
+    let plan = device.plan_attention(&AttentionProblem::new(spec).unwrap()).unwrap();
+    let rope = RopeSpec::new(8, RopePairs::Halves);
     let mut unused = device.alloc(&stream, 64).unwrap();
     for _ in 0..20 {
         device.fill(&stream, source.view_mut(), 1.0).unwrap();
         let args = RelayoutArgs::new(source.view(), destination.view_mut()).unwrap();
         device.relayout(&stream, args).unwrap();
     }
+    let event = device.record(&stream).unwrap();
     // In the middle of what was enqueued.
     device.raw_device().destroy();
     let is_lost =
@@ -43,6 +56,25 @@ fn lost() {
     is_lost(device.fill(&stream, source.view_mut(), 1.0));
     let args = RelayoutArgs::new(source.view(), destination.view_mut()).unwrap();
     is_lost(device.relayout(&stream, args));
+    is_lost(device.accumulate(&stream, AccumulateArgs::new(source.view(), destination.view_mut()).unwrap()));
+    is_lost(device.record(&stream).map(drop));
+    is_lost(device.wait(&stream, &event));
+    is_lost(device.timed(&stream, &mut || ()).map(drop));
+    let [q, acc_out] = &mut heads;
+    is_lost(device.rope(&stream, RopeArgs::new(&rope, q.view(), acc_out.view_mut()).unwrap()));
+    let [lse, acc_lse, acc_lse_low] = &mut sums;
+    let (out, acc_out, [acc_lse, acc_lse_low]) =
+        (q.view(), acc_out.view_mut(), [acc_lse, acc_lse_low].map(Tensor::view_mut));
+    let operands = MergeOperands { out, lse: lse.view(), lse_low: lse.view(), acc_out, acc_lse, acc_lse_low };
+    is_lost(device.merge(&stream, MergeArgs::new(operands).unwrap()));
+    let [q, out] = &mut heads;
+    let [lse, ..] = &mut sums;
+    #[rustfmt::skip]
+    let operands = ForwardOperands {
+        q: q.view(), k: q.view(), v: q.view(), biases: Vec::new(), key_mask: None, q_segments: None, k_segments: None, gate: None,
+        out: out.view_mut(), lse: Some(lse.view_mut()), lse_low: None,
+    };
+    is_lost(device.attention_forward(&stream, ForwardArgs::new(&plan, operands).unwrap()));
 
     // Opened again it is another device, which works and knows nothing of the old one's memory.
     let again = WgpuBackend::new(0).unwrap();

@@ -59,11 +59,11 @@ fn keep(device: &Arc<dyn Backend>) -> Result<(), String> {
                 let tensor = Tensor::from_f64(&numbers, dtype, &[2, 7, 5]).map_err(text)?;
                 let kept = keep.keep(&rank, rank.unpack(Arc::new(tensor)).map_err(text)?).map_err(text)?;
                 let back = kept.restore(&rank).map_err(text)?;
-                let got = rank.pack_shared(&back).map_err(text)?.to_f64().map_err(text)?;
                 outcome = outcome.and_then(|()| {
                     if back.device() != device.info().id || back.shape() != [2, 7, 5] {
                         return Err(format!("{dtype}, {keep:?}: came back as {back:?}"));
                     }
+                    let got = rank.pack_shared(&back).map_err(text)?.to_f64().map_err(text)?;
                     same(&got, &numbers).map_err(|error| format!("{dtype}, {keep:?}: {error}"))
                 });
             }

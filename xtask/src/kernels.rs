@@ -41,8 +41,8 @@ pub(crate) struct Chosen {
     /// Only for this architecture, sm_80 or gfx942 for instance
     #[arg(long)]
     pub(crate) arch: Option<String>,
-    /// Only attention whose speed is followed, of head dimensions 8 and 32, and what moves data, for sm_80 and gfx942: what CI
-    /// does
+    /// Only attention whose speed is followed, of head dimensions 8 and 32, and what multiplies no matrices, for sm_80 and
+    /// gfx942: what CI does
     #[arg(long)]
     pub(crate) quick: bool,
 }
@@ -94,7 +94,7 @@ impl Chosen {
         entries.retain(|entry| {
             let named = self.only.as_ref().is_none_or(|text| entry.kernel.name.contains(text));
             let dims = |scores: &Scores| entry.followed && QUICK_HEAD_DIMS.contains(&scores.head_dim);
-            // Those of moves are few.
+            // Those that multiply no matrices are few.
             named && (!self.quick || entry.scores.as_ref().is_none_or(dims))
         });
         Ok(entries)
