@@ -40,6 +40,9 @@ const TESTS: &[harness::Test] = &[
     ("threads_share_a_device", threads),
     ("work_is_timed_by_the_device_or_by_the_host", timed),
     ("all_devices_compute_at_once", all_devices),
+    ("subgroups_are_those_of_the_driver", subgroups),
+    #[cfg(target_os = "linux")]
+    ("without_a_driver_it_says_how_to_install_one", no_driver),
 ];
 
 fn main() -> ExitCode {
@@ -294,7 +297,30 @@ fn timed() {
     assert!(nothing.elapsed < Duration::from_millis(50), "{nothing:?}");
 }
 
+/// llvmpipe's are as wide as its vectors.
+fn subgroups() {
+    let lanes = WgpuBackend::new(0).unwrap().info().lanes;
+    assert!(lanes.is_power_of_two(), "{lanes}");
+    if let Ok(bits) = std::env::var("LP_NATIVE_VECTOR_WIDTH") {
+        assert_eq!(lanes, bits.parse::<usize>().unwrap() / 32, "LP_NATIVE_VECTOR_WIDTH={bits}");
+    }
+}
+
+/// This program again, where the loader finds none.
+#[cfg(target_os = "linux")]
+fn no_driver() {
+    let mut program = std::process::Command::new(std::env::current_exe().unwrap());
+    program.arg("memory_is_given_out_again").env("TILEFOLD_REQUIRE", "wgpu").env("VK_DRIVER_FILES", "/nowhere");
+    let output = program.output().unwrap();
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert!(!output.status.success() && text.contains("install"), "{text}");
+}
+
 fn all_devices() {
+    if let Some(drivers) = std::env::var_os("VK_DRIVER_FILES") {
+        let (devices, drivers) = (WgpuBackend::count(), std::env::split_paths(&drivers).count());
+        assert!(devices >= drivers, "{devices} devices of {drivers} drivers");
+    }
     let handles: Vec<_> = (0..WgpuBackend::count())
         .map(|ordinal| {
             std::thread::spawn(move || {

@@ -292,6 +292,34 @@ fn a_problem_of_one_rank_that_is_none() {
     }
 }
 
+/// Under a causal mask each rank has 2p + 1 pairs of chunks of which there is anything to attend, out of 4p: as many scores as
+/// any other.
+#[test]
+fn zigzag_gives_each_rank_as_much_to_do() {
+    const S: usize = 64;
+    for ranks in [2, 4, 8] {
+        let launches = on_ranks(ranks, DEADLINE, |rank| {
+            let device = Failing::after(usize::MAX);
+            let rank = Rank { device: &device, ..*rank };
+            let mut spec = AttentionSpec::new(DType::F32, 1, 1, S, 1, 8).with_all_gradients();
+            spec.mask.causal = true;
+            let partition = Partition::zigzag(S, ranks)?;
+            let ring = RingAttention::new(spec, partition.clone(), partition)?;
+            let q = rank.zeros(DType::F32, &[1, 1, S / ranks, 1, 8])?;
+            let keys = Arc::new(rank.dense(&q.view())?);
+            let shard = Shard::new(q.view(), Arc::clone(&keys), keys);
+            let forward = ring.forward(&rank, &shard)?;
+            let one_way = device.launches();
+            ring.backward(&rank, &shard, &forward, &q.view())?;
+            Ok::<_, Error>([one_way, device.launches()])
+        });
+        let expected = 2 * ranks + 1;
+        for launches in launches {
+            assert_eq!(launches.unwrap(), [expected, 2 * expected], "{ranks} ranks");
+        }
+    }
+}
+
 /// At whatever launch a rank's device fails, all ranks hear of it, and none takes what was left on its way for another pass.
 #[test]
 fn a_device_of_one_rank_that_fails_on_the_way() {

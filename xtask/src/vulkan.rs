@@ -76,7 +76,10 @@ fn swiftshader() -> Result<PathBuf> {
 pub(crate) fn at_width(bits: &str, test: &[&str]) -> Result<Count> {
     let drivers = lavapipe()?;
     let drivers = drivers.to_str().context("a path that is no text")?;
-    run(&[REQUIRED, DEVICE, (DRIVERS, drivers), ("LP_NATIVE_VECTOR_WIDTH", bits), NO_CACHE], test)
+    let variables = [REQUIRED, DEVICE, (DRIVERS, drivers), ("LP_NATIVE_VECTOR_WIDTH", bits), NO_CACHE];
+    let width = ["cargo", "test", "--workspace", "--all-features", "--test", "devices", "--", "subgroups", "--quiet"];
+    run(&variables, &width)?;
+    run(&variables, test)
 }
 
 /// The same on SwiftShader.

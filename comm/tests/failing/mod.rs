@@ -25,6 +25,11 @@ impl Failing {
         Self { inner: CpuBackend::new().unwrap(), left: AtomicUsize::new(launches) }
     }
 
+    /// Launches there were, of one that fails after usize::MAX of them.
+    pub(crate) fn launches(&self) -> usize {
+        usize::MAX - self.left.load(Ordering::Relaxed)
+    }
+
     fn launch(&self) -> DeviceResult<()> {
         let left = self.left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| Some(left.wrapping_sub(1)));
         if left == Ok(0) { Err(DeviceError::Unsupported { limit: FAULT.to_owned() }) } else { Ok(()) }
