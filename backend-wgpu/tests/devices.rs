@@ -122,6 +122,10 @@ fn small_bindings() {
             assert!(worst.is_ok(), "{dtype} {bytes}: {worst:?}");
         }
     }
+    for (moves, bytes) in [("relayout/", 4096), ("accumulate/", 4096), ("merge/arithmetic", 4096), ("rope/f32", 40_000)]
+    {
+        conforms(with(|options| options.max_binding_bytes = bytes), moves);
+    }
 }
 
 fn too_small_bindings() {

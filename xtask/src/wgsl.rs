@@ -4,6 +4,7 @@ use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Result, ensure};
+use tilefold_kernels::wgsl::{OperandKey, Use};
 
 use crate::command::{run, succeeds};
 use crate::report::Count;
@@ -11,6 +12,9 @@ use crate::setup;
 
 /// The npm package that has Dawn, and Tint in it.
 const PACKAGE: &str = "webgpu@0.6.2";
+
+/// Inputs that never lie in a buffer that is written.
+const UNSHARED: [&str; 5] = ["key_mask", "q_segments", "k_segments", "kv_lengths", "slopes"];
 
 /// What Tint asks of a shader with subgroups, and the compiler of wgpu does not know.
 const ENABLE: &str = "enable subgroups;\n";
@@ -30,13 +34,23 @@ pub(crate) fn check() -> Result<Count> {
         run(&[], &["npm", "install", "--silent", "--no-audit", "--no-fund", "--prefix", &text(&home)?, PACKAGE])?;
     }
     let catalogue = tilefold_kernels::wgsl::catalogue()?;
-    let count = u32::try_from(catalogue.len())?;
+    let mut count = 0;
     for (number, dispatch) in catalogue.iter().enumerate() {
         let shader = &dispatch.shader;
         let enable = if shader.has_subgroups() { ENABLE } else { "" };
-        let file = shaders.join(format!("{number:04}-{}.wgsl", shader.file.name()));
-        fs::write(&file, format!("{enable}{}", shader.source(0)))
-            .with_context(|| format!("cannot write {}", file.display()))?;
+        let mut write = |name: &str, source: &str| {
+            let file = shaders.join(format!("{number:04}-{}{name}.wgsl", shader.file.name()));
+            count += 1;
+            fs::write(&file, format!("{enable}{source}")).with_context(|| format!("cannot write {}", file.display()))
+        };
+        // Inputs in buffers of their own; or all but masks and lists, which are not of floats, in one that is written too.
+        let apart = |operand: &&OperandKey| operand.usage != Use::Absent && UNSHARED.contains(&operand.name);
+        let written = shader.operands.iter().filter(apart).fold(u32::MAX, |written, one| written & !(1 << one.slot));
+        let [apart, shared] = [0, written].map(|written| shader.source(written));
+        write("", &apart)?;
+        if shared != apart {
+            write("-shared", &shared)?;
+        }
     }
     println!("{count} shaders in {}", shaders.display());
     run(&[], &["node", "xtask/src/tint.mjs", &text(&modules)?, &text(&shaders)?])

@@ -25,14 +25,20 @@ pub enum CatalogueError {
 
 const DTYPES: [DType; 3] = [DType::F32, DType::F16, DType::BF16];
 
-/// A dispatch of each shader, on processors and GPUs, without subgroups and with some of 4, 8 and 32 threads.
+/// A dispatch of each shader, on processors and GPUs, without subgroups and with some of 4, 8, 16 and 32 threads.
 ///
 /// # Errors
 /// [`CatalogueError`].
 pub fn catalogue() -> Result<Vec<Dispatch>, CatalogueError> {
     let mut dispatches = Vec::new();
-    let devices =
-        [(true, 1, 10, 0), (true, 8, 32, 0), (false, 1, 32, 1 << 14), (false, 4, 10, 0), (false, 32, 32, 1 << 15)];
+    let devices = [
+        (true, 1, 10, 0),
+        (true, 8, 32, 0),
+        (true, 16, 32, 0),
+        (false, 1, 32, 1 << 14),
+        (false, 4, 10, 0),
+        (false, 32, 32, 1 << 15),
+    ];
     for (software, subgroup, storage_buffers, workgroup_bytes) in devices {
         let limits = Limits {
             binding_bytes: 1 << 27,
