@@ -13,7 +13,7 @@
 use std::time::Instant;
 
 use tilefold::half::bf16;
-use tilefold::{Backend, Device, Forward, Gradients, Inputs, Options, TensorView, attention_into, problem};
+use tilefold::{Backend, DType, Device, Forward, Gradients, Inputs, Options, Tensor, attention_into, problem};
 
 const ROWS: usize = 32;
 const SEQLEN: usize = 128;
@@ -25,19 +25,21 @@ fn main() -> anyhow::Result<()> {
 
     // Inputs in bf16, the bias in f32: a bias may be in the dtype of q or in f32.
     let shape = [1, ROWS, SEQLEN, HEADS, HEAD_DIM];
-    let [q, k, v, gate] = [1.0, 2.0, 3.0, 4.0].map(|phase| wave(phase, shape.iter().product()));
-    let [q, k, v, gate] = [q, k, v, gate].map(|values| values.into_iter().map(bf16::from_f32).collect::<Vec<_>>());
-    let pair_bias = wave(5.0, HEADS * SEQLEN * SEQLEN);
-    let keep: Vec<bool> = (0..ROWS * SEQLEN).map(|i| i % SEQLEN < SEQLEN - i / SEQLEN).collect(); // ragged rows
+    let tensor = |phase: f32| {
+        let values = wave(phase, shape.iter().product()).into_iter().map(bf16::from_f32).collect();
+        device.upload_tensor(Tensor::from_vec(values, &shape)?)
+    };
+    let (q, k, v, gate) = (tensor(1.0)?, tensor(2.0)?, tensor(3.0)?, tensor(4.0)?);
+    let bias_shape = [1, 1, HEADS, SEQLEN, SEQLEN];
+    let pair_bias = device.upload_tensor(Tensor::from_vec(wave(5.0, HEADS * SEQLEN * SEQLEN), &bias_shape)?)?;
+    let keep = (0..ROWS * SEQLEN).map(|i| f64::from(u8::from(i % SEQLEN < SEQLEN - i / SEQLEN))); // ragged rows
+    let keep: Vec<f64> = keep.collect();
+    let keep = device.upload_tensor(Tensor::from_f64(&keep, DType::Bool, &[1, ROWS, SEQLEN])?)?;
 
-    let mut inputs = Inputs::new(
-        TensorView::from_slice(&q, &shape)?,
-        TensorView::from_slice(&k, &shape)?,
-        TensorView::from_slice(&v, &shape)?,
-    );
-    inputs.biases.push(TensorView::from_slice(&pair_bias, &[1, 1, HEADS, SEQLEN, SEQLEN])?);
-    inputs.key_mask = Some(TensorView::from_bools(&keep, &[1, ROWS, SEQLEN])?);
-    inputs.gate = Some(TensorView::from_slice(&gate, &shape)?);
+    let mut inputs = Inputs::new(q.view(), k.view(), v.view());
+    inputs.biases.push(pair_bias.view());
+    inputs.key_mask = Some(keep.view());
+    inputs.gate = Some(gate.view());
 
     // `attention(&device, &inputs, &options)` does these steps in one call; one by one they show the plan.
     let problem = problem(&inputs, &Options::default(), Gradients::default())?;
@@ -54,7 +56,7 @@ fn main() -> anyhow::Result<()> {
     println!("logits never stored: {:.1} MB (as f32)", problem.logits() * 4.0 / 1e6);
     println!("workspace: {} bytes", plan.forward_workspace_bytes);
 
-    let values = forward.out.to_f64()?;
+    let values = forward.into_host(&device)?.out.to_f64()?;
     println!("out[0, 0, 0, 0, ..4] = {:.4?}", &values[..4]);
     Ok(())
 }

@@ -11,7 +11,7 @@
 #![allow(clippy::print_stdout, reason = "an example shows its results")]
 
 use anyhow::Context;
-use tilefold::{Device, Gradients, Inputs, Options, TensorView, attention, attention_backward};
+use tilefold::{Device, Gradients, Inputs, Options, Tensor, attention, attention_backward};
 
 const ROWS: usize = 8;
 const SEQLEN: usize = 24;
@@ -23,28 +23,32 @@ fn main() -> anyhow::Result<()> {
     let (device, options) = (Device::best()?, Options::default());
     let [q, k, v, d_out] = [1.0, 2.0, 3.0, 4.0].map(|phase| wave(phase, SHAPE.iter().product()));
     let mut bias = wave(5.0, BIAS_SHAPE.iter().product());
-    let [q, k, v, d_out] = [&q, &k, &v, &d_out].map(|values| TensorView::from_slice(values, &SHAPE));
-    let (plain, d_out) = (Inputs::new(q?, k?, v?), d_out?);
+    let upload = |values: &[f32], shape: &[usize]| device.upload_tensor(Tensor::from_vec(values.to_vec(), shape)?);
+    let (q, k, v) = (upload(&q, &SHAPE)?, upload(&k, &SHAPE)?, upload(&v, &SHAPE)?);
+    let plain = Inputs::new(q.view(), k.view(), v.view());
 
     // The bias alone: a gradient that is not asked for costs nothing.
     let mut inputs = plain.clone();
-    inputs.biases.push(TensorView::from_slice(&bias, &BIAS_SHAPE)?);
+    let bias_there = upload(&bias, &BIAS_SHAPE)?;
+    inputs.biases.push(bias_there.view());
+    let d_out_there = upload(&d_out, &SHAPE)?;
     let forward = attention(&device, &inputs, &options)?;
     let wanted = Gradients { biases: [true, false, false, false], ..Gradients::default() };
-    let backward = attention_backward(&device, &inputs, &options, &forward, &d_out, wanted)?;
+    let backward =
+        attention_backward(&device, &inputs, &options, &forward, &d_out_there.view(), wanted)?.into_host(&device)?;
     assert!(backward.dq.is_none());
     let dbias = backward.dbiases[0].as_ref().context("no gradient of the bias")?.to_f64()?;
 
     // One entry: head 1, query 3, key 7.
     let (entry, step) = ((SEQLEN + 3) * SEQLEN + 7, 1.0 / 64.0);
-    let d_out = d_out.to_f64()?;
     let mut loss_at = |value: f32| -> anyhow::Result<f64> {
         let kept = std::mem::replace(&mut bias[entry], value);
         let mut inputs = plain.clone();
-        inputs.biases.push(TensorView::from_slice(&bias, &BIAS_SHAPE)?);
-        let out = attention(&device, &inputs, &options)?.out.to_f64()?;
+        let bias_there = upload(&bias, &BIAS_SHAPE)?;
+        inputs.biases.push(bias_there.view());
+        let out = attention(&device, &inputs, &options)?.into_host(&device)?.out.to_f64()?;
         bias[entry] = kept;
-        Ok(out.iter().zip(&d_out).map(|(out, d_out)| out * d_out).sum())
+        Ok(out.iter().zip(&d_out).map(|(out, d_out)| out * f64::from(*d_out)).sum())
     };
     let here = wave(5.0, entry + 1)[entry];
     let slope = (loss_at(here + step)? - loss_at(here - step)?) / (2.0 * f64::from(step));

@@ -18,7 +18,7 @@
 use std::time::Instant;
 
 use tilefold::evoformer::{Inputs, Variant};
-use tilefold::{Backend, Device, Forward, Tensor, TensorView};
+use tilefold::{Backend, DType, Device, Forward, Tensor, TensorView};
 
 const N_SEQ: usize = 24;
 const N_RES: usize = 48;
@@ -30,17 +30,17 @@ const PAIR: [usize; 5] = [1, N_RES, N_RES, HEADS, HEAD_DIM];
 fn main() -> anyhow::Result<()> {
     let device = Device::best()?;
     println!("{N_SEQ} sequences of {N_RES} residues on {}", device.info().id);
-    let bias = tensor(wave(1.0, HEADS * N_RES * N_RES), &[1, HEADS, N_RES, N_RES])?;
-    let msa_mask: Vec<bool> = (0..N_SEQ * N_RES).map(|i| i % 7 != 3).collect(); // gaps of the alignment
-    let pair_mask = vec![true; N_RES * N_RES];
+    let bias = tensor(&device, wave(1.0, HEADS * N_RES * N_RES), &[1, HEADS, N_RES, N_RES])?;
+    let msa_mask: Vec<f64> = (0..N_SEQ * N_RES).map(|i| f64::from(u8::from(i % 7 != 3))).collect(); // gaps of the alignment
+    let pair_mask = vec![1.0; N_RES * N_RES];
 
-    let msa = tensor(wave(2.0, MSA.iter().product()), &MSA)?;
-    let mask = TensorView::from_bools(&msa_mask, &MSA[..3])?;
-    run_track(&device, [Variant::MsaRow, Variant::MsaColumn], msa, &mask, &bias)?;
+    let msa = tensor(&device, wave(2.0, MSA.iter().product()), &MSA)?;
+    let mask = device.upload_tensor(Tensor::from_f64(&msa_mask, DType::Bool, &MSA[..3])?)?;
+    run_track(&device, [Variant::MsaRow, Variant::MsaColumn], msa, &mask.view(), &bias)?;
 
-    let pair = tensor(wave(3.0, PAIR.iter().product()), &PAIR)?;
-    let mask = TensorView::from_bools(&pair_mask, &PAIR[..3])?;
-    run_track(&device, [Variant::TriangleStarting, Variant::TriangleEnding], pair, &mask, &bias)
+    let pair = tensor(&device, wave(3.0, PAIR.iter().product()), &PAIR)?;
+    let mask = device.upload_tensor(Tensor::from_f64(&pair_mask, DType::Bool, &PAIR[..3])?)?;
+    run_track(&device, [Variant::TriangleStarting, Variant::TriangleEnding], pair, &mask.view(), &bias)
 }
 
 /// Two attentions one after the other over one representation, then the gradients in reverse.
@@ -67,23 +67,25 @@ fn run_track(
         let inputs = inputs(variant, x, mask, bias);
         let d_view = d_out.as_ref().unwrap_or(&wrote[i].out).view();
         let clock = Instant::now();
-        let backward = variant.backward(device, &inputs, &wrote[i], &d_view, inputs.all_gradients())?;
+        let backward =
+            variant.backward(device, &inputs, &wrote[i], &d_view, inputs.all_gradients())?.into_host(device)?;
         let milliseconds = clock.elapsed().as_secs_f64() * 1e3;
         let dbias = backward.dbiases.iter().flatten().map(largest).next().transpose()?.unwrap_or(0.0);
         println!("{:<18} backward {milliseconds:>7.2} ms, largest |dbias| {dbias:.2e}", variant.name());
-        d_out = Some(sum([&backward.dq, &backward.dk, &backward.dv, &backward.d_gate], x.shape())?);
+        d_out = Some(sum(device, [&backward.dq, &backward.dk, &backward.dv, &backward.d_gate], x.shape())?);
     }
-    println!("gradient of the first input: largest {:.2e}", d_out.as_ref().map_or(Ok(0.0), largest)?);
+    let d_start = d_out.map(|d_out| device.download_tensor(d_out)).transpose()?;
+    println!("gradient of the first input: largest {:.2e}", d_start.as_ref().map_or(Ok(0.0), largest)?);
     Ok(())
 }
 
 /// q, k, v and gate were one tensor here: its gradient is the sum of theirs.
-fn sum(gradients: [&Option<Tensor>; 4], shape: &[usize]) -> anyhow::Result<Tensor> {
+fn sum(device: &Device, gradients: [&Option<Tensor>; 4], shape: &[usize]) -> anyhow::Result<Tensor> {
     let mut total = vec![0.0; shape.iter().product()];
     for gradient in gradients.into_iter().flatten() {
         total.iter_mut().zip(gradient.as_slice::<f32>()?).for_each(|(total, value)| *total += value);
     }
-    tensor(total, shape)
+    tensor(device, total, shape)
 }
 
 fn inputs<'a>(variant: Variant, x: &'a Tensor, mask: &TensorView<'a>, bias: &'a Tensor) -> Inputs<'a> {
@@ -94,8 +96,8 @@ fn inputs<'a>(variant: Variant, x: &'a Tensor, mask: &TensorView<'a>, bias: &'a 
     inputs
 }
 
-fn tensor(values: Vec<f32>, shape: &[usize]) -> anyhow::Result<Tensor> {
-    Ok(Tensor::from_vec(values, shape)?)
+fn tensor(device: &Device, values: Vec<f32>, shape: &[usize]) -> anyhow::Result<Tensor> {
+    Ok(device.upload_tensor(Tensor::from_vec(values, shape)?)?)
 }
 
 fn largest(tensor: &Tensor) -> anyhow::Result<f32> {

@@ -174,7 +174,7 @@ fn named(features: &str) -> &str {
     if features.is_empty() { "none" } else { features }
 }
 
-/// The examples, in order.
+/// The examples, in order; those of the library on a device with memory of its own, too.
 fn examples(report: &mut Report) -> Result<()> {
     let mut examples = Vec::new();
     report.step("building the examples", || {
@@ -185,6 +185,10 @@ fn examples(report: &mut Report) -> Result<()> {
     examples.sort();
     for (name, executable) in examples {
         report.step(&format!("example {name}"), || run(&[], &[&executable]))?;
+        if vulkan::SUPPORTED && name.starts_with(|first: char| first.is_ascii_digit()) {
+            report
+                .step(&format!("example {name} on wgpu"), || run(&[("TILEFOLD_DEVICE", "wgpu:0")], &[&executable]))?;
+        }
     }
     Ok(())
 }
