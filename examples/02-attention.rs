@@ -13,7 +13,7 @@
 use std::time::Instant;
 
 use tilefold::half::bf16;
-use tilefold::{Backend, DType, Device, Forward, Gradients, Inputs, Options, Tensor, attention_into, problem};
+use tilefold::{Backend, Device, Forward, Gradients, Inputs, Options, Tensor, attention_into, problem};
 
 const ROWS: usize = 32;
 const SEQLEN: usize = 128;
@@ -32,9 +32,8 @@ fn main() -> anyhow::Result<()> {
     let (q, k, v, gate) = (tensor(1.0)?, tensor(2.0)?, tensor(3.0)?, tensor(4.0)?);
     let bias_shape = [1, 1, HEADS, SEQLEN, SEQLEN];
     let pair_bias = device.upload_tensor(Tensor::from_vec(wave(5.0, HEADS * SEQLEN * SEQLEN), &bias_shape)?)?;
-    let keep = (0..ROWS * SEQLEN).map(|i| f64::from(u8::from(i % SEQLEN < SEQLEN - i / SEQLEN))); // ragged rows
-    let keep: Vec<f64> = keep.collect();
-    let keep = device.upload_tensor(Tensor::from_f64(&keep, DType::Bool, &[1, ROWS, SEQLEN])?)?;
+    let keep = (0..ROWS * SEQLEN).map(|i| u8::from(i % SEQLEN < SEQLEN - i / SEQLEN)).collect(); // ragged rows
+    let keep = device.upload_tensor(Tensor::from_vec::<u8>(keep, &[1, ROWS, SEQLEN])?)?;
 
     let mut inputs = Inputs::new(q.view(), k.view(), v.view());
     inputs.biases.push(pair_bias.view());

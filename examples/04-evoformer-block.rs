@@ -18,7 +18,7 @@
 use std::time::Instant;
 
 use tilefold::evoformer::{Inputs, Variant};
-use tilefold::{Backend, DType, Device, Forward, Tensor, TensorView};
+use tilefold::{Backend, Device, Forward, Tensor, TensorView};
 
 const N_SEQ: usize = 24;
 const N_RES: usize = 48;
@@ -31,15 +31,15 @@ fn main() -> anyhow::Result<()> {
     let device = Device::best()?;
     println!("{N_SEQ} sequences of {N_RES} residues on {}", device.info().id);
     let bias = tensor(&device, wave(1.0, HEADS * N_RES * N_RES), &[1, HEADS, N_RES, N_RES])?;
-    let msa_mask: Vec<f64> = (0..N_SEQ * N_RES).map(|i| f64::from(u8::from(i % 7 != 3))).collect(); // gaps of the alignment
-    let pair_mask = vec![1.0; N_RES * N_RES];
+    let msa_mask = (0..N_SEQ * N_RES).map(|i| u8::from(i % 7 != 3)).collect(); // gaps of the alignment
+    let pair_mask = vec![1; N_RES * N_RES];
 
     let msa = tensor(&device, wave(2.0, MSA.iter().product()), &MSA)?;
-    let mask = device.upload_tensor(Tensor::from_f64(&msa_mask, DType::Bool, &MSA[..3])?)?;
+    let mask = device.upload_tensor(Tensor::from_vec::<u8>(msa_mask, &MSA[..3])?)?;
     run_track(&device, [Variant::MsaRow, Variant::MsaColumn], msa, &mask.view(), &bias)?;
 
     let pair = tensor(&device, wave(3.0, PAIR.iter().product()), &PAIR)?;
-    let mask = device.upload_tensor(Tensor::from_f64(&pair_mask, DType::Bool, &PAIR[..3])?)?;
+    let mask = device.upload_tensor(Tensor::from_vec::<u8>(pair_mask, &PAIR[..3])?)?;
     run_track(&device, [Variant::TriangleStarting, Variant::TriangleEnding], pair, &mask.view(), &bias)
 }
 

@@ -78,8 +78,9 @@ pub(crate) fn at_width(bits: &str, test: &[&str]) -> Result<Count> {
     let drivers = drivers.to_str().context("a path that is no text")?;
     let variables = [REQUIRED, DEVICE, (DRIVERS, drivers), ("LP_NATIVE_VECTOR_WIDTH", bits), NO_CACHE];
     let width = ["cargo", "test", "--workspace", "--all-features", "--test", "devices", "--", "subgroups", "--quiet"];
-    run(&variables, &width)?;
-    run(&variables, test)
+    let mut count = run(&variables, &width)?;
+    count += run(&variables, test)?;
+    Ok(count)
 }
 
 /// The same on SwiftShader.

@@ -13,8 +13,8 @@ use crate::setup;
 /// The npm package that has Dawn, and Tint in it.
 const PACKAGE: &str = "webgpu@0.6.2";
 
-/// Inputs that never lie in a buffer that is written.
-const UNSHARED: [&str; 5] = ["key_mask", "q_segments", "k_segments", "kv_lengths", "slopes"];
+/// Inputs that never lie in a buffer that is written, for they are not of floats; barriers depend on them.
+const UNSHARED: [&str; 2] = ["key_mask", "kv_lengths"];
 
 /// What Tint asks of a shader with subgroups, and the compiler of wgpu does not know.
 const ENABLE: &str = "enable subgroups;\n";
@@ -43,9 +43,9 @@ pub(crate) fn check() -> Result<Count> {
             count += 1;
             fs::write(&file, format!("{enable}{source}")).with_context(|| format!("cannot write {}", file.display()))
         };
-        // Inputs in buffers of their own; or all but masks and lists, which are not of floats, in one that is written too.
-        let apart = |operand: &&OperandKey| operand.usage != Use::Absent && UNSHARED.contains(&operand.name);
-        let written = shader.operands.iter().filter(apart).fold(u32::MAX, |written, one| written & !(1 << one.slot));
+        // Inputs in buffers of their own; or all others in one that is written too.
+        let is_apart = |operand: &&OperandKey| operand.usage != Use::Absent && UNSHARED.contains(&operand.name);
+        let written = shader.operands.iter().filter(is_apart).fold(u32::MAX, |written, one| written & !(1 << one.slot));
         let [apart, shared] = [0, written].map(|written| shader.source(written));
         write("", &apart)?;
         if shared != apart {

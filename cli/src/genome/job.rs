@@ -134,6 +134,7 @@ impl Job<'_> {
         for whole in weights {
             let training = Growth::of(slot);
             let own = model.scatter(whole)?;
+            // Only to be counted: nothing is updated here.
             let adam = Adam::new(&own, self.rate);
             let (sent, step, start) = (model.bytes_sent(), Growth::of(slot), Instant::now());
             let (loss, gradients) = model.loss_and_gradients(&own, &tokens)?;
