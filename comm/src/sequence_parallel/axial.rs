@@ -188,37 +188,30 @@ impl AxialAttention {
             check_outputs(problem.spec(), problem.out_shape(), forward, d_out)
         });
         rank.comm.agree(NAME, checked.map(|()| format!("backward {self:?}")))?;
-        rank.comm.checked(NAME, self.differentiate(rank, shard, forward, d_out))
-    }
-
-    fn differentiate(
-        &self,
-        rank: &Rank<'_>,
-        shard: &Shard<'_>,
-        forward: &ShardForward,
-        d_out: &TensorView<'_>,
-    ) -> Result<ShardBackward> {
-        let problem = self.local_problem(rank.comm.rank(), None)?;
-        let mut gradients = match self.shared {
-            SharedBias::Gathered => {
-                let gathered = self.gathered(rank, shard)?;
-                let mut all = local::backward(rank, &problem, operands(shard, &gathered), forward, d_out.clone())?;
-                drop(gathered);
-                for (bias, gradient) in self.problem.spec().biases.iter().zip(&mut all.dbiases) {
-                    if let (Place::Queries, Some(whole)) = (Place::of(bias), &gradient) {
-                        *gradient = Some(ReduceScatter(self.query_split()).apply(rank, &whole.view())?);
+        let work = || {
+            let problem = self.local_problem(rank.comm.rank(), None)?;
+            let mut gradients = match self.shared {
+                SharedBias::Gathered => {
+                    let gathered = self.gathered(rank, shard)?;
+                    let mut all = local::backward(rank, &problem, operands(shard, &gathered), forward, d_out.clone())?;
+                    drop(gathered);
+                    for (bias, gradient) in self.problem.spec().biases.iter().zip(&mut all.dbiases) {
+                        if let (Place::Queries, Some(whole)) = (Place::of(bias), &gradient) {
+                            *gradient = Some(ReduceScatter(self.query_split()).apply(rank, &whole.view())?);
+                        }
                     }
+                    all
                 }
-                all
+                SharedBias::Travelling => self.backward_travelling(rank, shard, forward, d_out)?,
+            };
+            for (bias, gradient) in self.problem.spec().biases.iter().zip(&mut gradients.dbiases) {
+                if let (Place::Everywhere, Some(own)) = (Place::of(bias), &gradient) {
+                    *gradient = Some(Reduce.apply(rank, &own.view())?);
+                }
             }
-            SharedBias::Travelling => self.backward_travelling(rank, shard, forward, d_out)?,
+            Ok(gradients)
         };
-        for (bias, gradient) in self.problem.spec().biases.iter().zip(&mut gradients.dbiases) {
-            if let (Place::Everywhere, Some(own)) = (Place::of(bias), &gradient) {
-                *gradient = Some(Reduce.apply(rank, &own.view())?);
-            }
-        }
-        Ok(gradients)
+        rank.comm.checked(NAME, work())
     }
 
     fn backward_travelling(

@@ -49,28 +49,21 @@ impl RingAttention {
         d_out: &TensorView<'_>,
     ) -> Result<ShardBackward> {
         self.agree(rank, shard, Some((forward, d_out)))?;
-        rank.comm.checked(NAME, self.differentiate(rank, shard, forward, d_out))
-    }
-
-    fn differentiate(
-        &self,
-        rank: &Rank<'_>,
-        shard: &Shard<'_>,
-        forward: &ShardForward,
-        d_out: &TensorView<'_>,
-    ) -> Result<ShardBackward> {
-        let here = rank.comm.rank();
-        let mut resident = self.resident(rank, here)?;
-        round(rank, KEYS, self.outgoing(rank, shard)?, |owner, parcel| {
-            let block = self.incoming(rank, parcel)?;
-            let mut sums = self.travelling(rank, owner)?;
-            for pair in self.pairs(here, owner, self.problem.spec().gradients)? {
-                let inputs = self.inputs(shard, &block, &pair)?;
-                self.add_pair(rank, &pair, inputs, (forward, d_out), &mut resident, &mut sums)?;
-            }
-            pass_on(rank, GRADIENTS, owner, sums)
-        })?;
-        self.finish(rank, resident, received(rank, GRADIENTS)?)
+        let work = || {
+            let here = rank.comm.rank();
+            let mut resident = self.resident(rank, here)?;
+            round(rank, KEYS, self.outgoing(rank, shard)?, |owner, parcel| {
+                let block = self.incoming(rank, parcel)?;
+                let mut sums = self.travelling(rank, owner)?;
+                for pair in self.pairs(here, owner, self.problem.spec().gradients)? {
+                    let inputs = self.inputs(shard, &block, &pair)?;
+                    self.add_pair(rank, &pair, inputs, (forward, d_out), &mut resident, &mut sums)?;
+                }
+                pass_on(rank, GRADIENTS, owner, sums)
+            })?;
+            self.finish(rank, resident, received(rank, GRADIENTS)?)
+        };
+        rank.comm.checked(NAME, work())
     }
 
     fn resident(&self, rank: &Rank<'_>, here: usize) -> Result<Resident> {
