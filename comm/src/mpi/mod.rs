@@ -75,8 +75,7 @@ impl MpiGroup {
 
     /// Says the same to all others.
     fn say(&self, said: &Said) {
-        let others = (0..self.world_size()).filter(|&to| to != self.rank());
-        self.process.hand_over(others.map(|to| self.outgoing(to, said.clone(), Vec::new())));
+        self.process.hand_over(self.group.to_others(said));
     }
 
     /// Passes a failure on, once.
@@ -92,6 +91,15 @@ impl MpiGroup {
 }
 
 impl Group {
+    /// The same words, without tensors, for every other rank.
+    fn to_others(&self, said: &Said) -> impl Iterator<Item = Outgoing> {
+        let from = self.place.rank();
+        let header = Header { group: self.name.clone(), from, chunk_bytes: 0, said: said.clone(), tensors: Vec::new() };
+        let header = header.encode();
+        let others = self.members.iter().enumerate().filter(move |(rank, _)| *rank != from);
+        others.map(move |(_, &to)| Outgoing { to, header: header.clone(), parcel: Parcel::new() })
+    }
+
     /// A failure that another rank found, and told everyone.
     fn failed(&self, error: CommError) {
         self.told.store(true, Ordering::Relaxed);
@@ -119,7 +127,7 @@ impl Transport for MpiGroup {
     }
 
     fn collect(&self, number: u64, operation: &str, deadline: Duration) -> Result<Vec<Parcel>, CommError> {
-        let _waiting = Waiting::new(self.process);
+        let _waiting = Waiting::new(self.process, deadline);
         self.tell(self.group.place.collect(number, operation, deadline))
     }
 
@@ -136,7 +144,7 @@ impl Transport for MpiGroup {
     }
 
     fn receive(&self, from: usize, operation: &str, deadline: Duration) -> Result<Parcel, CommError> {
-        let _waiting = Waiting::new(self.process);
+        let _waiting = Waiting::new(self.process, deadline);
         self.tell(self.group.place.receive(from, operation, deadline))
     }
 

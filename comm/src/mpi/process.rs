@@ -60,6 +60,8 @@ pub(super) struct Desk {
     suspects: BTreeSet<usize>,
     /// The longest of those deadlines.
     patience: Duration,
+    /// The longest deadline that a rank of this process has waited with.
+    longest_wait: Duration,
     /// MPI itself has failed.
     broken: Option<CommError>,
     /// Groups of all processes made so far.
@@ -280,16 +282,22 @@ impl Desk {
         }
     }
 
-    /// MPI has failed: so have all groups.
+    /// MPI has failed: so have all groups. Their other ranks are told, for as long as it still sends.
     pub(super) fn break_down(&mut self, error: &CommError) {
         if self.broken.is_none() {
             self.broken = Some(error.clone());
         }
-        self.seats.values().filter_map(|seat| seat.group.as_ref()).for_each(|group| group.failed(error.clone()));
+        for group in self.seats.values().filter_map(|seat| seat.group.as_ref()) {
+            let failure = group.place.fail(error.clone());
+            if !group.told.swap(true, Ordering::Relaxed) {
+                self.outbox.extend(group.to_others(&Said::Failed(failure)));
+            }
+        }
     }
 
     fn patience(&self) -> Duration {
-        if self.patience.is_zero() { DEFAULT_DEADLINE } else { self.patience }
+        let known = [self.patience, self.longest_wait].into_iter().find(|deadline| !deadline.is_zero());
+        known.unwrap_or(DEFAULT_DEADLINE)
     }
 
     /// How much longer to wait for the goodbyes of others; `None`: until they come.
@@ -328,7 +336,10 @@ impl Group {
 }
 
 impl Waiting {
-    pub(super) fn new(process: &'static Process) -> Self {
+    pub(super) fn new(process: &'static Process, deadline: Duration) -> Self {
+        let mut desk = process.lock();
+        desk.longest_wait = desk.longest_wait.max(deadline);
+        drop(desk);
         process.waiting.fetch_add(1, Ordering::Relaxed);
         process.work.notify_all();
         Self(process)

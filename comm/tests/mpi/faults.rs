@@ -1,11 +1,12 @@
 //! What each process does: rank 1 of three is the one that fails.
 
 use std::process::Command;
+use std::ptr;
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 use std::{process, thread};
 
-use tilefold_comm::{CommError, Communicator, Error, Reduction, Result};
+use tilefold_comm::{CommError, Communicator, Error, Reduction, Result, Shift};
 use tilefold_core::{DType, Tensor, TensorView};
 
 use crate::job::{Role, say};
@@ -13,12 +14,17 @@ use crate::{DEADLINE, checks, comm_error, world};
 
 /// More than any MPI sends without the receiver's asking for it.
 const LARGE: usize = 5_000_000;
+/// Elements, and the bytes that a process has beyond what it uses: a quarter of what those take.
+const HUGE: usize = 1 << 28;
 const LATE: Duration = Duration::from_secs(1);
 static RANK: OnceLock<usize> = OnceLock::new();
 /// Stands before an error in a rank's word.
 const ERROR: &str = "error: ";
 
 pub(crate) fn play(role: Role) {
+    if role == Role::Foreign {
+        return after_another_start();
+    }
     let comm = world();
     let rank = *RANK.get_or_init(|| comm.rank());
     match role {
@@ -34,26 +40,77 @@ pub(crate) fn play(role: Role) {
                 thread::sleep(DEADLINE + LATE);
             }
         }
-        Role::Panic | Role::Exit | Role::Kill | Role::Stop | Role::Hang => return die(role, &comm),
+        Role::NoRoom => return no_room(&comm),
+        _ => return die(role, &comm),
     }
     say(rank, "ok");
+}
+
+/// MPI is someone else's already: it is left alone.
+fn after_another_start() {
+    let (mut rank, mut provided) = (0, 0);
+    // SAFETY: the first call of MPI; null stands for no arguments, by the standard; the places are valid.
+    let statuses = unsafe {
+        let funneled = mpi_sys::RSMPI_THREAD_FUNNELED;
+        let started = mpi_sys::MPI_Init_thread(ptr::null_mut(), ptr::null_mut(), funneled, &raw mut provided);
+        [started, mpi_sys::MPI_Comm_rank(mpi_sys::RSMPI_COMM_WORLD, &raw mut rank)]
+    };
+    assert_eq!(statuses, [0; 2]);
+    for _ in 0..2 {
+        let error = comm_error(Communicator::mpi().map(|_| ())).unwrap();
+        let CommError::Driver { call: "MPI_Initialized", message, .. } = &error else { panic!("{error}") };
+        assert!(message.contains("call Communicator::mpi before it does"), "{message}");
+    }
+    // SAFETY: this thread has started it.
+    assert_eq!(unsafe { mpi_sys::MPI_Finalize() }, 0);
+    say(usize::try_from(rank).unwrap(), "ok");
+}
+
+/// Rank 1's process has no memory for what rank 0 sends; nobody of the others waits for its deadline to hear of it.
+fn no_room(comm: &Communicator) {
+    small(comm).unwrap();
+    if comm.rank() == 1 {
+        let used = std::fs::read_to_string("/proc/self/statm").unwrap();
+        let used: u64 = used.split(' ').next().unwrap().parse().unwrap();
+        // SAFETY: a constant of the system.
+        let page = u64::try_from(unsafe { libc::sysconf(libc::_SC_PAGESIZE) }).unwrap();
+        let most = used * page + HUGE as u64;
+        // SAFETY: the place is valid.
+        let status = unsafe { libc::setrlimit(libc::RLIMIT_AS, &libc::rlimit { rlim_cur: most, rlim_max: most }) };
+        assert_eq!(status, 0);
+    }
+    small(comm).unwrap();
+    let started = Instant::now();
+    let work = || {
+        if comm.rank() == 0 {
+            comm.send(1, vec![Arc::new(Tensor::zeros(DType::F32, &[HUGE])?)])?;
+        }
+        comm.receive((comm.rank() + 2) % 3).map(|_| ())
+    };
+    let error = comm_error(work()).unwrap();
+    assert!(started.elapsed() < DEADLINE, "{error}");
+    assert!(!comm.is_usable());
+    say(comm.rank(), &write_error(&error));
 }
 
 /// Rank 1's process ends between two collectives.
 fn die(role: Role, comm: &Communicator) {
     let work = || {
         small(comm)?;
+        let shift = || comm.begin_shift("shift", comm.neighbour(1), large()?, comm.neighbour(-1));
+        let under_way = (role == Role::KillUnderWay).then(shift).transpose()?;
         if comm.rank() == 1 {
             match role {
                 Role::Panic => panic!("planted"),
                 Role::Exit => process::exit(3),
-                Role::Kill => signal("-KILL"),
+                Role::Kill | Role::KillUnderWay => signal("-KILL"),
                 // Its other thread, too, falls silent.
                 Role::Stop => signal("-STOP"),
                 // For longer than the driver's limit.
                 _ => thread::sleep(Duration::from_secs(600)),
             }
         }
+        under_way.map(Shift::finish).transpose()?;
         small(comm)
     };
     let started = Instant::now();

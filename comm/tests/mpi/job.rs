@@ -32,21 +32,27 @@ pub(crate) enum Role {
     Panic,
     Exit,
     Kill,
+    KillUnderWay,
+    NoRoom,
     Stop,
     Hang,
     Farewell,
+    Foreign,
     Long,
 }
 
-const ROLES: [Role; 9] = [
+const ROLES: [Role; 12] = [
     Role::Checks,
     Role::Faults,
     Role::Panic,
     Role::Exit,
     Role::Kill,
+    Role::KillUnderWay,
+    Role::NoRoom,
     Role::Stop,
     Role::Hang,
     Role::Farewell,
+    Role::Foreign,
     Role::Long,
 ];
 

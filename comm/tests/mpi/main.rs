@@ -42,15 +42,23 @@ fn trials() -> Vec<Trial> {
         Trial::test("faults/a_process_exits", || {
             dies(Job::new(3, Role::Exit), |error| matches!(error, CommError::Lost { rank: 1, panicked: false, .. }))
         }),
-        Trial::test("faults/a_process_is_killed", killed),
+        Trial::test("faults/a_process_is_killed", || killed(Role::Kill)),
+        Trial::test("faults/a_process_is_killed_while_it_sends", || killed(Role::KillUnderWay)),
+        Trial::test("faults/mpi_is_in_use_already", || all_well(Job::new(2, Role::Foreign))),
         Trial::test("faults/a_process_stops", || dies(Job::new(3, Role::Stop), of_rank_1)),
         Trial::test("faults/a_process_hangs", || dies(Job::new(3, Role::Hang), of_rank_1)),
         Trial::test("exit/what_was_sent_before_it_arrives", || all_well(Job::new(3, Role::Farewell))),
         Trial::test("exit/a_process_that_computes_longer_is_waited_for", || all_well(Job::new(2, Role::Long))),
     ];
+    if cfg!(target_os = "linux") {
+        trials.push(Trial::test("faults/a_process_has_no_room_for_what_comes", no_room));
+    }
     // Hydra, of MPICH, ends the job whatever it is told.
     if !job::launcher_is_hydra() {
-        trials.push(Trial::test("faults/a_process_is_killed_and_the_launcher_lets_the_others_live", killed_alone));
+        trials.extend([("", Role::Kill), ("_while_it_sends", Role::KillUnderWay)].map(|(when, role)| {
+            let name = format!("faults/a_process_is_killed{when}_and_the_launcher_lets_the_others_live");
+            Trial::test(name, move || killed_alone(role))
+        }));
     }
     trials.extend([1, 2, 3, 5].map(|ranks| {
         Trial::test(format!("collectives/{ranks}_processes"), move || all_well(Job::new(ranks, Role::Checks)))
@@ -83,8 +91,8 @@ fn dies(job: Job, expected: impl Fn(&CommError) -> bool) -> Result<(), Failed> {
 }
 
 /// Launchers end a job when one of its processes is killed: a rank that has the time to say anything has an error.
-fn killed() -> Result<(), Failed> {
-    let done = Job::new(3, Role::Kill).run()?;
+fn killed(role: Role) -> Result<(), Failed> {
+    let done = Job::new(3, role).run()?;
     let has_error = |word: &Option<String>| word.as_ref().is_none_or(|word| faults::read_error(word).is_some());
     if !done.success && done.words.iter().all(has_error) {
         return Ok(());
@@ -93,9 +101,19 @@ fn killed() -> Result<(), Failed> {
 }
 
 /// The others find out by their deadline, or earlier from MPI, and end the job, which nobody else would.
-fn killed_alone() -> Result<(), Failed> {
-    let job = Job::new(3, Role::Kill).surviving();
+fn killed_alone(role: Role) -> Result<(), Failed> {
+    let job = Job::new(3, role).surviving();
     dies(job, |error| of_rank_1(error) || matches!(error, CommError::Driver { .. }))
+}
+
+/// All ranks have the error of the one that cannot receive, and the job ends.
+fn no_room() -> Result<(), Failed> {
+    let done = Job::new(3, Role::NoRoom).run()?;
+    let is_told = |word: &Option<String>| {
+        let error = word.as_deref().and_then(faults::read_error);
+        matches!(error, Some(CommError::Driver { message, .. }) if message.contains("Tensor::zeros"))
+    };
+    if done.words.iter().all(is_told) { Ok(()) } else { Err(done.unexpected("Tensor::zeros has failed on every rank")) }
 }
 
 /// A deadline that only rank 1 has missed.
