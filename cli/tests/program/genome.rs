@@ -79,6 +79,34 @@ fn memory_is_what_the_plan_of_training_says() {
     }
 }
 
+/// Under the launcher of the MPI library that the program is linked with.
+#[cfg(feature = "mpi")]
+#[test]
+fn processes_compute_what_threads_do() {
+    let choices = ["genome", GENOME, "--json", "--positions", "learned", "--mlp", "tensor"];
+    let expected = json(&[&choices[..], &SMALL[..], &["--ranks", "3"]].concat());
+    let mut launcher = std::process::Command::new("mpirun");
+    // Neither a root user nor more ranks than cores are a mistake here; Open MPI 4, and 5.
+    launcher.envs([
+        ("OMPI_ALLOW_RUN_AS_ROOT", "1"),
+        ("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1"),
+        ("OMPI_MCA_rmaps_base_oversubscribe", "1"),
+        ("PRTE_MCA_rmaps_default_mapping_policy", ":oversubscribe"),
+    ]);
+    launcher.args(["-n", "3", env!("CARGO_BIN_EXE_tilefold"), "--threads", "1"]);
+    let output = launcher.args(choices).args(SMALL).arg("--mpi").output().unwrap();
+    assert!(output.status.success(), "{}", crate::text(&output.stderr));
+    // One rank of three speaks.
+    let found: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    let last = |report: &serde_json::Value| report["rows"].as_array().unwrap().last().unwrap().clone();
+    let (of_processes, of_threads) = (last(&found), last(&expected));
+    assert_eq!((&found["passed"], &of_processes["ranks"]), (&true.into(), &3.into()), "{found}");
+    // Sums have one order, whatever ranks are.
+    for name in ["losses", "difference", "bytes_sent"] {
+        assert_eq!(of_processes[name], of_threads[name], "{name}: {found} {expected}");
+    }
+}
+
 #[test]
 fn the_table_ends_with_the_verdict() {
     let text = stdout(&[&["genome", GENOME, "--ranks", "2"], &SMALL[..]].concat());
