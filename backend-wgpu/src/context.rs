@@ -20,6 +20,8 @@ const MAX_BINDING_BYTES: u64 = (1 << 32) - 4;
 const MAX_WORKGROUP_BYTES: u64 = 16 << 10;
 /// Rounds of loops that llvmpipe does, less what a bound from measurements may miss: LP_MAX_TGSI_LOOP_ITERATIONS is 65 535.
 const LLVMPIPE_LOOP_ROUNDS: u64 = 61_440;
+/// Compiled kernels that are kept.
+const MAX_PIPELINES: usize = 256;
 /// Threads of a workgroup, which no subgroup exceeds here.
 const THREADS: u32 = 64;
 
@@ -41,6 +43,8 @@ pub struct WgpuOptions {
     pub max_workgroups: u32,
     /// Rounds that the loops of one thread make, at most: llvmpipe ends loops after 65 535, without a word.
     pub max_loop_rounds: u64,
+    /// Compiled kernels that are kept, at most: a driver's code for one may take a megabyte.
+    pub max_pipelines: usize,
 }
 
 impl Default for WgpuOptions {
@@ -53,6 +57,7 @@ impl Default for WgpuOptions {
             max_binding_bytes: u64::MAX,
             max_workgroups: u32::MAX,
             max_loop_rounds: u64::MAX,
+            max_pipelines: MAX_PIPELINES,
         }
     }
 }
@@ -69,6 +74,7 @@ impl WgpuOptions {
             max_binding_bytes: 128 << 20,
             max_workgroups: 65_535,
             max_loop_rounds: u64::MAX,
+            max_pipelines: MAX_PIPELINES,
         }
     }
 }
@@ -195,7 +201,8 @@ impl Context {
             software,
         };
         let memory = Memory::new(limits.max_buffer_size);
-        let pipelines = Pipelines::new(u64::from(limits.min_uniform_buffer_offset_alignment));
+        let argument_alignment = u64::from(limits.min_uniform_buffer_offset_alignment);
+        let pipelines = Pipelines::new(argument_alignment, options.max_pipelines);
         Ok(Self { id, device, queue, limits: kernel_limits, memory, pipelines, calls: Calls::default(), state })
     }
 

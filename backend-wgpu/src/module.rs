@@ -10,15 +10,13 @@ use crate::context::{Context, lock};
 use crate::error::{asked, driver};
 use crate::memory::Place;
 
-/// Pipelines kept at a time: a driver's code for one may take a megabyte.
-const MAX_PIPELINES: usize = 256;
-
 /// Pipelines of a device.
 #[derive(Debug)]
 pub(crate) struct Pipelines {
     /// By shader and by which of its inputs lie in buffers that it also writes.
     made: Mutex<HashMap<(Shader, u32), Arc<Pipeline>>>,
     argument_alignment: u64,
+    max: usize,
 }
 
 #[derive(Debug)]
@@ -28,8 +26,9 @@ struct Pipeline {
 }
 
 impl Pipelines {
-    pub(crate) fn new(argument_alignment: u64) -> Self {
-        Self { made: Mutex::default(), argument_alignment }
+    /// Keeps at most `max` of them.
+    pub(crate) fn new(argument_alignment: u64, max: usize) -> Self {
+        Self { made: Mutex::default(), argument_alignment, max }
     }
 }
 
@@ -147,7 +146,7 @@ fn pipeline(context: &Context, dispatch: &Dispatch, written: u32) -> DeviceResul
     let (kernel, elapsed_ms) = (dispatch.shader.file.name(), started.elapsed().as_millis());
     tracing::debug!(kernel, elapsed_ms, "compiled a kernel");
     let mut made = lock(&context.pipelines.made);
-    if made.len() >= MAX_PIPELINES {
+    if made.len() >= context.pipelines.max {
         // Those in use stay until they are done.
         made.clear();
     }

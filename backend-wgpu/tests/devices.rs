@@ -32,6 +32,7 @@ const TESTS: &[harness::Test] = &[
     ("workgroups_are_folded_where_an_axis_is_short", short_axes),
     ("calls_are_cut_where_loops_are_short", short_loops),
     ("loops_that_a_driver_cuts_off_are_cut_or_refused", long_loops),
+    ("kernels_that_were_given_up_are_compiled_again", few_pipelines),
     ("too_few_storage_buffers_are_refused", few_buffers),
     ("backends_of_one_device_share_its_memory", shared),
     ("streams_and_events_of_another_maker_are_refused", foreign_handles),
@@ -41,6 +42,8 @@ const TESTS: &[harness::Test] = &[
     ("work_is_timed_by_the_device_or_by_the_host", timed),
     ("all_devices_compute_at_once", all_devices),
     ("subgroups_are_those_of_the_driver", subgroups),
+    #[cfg(target_os = "linux")]
+    ("memory_that_the_driver_refuses_is_an_error", refused_memory),
     #[cfg(target_os = "linux")]
     ("without_a_driver_it_says_how_to_install_one", no_driver),
 ];
@@ -196,6 +199,15 @@ fn long_loops() {
     }
 }
 
+/// Forward and backward are more kernels than that; the second time they come as calls that hold theirs.
+fn few_pipelines() {
+    let device = with(|options| options.max_pipelines = 1);
+    for dtype in [DType::F32, DType::BF16, DType::F32] {
+        let worst = check_case(&device, &cut_case(dtype));
+        assert!(worst.is_ok(), "{dtype}: {worst:?}");
+    }
+}
+
 fn few_buffers() {
     let mut options = WgpuOptions::default();
     options.max_storage_buffers = 8;
@@ -307,6 +319,45 @@ fn subgroups() {
     assert!(lanes.is_power_of_two(), "{lanes}");
     if let Ok(bits) = std::env::var("LP_NATIVE_VECTOR_WIDTH") {
         assert_eq!(lanes, bits.parse::<usize>().unwrap() / 32, "LP_NATIVE_VECTOR_WIDTH={bits}");
+    }
+}
+
+/// This program again, with little memory; a driver for the CPU takes what the system gives.
+#[cfg(target_os = "linux")]
+fn refused_memory() {
+    const LIMITED: &str = "TILEFOLD_TEST_LIMITED";
+    let arch = WgpuBackend::new(0).unwrap().info().arch.clone();
+    if !arch.contains("llvmpipe") {
+        println!("left out: what {arch} does without memory, for it has its own");
+        return;
+    }
+    if std::env::var_os(LIMITED).is_none() {
+        let mut shell = std::process::Command::new("sh");
+        shell.args(["-c", "ulimit -v 6000000; exec \"$@\"", "sh"]).arg(std::env::current_exe().unwrap());
+        let output = shell.args(["--exact", "memory_that_the_driver_refuses_is_an_error"]).env(LIMITED, "1").output();
+        let output = output.unwrap();
+        assert!(output.status.success(), "{}{}", String::from_utf8_lossy(&output.stdout), output.status);
+        return;
+    }
+    let device = with(|_| ());
+    let stream = device.stream().unwrap();
+    let bytes = 1 << 28;
+    for _ in 0..2 {
+        let mut held = Vec::new();
+        let error = loop {
+            match device.alloc(&stream, bytes) {
+                Ok(storage) => held.push(storage),
+                Err(error) => break error,
+            }
+            assert!(held.len() < 32, "more than the system gives");
+        };
+        assert!(matches!(error, DeviceError::OutOfMemory { asked, .. } if asked == bytes as u64), "{error}");
+        assert!(held.len() > 4, "{error}");
+        // What there is can still be used, and comes back.
+        held.truncate(2);
+        let mut read = [1; 64];
+        device.download(&stream, &held[1], &mut read).unwrap();
+        assert_eq!(read, [0; 64]);
     }
 }
 
