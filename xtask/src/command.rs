@@ -39,10 +39,10 @@ pub(crate) fn run(environment: &[(&str, &str)], command: &[&str]) -> Result<Coun
         .with_context(|| format!("cannot start {program}"))?;
     let mut count = Count::default();
     if let Some(stdout) = child.stdout.take() {
-        let mut terminal = std::io::stdout().lock();
         for line in BufReader::new(stdout).split(b'\n') {
             let line = line.with_context(|| format!("cannot read what {program} prints"))?;
-            terminal.write_all(&[&line[..], b"\n"].concat()).context("cannot print")?;
+            // Another command may print at the same time: each has the terminal for a line.
+            std::io::stdout().write_all(&[&line[..], b"\n"].concat()).context("cannot print")?;
             let line = String::from_utf8_lossy(&line);
             count += tests_of(&line);
             count.skips.extend(skip_of(&line));

@@ -111,13 +111,12 @@ fn wgpu(report: &mut Report) -> Result<()> {
         return Ok(());
     }
     let conformance = |chosen| {
-        let test = ["cargo", "test", "--workspace", "--all-features", "--test", CONFORMANCE, "--"];
+        let test = ["cargo", "test", "--workspace", "--all-features", "--test", CONFORMANCE, "--", "--quiet"];
         [&test[..], &[chosen, "--skip", "determinism", "--skip", "sharded"]].concat()
     };
-    for (bits, threads) in [("128", 4), ("512", 16)] {
-        let test = conformance(EMULATED);
-        report.step(&format!("conformance on wgpu, subgroups of {threads}"), || vulkan::at_width(bits, &test))?;
-    }
+    let test = conformance("");
+    let widths = ["128", "512"];
+    report.step("conformance on wgpu, subgroups of 4 and of 16", || vulkan::at_widths(&widths, &test))?;
     // In f32, with either kind of products: its compiler takes minutes for half types with strided rows.
     let test = conformance("32/everything");
     report.step("conformance on wgpu, SwiftShader", || vulkan::on_swiftshader(&test))?;

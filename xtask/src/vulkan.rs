@@ -2,8 +2,9 @@
 
 use std::fs;
 use std::path::PathBuf;
+use std::thread;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, anyhow};
 
 use crate::command::{output, run};
 use crate::emulate::apt::{Apt, unpack_files};
@@ -70,10 +71,22 @@ fn swiftshader() -> Result<PathBuf> {
     Ok(files[1].clone())
 }
 
-/// Every feature at once, in each dtype, on Mesa's driver with vectors of so many bits, which decide how large a subgroup is.
-///
+/// A test on Mesa's driver with vectors of so many bits, which decide how large a subgroup is; at all widths at the same
+/// time, since in one process the driver compiles one shader after another.
+pub(crate) fn at_widths(bits: &[&str], test: &[&str]) -> Result<Count> {
+    let counts: Vec<_> = thread::scope(|scope| {
+        let runs: Vec<_> = bits.iter().map(|bits| scope.spawn(|| at_width(bits, test))).collect();
+        runs.into_iter().map(thread::ScopedJoinHandle::join).collect()
+    });
+    let mut all = Count::default();
+    for count in counts {
+        all += count.map_err(|_| anyhow!("a run at one width panicked"))??;
+    }
+    Ok(all)
+}
+
 /// The driver's cache does not tell code of one width from that of another.
-pub(crate) fn at_width(bits: &str, test: &[&str]) -> Result<Count> {
+fn at_width(bits: &str, test: &[&str]) -> Result<Count> {
     let drivers = lavapipe()?;
     let drivers = drivers.to_str().context("a path that is no text")?;
     let variables = [REQUIRED, DEVICE, (DRIVERS, drivers), ("LP_NATIVE_VECTOR_WIDTH", bits), NO_CACHE];
