@@ -14,7 +14,7 @@ const PAIRS: usize = MAX_HEAD_DIM / 2;
 
 /// Turns the pairs of every head.
 pub(crate) fn rope(arch: Arch, args: RopeArgs<'_>) {
-    let (dtype, spec, angles) = (args.dtype(), args.spec().clone(), args.angles());
+    let (dtype, spec, angles) = (args.dtype(), args.spec().clone(), args.spec().angles());
     let (source, mut destination) = args.into_parts();
     let rotation = Rotation {
         arch,

@@ -11,7 +11,7 @@ use crate::stream::CudaStream;
 /// # Errors
 /// What compiler and driver report.
 pub(crate) fn rope(stream: &CudaStream, limits: Limits, args: RopeArgs<'_>) -> DeviceResult<()> {
-    let (spec, angles) = (args.spec().clone(), args.angles());
+    let (spec, angles) = (args.spec().clone(), args.spec().angles());
     let (source, destination) = args.into_parts();
     launch_all(stream, limits, tilefold_kernels::rope(&spec, &angles, &source, destination.as_view()))
 }

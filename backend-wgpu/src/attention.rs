@@ -24,7 +24,7 @@ pub(crate) fn plan(context: &Context, problem: &AttentionProblem) -> DeviceResul
     let limits = wgsl::Limits { binding_bytes: u64::MAX, ..context.limits };
     let workspace = wgsl::backward_workspace_bytes(problem, &limits).map_err(|error| unsupported(&error))?;
     let workspace_bytes = usize::try_from(workspace).unwrap_or(usize::MAX);
-    let forward_bytes = wgsl::forward_workspace_bytes(problem, &context.limits).map_err(|error| unsupported(&error))?;
+    let forward_bytes = wgsl::forward_workspace_bytes(problem, &limits).map_err(|error| unsupported(&error))?;
     let forward_bytes = usize::try_from(forward_bytes).unwrap_or(usize::MAX);
     let tile_q = wgsl::forward_tile(problem, &context.limits);
     Ok(AttentionPlan {

@@ -1,7 +1,9 @@
 //! A device and its queue, shared by all backends of one adapter in a process; and what has gone wrong with them.
 
 use std::collections::HashMap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
+use std::thread::{self, ThreadId};
 
 use tilefold_core::{DeviceError, DeviceId, DeviceKind, DeviceResult, OpenError};
 use tilefold_kernels::wgsl::Limits;
@@ -33,6 +35,9 @@ pub struct WgpuOptions {
     pub subgroups: bool,
     /// Whether rows that all threads of a workgroup want are read into its memory; `None` for where that pays, on GPUs.
     pub workgroup_memory: Option<bool>,
+    /// Whether kernels are those for processors, which have memory for many registers and no exponential of their own; `None`
+    /// for what the driver says it is.
+    pub software: Option<bool>,
     /// Whether work is timed by the device's timestamps where it has them.
     pub timestamps: bool,
     /// Storage buffers of one shader, at most; no fewer than 10 are enough.
@@ -52,6 +57,7 @@ impl Default for WgpuOptions {
         Self {
             subgroups: true,
             workgroup_memory: None,
+            software: None,
             timestamps: true,
             max_storage_buffers: u32::MAX,
             max_binding_bytes: u64::MAX,
@@ -69,6 +75,7 @@ impl WgpuOptions {
         Self {
             subgroups: false,
             workgroup_memory: None,
+            software: None,
             timestamps: false,
             max_storage_buffers: 10,
             max_binding_bytes: 128 << 20,
@@ -96,13 +103,27 @@ pub(crate) struct Context {
 #[derive(Debug, Default)]
 struct State {
     lost: OnceLock<String>,
-    /// The first error that no scope has caught, until someone is told.
-    failed: Mutex<Option<DeviceError>>,
+    /// The first error of each thread that no scope has caught, until its next call: wgpu reports on the thread whose call
+    /// it is.
+    failed: Mutex<HashMap<ThreadId, DeviceError>>,
 }
 
 /// A lock that a panic of another thread does not spoil: what it guards is replaced as a whole.
 pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// What `call` gives: wgpu panics where a driver fails while it is waited for, and where a device is lost then.
+///
+/// # Errors
+/// [`DeviceError::Driver`] with the panic's words.
+fn unpanicked<T>(call: &'static str, work: impl FnOnce() -> T) -> DeviceResult<T> {
+    // What wgpu guards with locks it replaces as a whole; and a device that has failed so is not used again.
+    catch_unwind(AssertUnwindSafe(work)).map_err(|panic| {
+        let words = panic.downcast_ref::<String>().map(String::as_str);
+        let words = words.or_else(|| panic.downcast_ref::<&str>().copied());
+        driver(call, words.unwrap_or("wgpu panicked").to_owned())
+    })
 }
 
 /// The adapters that can compute, best first: their numbers are those of devices.
@@ -183,9 +204,9 @@ impl Context {
         });
         let told = Arc::clone(&state);
         device.on_uncaptured_error(Arc::new(move |error: wgpu::Error| {
-            lock(&told.failed).get_or_insert_with(|| caught("submit", &error));
+            lock(&told.failed).entry(thread::current().id()).or_insert_with(|| caught("submit", &error));
         }));
-        let software = info.device_type == wgpu::DeviceType::Cpu;
+        let software = options.software.unwrap_or(info.device_type == wgpu::DeviceType::Cpu);
         let driver_rounds = if info.driver == "llvmpipe" { LLVMPIPE_LOOP_ROUNDS } else { u64::MAX };
         let has_subgroups = features.contains(wgpu::Features::SUBGROUP);
         let staged = options.workgroup_memory.unwrap_or(!software);
@@ -214,7 +235,7 @@ impl Context {
         self.check_lost()?;
         let filters = [wgpu::ErrorFilter::Validation, wgpu::ErrorFilter::OutOfMemory, wgpu::ErrorFilter::Internal];
         let scopes = filters.map(|filter| self.device.push_error_scope(filter));
-        let result = work();
+        let result = unpanicked(call, work).and_then(|result| result);
         let mut found = None;
         for scope in scopes.into_iter().rev() {
             // Every scope is popped, the innermost first.
@@ -234,19 +255,20 @@ impl Context {
     /// [`DeviceError::Lost`], and errors that came too late for the call that caused them.
     pub(crate) fn wait(&self, submission: Option<wgpu::SubmissionIndex>) -> DeviceResult<()> {
         self.check_lost()?;
-        let waits = self.device.poll(wgpu::PollType::Wait { submission_index: submission, timeout: None });
+        let poll = || self.device.poll(wgpu::PollType::Wait { submission_index: submission, timeout: None });
+        let waits = unpanicked("poll", poll);
         self.check_lost()?;
-        waits.map_err(|error| driver("poll", error.to_string()))?;
+        waits?.map_err(|error| driver("poll", error.to_string()))?;
         self.check()
     }
 
-    /// Whether all is well.
+    /// Whether all is well with what this thread has called.
     ///
     /// # Errors
     /// [`DeviceError::Lost`], and what no scope has caught, once.
     pub(crate) fn check(&self) -> DeviceResult<()> {
         self.check_lost()?;
-        lock(&self.state.failed).take().map_or(Ok(()), Err)
+        lock(&self.state.failed).remove(&thread::current().id()).map_or(Ok(()), Err)
     }
 
     pub(crate) fn check_lost(&self) -> DeviceResult<()> {

@@ -15,6 +15,8 @@ use crate::error::{asked, driver};
 
 /// Addresses of buffers are multiples of this, which no alignment of bindings exceeds.
 const ALIGNMENT: u64 = 4096;
+/// Sizes of buffers are multiples of this: bindings end at multiples of 4 bytes, and quads at multiples of 16.
+const SIZE_ALIGNMENT: u64 = 256;
 /// The next address that no buffer of this process has had, whatever its device.
 static NEXT_ADDRESS: AtomicU64 = AtomicU64::new(ALIGNMENT);
 /// Idle buffers kept for later, in bytes.
@@ -33,6 +35,8 @@ pub(crate) struct Memory {
     buffers: Mutex<Buffers>,
     /// A buffer the host reads through; who uses it holds the lock.
     staging: Mutex<Option<wgpu::Buffer>>,
+    /// What the host has written since it last submitted something for that reason: wgpu keeps a copy until then.
+    staged_bytes: AtomicU64,
 }
 
 #[derive(Debug, Default)]
@@ -54,7 +58,9 @@ struct Addressed {
 
 impl Memory {
     pub(crate) fn new(max_buffer_bytes: u64) -> Self {
-        Self { max_buffer_bytes, buffers: Mutex::default(), staging: Mutex::default() }
+        // Some drivers name a number that no copy or binding could end at.
+        let max_buffer_bytes = max_buffer_bytes - max_buffer_bytes % SIZE_ALIGNMENT;
+        Self { max_buffer_bytes, buffers: Mutex::default(), staging: Mutex::default(), staged_bytes: AtomicU64::new(0) }
     }
 
     /// The buffer that an address lies in, its own address, and the offset there.
@@ -196,8 +202,7 @@ impl Block {
         if bytes > memory.max_buffer_bytes {
             return Err(DeviceError::OutOfMemory { asked: bytes, free: memory.max_buffer_bytes });
         }
-        // Bindings end at multiples of 4 bytes, and quads at multiples of 16.
-        let size = bytes.max(1).next_multiple_of(256).min(memory.max_buffer_bytes);
+        let size = bytes.max(1).next_multiple_of(SIZE_ALIGNMENT);
         let block = |address| Self { context: Arc::downgrade(context), address };
         let idle = lock(&memory.buffers).take(size);
         if let Some(address) = idle {
@@ -273,8 +278,10 @@ pub(crate) fn storage(context: &Arc<Context>, bytes: usize) -> DeviceResult<Stor
         })?;
     }
     let pointer = std::ptr::without_provenance_mut(usize::try_from(address).unwrap_or(usize::MAX));
+    // The memory needs its device, whoever else has given it up.
+    let owner = Arc::new((block, Arc::clone(context)));
     // SAFETY: memory of this device that lives as long as its owner, which gives no access to it.
-    Ok(unsafe { Storage::from_raw(pointer, bytes, context.id, Arc::new(block)) })
+    Ok(unsafe { Storage::from_raw(pointer, bytes, context.id, owner) })
 }
 
 /// Copies host bytes to the front of a storage.
@@ -301,8 +308,10 @@ pub(crate) fn write(context: &Context, source: &[u8], address: u64) -> DeviceRes
         for part in words.chunks(COPY_BYTES) {
             context.queue.write_buffer(&buffer, at, part);
             at += part.len() as u64;
-            if words.len() > COPY_BYTES {
-                // What is staged goes out before the next part is staged.
+            let staged = context.memory.staged_bytes.fetch_add(part.len() as u64, Ordering::Relaxed);
+            if staged + part.len() as u64 >= COPY_BYTES as u64 {
+                // What is staged goes out before more is.
+                context.memory.staged_bytes.store(0, Ordering::Relaxed);
                 context.queue.submit([]);
             }
         }

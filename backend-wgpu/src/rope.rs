@@ -14,10 +14,11 @@ use crate::error::unsupported;
 /// # Errors
 /// [`tilefold_core::DeviceError::Unsupported`] for a layout that no binding can show, and what wgpu reports.
 pub(crate) fn rope(context: &Arc<Context>, args: RopeArgs<'_>) -> DeviceResult<()> {
-    let (spec, angles) = (args.spec().clone(), args.angles());
+    let spec = args.spec().clone();
     let (source, destination) = args.into_parts();
     let destination = destination.as_view();
     enqueue(context, What::Rope(&spec), &[Some(&source), Some(destination)], |_| {
+        let angles = spec.angles();
         wgsl::rope(&spec, &angles, &source, destination, &context.limits).map_err(|error| unsupported(&error))
     })
 }

@@ -13,8 +13,9 @@ use std::process::ExitCode;
 
 use tilefold_backend_wgpu::WgpuBackend;
 use tilefold_core::{
-    AccumulateArgs, AttentionProblem, AttentionSpec, Backend, DType, DeviceError, ForwardArgs, ForwardOperands, Layout,
-    MergeArgs, MergeOperands, RelayoutArgs, RopeArgs, RopePairs, RopeSpec, Tensor,
+    AccumulateArgs, AttentionProblem, AttentionSpec, Backend, BackwardArgs, BackwardOperands, DType, DeviceError,
+    ForwardArgs, ForwardOperands, Layout, MergeArgs, MergeOperands, RelayoutArgs, RopeArgs, RopePairs, RopeSpec,
+    Tensor,
 };
 
 fn main() -> ExitCode {
@@ -35,7 +36,8 @@ fn lost() {
     };
     let mut heads = [(); 2].map(|()| of(&[1, 1, 16, 2, 8]));
     let mut sums = [(); 3].map(|()| of(&[1, 1, 2, 16]));
-    let spec = AttentionSpec::new(DType::F32, 1, 1, 16, 2, 8);
+    let mut spec = AttentionSpec::new(DType::F32, 1, 1, 16, 2, 8);
+    spec.gradients.q = true;
     let plan = device.plan_attention(&AttentionProblem::new(spec).unwrap()).unwrap();
     let rope = RopeSpec::new(8, RopePairs::Halves);
     let mut unused = device.alloc(&stream, 64).unwrap();
@@ -75,6 +77,14 @@ fn lost() {
         out: out.view_mut(), lse: Some(lse.view_mut()), lse_low: None,
     };
     is_lost(device.attention_forward(&stream, ForwardArgs::new(&plan, operands).unwrap()));
+    let [q, dq] = &mut heads;
+    #[rustfmt::skip]
+    let operands = BackwardOperands {
+        q: q.view(), k: q.view(), v: q.view(), biases: Vec::new(), key_mask: None, q_segments: None, k_segments: None, gate: None,
+        out: q.view(), lse: lse.view(), lse_low: lse.view(), d_out: q.view(),
+        dq: Some(dq.view_mut()), dk: None, dv: None, dbiases: Vec::new(), d_gate: None,
+    };
+    is_lost(device.attention_backward(&stream, BackwardArgs::new(&plan, operands).unwrap()));
 
     // Opened again it is another device, which works and knows nothing of the old one's memory.
     let again = WgpuBackend::new(0).unwrap();

@@ -16,8 +16,9 @@ use std::process::ExitCode;
 
 use tilefold_backend_wgpu::{WgpuBackend, WgpuOptions};
 use tilefold_core::{
-    AttentionPlan, AttentionProblem, AttentionSpec, Backend, BackwardArgs, BackwardOperands, BiasSpec, DType,
-    ForwardArgs, ForwardOperands, Layout, MergeArgs, MergeOperands, Stream, Tensor,
+    AccumulateArgs, AttentionPlan, AttentionProblem, AttentionSpec, Backend, BackwardArgs, BackwardOperands, BiasSpec,
+    DType, DeviceError, ForwardArgs, ForwardOperands, Layout, MergeArgs, MergeOperands, RelayoutArgs, RopeArgs,
+    RopePairs, RopeSpec, Stream, Tensor,
 };
 use tilefold_kernels::params::Operand;
 use tilefold_kernels::wgsl::{self, Dispatch, DispatchError, Limits};
@@ -76,6 +77,9 @@ const TESTS: &[harness::Test] = &[
     ("another_problem_is_another_call", problems_change),
     ("workspace_of_a_call_may_be_a_tensor_later", workspace_changes_hands),
     ("memory_that_calls_have_reached_is_freed", memory_is_freed),
+    ("plans_say_what_calls_take", plans_are_kept),
+    ("memory_outlives_whoever_opened_its_device", memory_stays),
+    ("errors_that_come_late_are_those_of_their_thread", late_errors),
 ];
 
 fn main() -> ExitCode {
@@ -361,6 +365,7 @@ fn nothing_is_allocated() {
     let merge = wgsl::merge(&operands, &limits(&device)).unwrap();
     assert_eq!(median(|| attention.merge(&part)), bare(&device, &merge), "merge");
 
+    moves_allocate_nothing(&device, &attention);
     let (stream, [to, ..]) = (device.stream().unwrap(), attention.results());
     let fill = wgsl::fill(to.view_mut().as_view(), 1.0, &limits(&device)).unwrap();
     let count = median(|| {
@@ -371,6 +376,42 @@ fn nothing_is_allocated() {
         count - counted(|| to.view_mut()).0
     });
     assert_eq!(count, bare(&device, &fill), "fill");
+}
+
+/// Copies, sums and rotations.
+fn moves_allocate_nothing(device: &WgpuBackend, attention: &Attention) {
+    let (stream, limits) = (device.stream().unwrap(), limits(device));
+    let (source, mut to) = (attention.q.view(), tensor(device, attention.q.shape(), 3));
+    let rotation = RopeSpec::new(8, RopePairs::Halves);
+    let copies = wgsl::relayout(&source, to.view_mut().as_view(), &limits).unwrap();
+    let sums = wgsl::accumulate(&source, to.view_mut().as_view(), &limits).unwrap();
+    let turns = wgsl::rope(&rotation, &rotation.angles(), &source, to.view_mut().as_view(), &limits).unwrap();
+    let mut check = |what, dispatches: &[Dispatch], call: &mut dyn FnMut(&mut Tensor) -> u64| {
+        let count = median(|| {
+            let count = call(&mut to);
+            device.synchronize(&stream).unwrap();
+            count
+        });
+        assert_eq!(count, bare(device, dispatches), "{what}");
+    };
+    check("relayout", &copies, &mut |to| {
+        let args = RelayoutArgs::new(source.clone(), to.view_mut()).unwrap();
+        let (count, result) = counted(|| device.relayout(&stream, args));
+        result.unwrap();
+        count
+    });
+    check("accumulate", &sums, &mut |to| {
+        let args = AccumulateArgs::new(source.clone(), to.view_mut()).unwrap();
+        let (count, result) = counted(|| device.accumulate(&stream, args));
+        result.unwrap();
+        count
+    });
+    check("rope", &turns, &mut |to| {
+        let args = RopeArgs::new(&rotation, source.clone(), to.view_mut()).unwrap();
+        let (count, result) = counted(|| device.rope(&stream, args));
+        result.unwrap();
+        count
+    });
 }
 
 /// Results of both passes on a device of their own.
@@ -460,4 +501,61 @@ fn memory_is_freed() {
     assert!(reserved() >= 4 * BYTES as u64);
     drop(tensors);
     assert!(reserved() < 3 * BYTES as u64, "idle memory is bounded");
+}
+
+/// Masks and biases are put together where there are few storage buffers, and sums of wide heads lie in memory.
+fn plans_are_kept() {
+    for options in [WgpuOptions::default(), WgpuOptions::portable()] {
+        for head_dim in [8, 72] {
+            let device = WgpuBackend::with_options(0, options).unwrap();
+            let mut attention = Attention::new(&device, AttentionSpec { head_dim, head_dim_v: head_dim, ..spec() });
+            let (plan, [before, _]) = (attention.plan(), device.memory_bytes());
+            let mut check = |what, planned: usize, call: &mut dyn FnMut(&mut Attention) -> u64| {
+                call(&mut attention);
+                let [_, peak] = device.memory_bytes();
+                let (taken, planned) = (peak - before, planned as u64);
+                // Sizes of buffers are multiples of 256 bytes, and there are few.
+                let rounded = planned..planned + 8 * 256;
+                assert!(rounded.contains(&taken), "{what}, {options:?}, {head_dim} channels: {taken} of {planned}");
+            };
+            check("forward", plan.forward_workspace_bytes, &mut Attention::forward);
+            check("backward", plan.backward_workspace_bytes, &mut Attention::backward);
+        }
+    }
+}
+
+fn memory_stays() {
+    let (mut storage, bytes) = {
+        let device = WgpuBackend::new(0).unwrap();
+        let stream = device.stream().unwrap();
+        (device.alloc(&stream, 64).unwrap(), [7; 64])
+    };
+    let again = WgpuBackend::new(0).unwrap();
+    let stream = again.stream().unwrap();
+    again.upload(&stream, &bytes, &mut storage).unwrap();
+    drop((again, stream));
+    let again = WgpuBackend::new(0).unwrap();
+    let mut read = [0; 64];
+    again.download(&again.stream().unwrap(), &storage, &mut read).unwrap();
+    assert_eq!(read, bytes);
+}
+
+/// A mistake that no scope of ours catches, by a thread that uses the device itself.
+fn late_errors() {
+    let device = own_device();
+    let stream = device.stream().unwrap();
+    std::thread::scope(|scope| {
+        let mistaken = scope.spawn(|| {
+            let usage = wgpu::BufferUsages::empty();
+            let descriptor = wgpu::BufferDescriptor { label: None, size: 4, usage, mapped_at_creation: false };
+            let _invalid = device.raw_device().create_buffer(&descriptor);
+            // Another thread's call comes first, and is well.
+            std::thread::scope(|scope| scope.spawn(|| device.synchronize(&stream)).join().unwrap()).unwrap();
+            let error = device.synchronize(&stream).unwrap_err();
+            assert!(matches!(error, DeviceError::Driver { .. }), "{error}");
+            device.synchronize(&stream).unwrap();
+        });
+        mistaken.join().unwrap();
+    });
+    device.synchronize(&stream).unwrap();
 }

@@ -79,7 +79,7 @@ pub(crate) fn run(args: &Args, global: &Global) -> Result<Outcome> {
     filter.large &= !args.no_large;
     if !args.dtype.is_empty() {
         filter.precisions.clone_from(&args.dtype);
-        filter.in_turn = false;
+        filter.in_turn = None;
     }
     let trials = trials(&Subject::of(&device)?, &filter);
     ensure!(

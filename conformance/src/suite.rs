@@ -30,26 +30,28 @@ pub struct Filter {
     pub large: bool,
     /// Only cases of at most so many tiles of 64 queries by 64 keys.
     pub most_tiles: usize,
-    /// Every second case, in one of the dtypes in turn.
-    pub in_turn: bool,
+    /// Every second case, from the first or from the second on, each in one of the dtypes in turn.
+    pub in_turn: Option<usize>,
 }
 
 impl Default for Filter {
     fn default() -> Self {
         let precisions = DTYPES.map(Precision::from).to_vec();
-        Self { precisions, contains: None, large: true, most_tiles: usize::MAX, in_turn: false }
+        Self { precisions, contains: None, large: true, most_tiles: usize::MAX, in_turn: None }
     }
 }
 
 impl Filter {
     /// What a device gets through in minutes: everything. On a virtual one, which compiles a kernel for most cases and
     /// interprets it, every second of the small cases, each in one dtype. The same on wgpu devices, whose buffers are also
-    /// smaller than the large problems.
+    /// smaller than the large problems: the other half with every other size of subgroups, so that runs with 4 and with 8
+    /// have them all.
     #[must_use]
     pub fn for_device(device: &DeviceInfo) -> Self {
         let all = Self::default();
         let is_slow = device.is_virtual || device.id.kind == DeviceKind::Wgpu;
-        if is_slow { Self { large: false, most_tiles: 1000, in_turn: true, ..all } } else { all }
+        let half = device.lanes.max(1).ilog2() as usize % 2;
+        if is_slow { Self { large: false, most_tiles: 1000, in_turn: Some(half), ..all } } else { all }
     }
 }
 
@@ -102,7 +104,8 @@ pub fn trials(subject: &Subject, filter: &Filter) -> Vec<Trial> {
     for (turn, &precision) in filter.precisions.iter().enumerate() {
         let mut table = cases::all(precision, &tiles(&*subject.device, precision.dtype));
         let fits = |case: &Case| case.tiles() <= filter.most_tiles;
-        let has_turn = |number: usize| !filter.in_turn || number % (2 * filter.precisions.len()) == 2 * turn;
+        let every = 2 * filter.precisions.len();
+        let has_turn = |number: usize| filter.in_turn.is_none_or(|half| number % every == 2 * turn + half);
         trials.extend(determinism::trials(subject, &table, fits, has_turn));
         if precision == DType::F32.into() && !filter.precisions.contains(&Precision::TF32) {
             table.extend(cases::chosen_with_tf32());
@@ -113,7 +116,7 @@ pub fn trials(subject: &Subject, filter: &Filter) -> Vec<Trial> {
             .filter(|&(number, case)| has_turn(number) && fits(case))
             .map(|(_, case)| case.clone())
             .collect();
-        trials.extend(sharded::trials(&subject.device, &split, filter.in_turn));
+        trials.extend(sharded::trials(&subject.device, &split, filter.in_turn.is_some()));
         let cases = table.into_iter().enumerate().filter(|&(number, ref case)| has_turn(number) && fits(case));
         trials.extend(cases.map(|(_, case)| case_trial(&subject.device, case)));
         trials.extend(packed::trials(&subject.device, precision));

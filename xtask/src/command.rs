@@ -3,7 +3,7 @@
 use std::io::{BufRead, BufReader, Write};
 use std::process::{Command, Stdio};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use serde::Deserialize;
 
 use crate::report::Count;
@@ -26,7 +26,7 @@ impl std::error::Error for Failed {}
 /// Runs a command with extra environment variables, passing its output on.
 ///
 /// Counts the tests of every `test result:` line, and keeps every `skipped TRIAL: REASON`; a command without a result
-/// counts as one check.
+/// counts as one check, and one in which no test was chosen is an error.
 pub(crate) fn run(environment: &[(&str, &str)], command: &[&str]) -> Result<Count> {
     let repeat = spell(environment, command);
     println!("$ {repeat}");
@@ -37,13 +37,14 @@ pub(crate) fn run(environment: &[(&str, &str)], command: &[&str]) -> Result<Coun
         .stdout(Stdio::piped())
         .spawn()
         .with_context(|| format!("cannot start {program}"))?;
-    let mut count = Count::default();
+    let (mut count, mut has_tests) = (Count::default(), false);
     if let Some(stdout) = child.stdout.take() {
         for line in BufReader::new(stdout).split(b'\n') {
             let line = line.with_context(|| format!("cannot read what {program} prints"))?;
             // Another command may print at the same time: each has the terminal for a line.
             std::io::stdout().write_all(&[&line[..], b"\n"].concat()).context("cannot print")?;
             let line = String::from_utf8_lossy(&line);
+            has_tests |= line.contains("test result: ");
             count += tests_of(&line);
             count.skips.extend(skip_of(&line));
         }
@@ -52,7 +53,11 @@ pub(crate) fn run(environment: &[(&str, &str)], command: &[&str]) -> Result<Coun
     if !status.success() {
         return Err(Failed { repeat, count }.into());
     }
-    Ok(if count == Count::default() { Count::one() } else { count })
+    match count == Count::default() {
+        true if has_tests => bail!("no test has a name that was asked for: {repeat}"),
+        true => Ok(Count::one()),
+        false => Ok(count),
+    }
 }
 
 /// What a command prints.
@@ -139,6 +144,8 @@ mod tests {
         let error = run(&[("X", "a b")], &["sh", "-c", "exit 3"]).unwrap_err();
         assert_eq!(error.to_string(), "to repeat it:\n    X='a b' sh -c 'exit 3'");
         assert_eq!(run(&[], &["true"]).unwrap(), Count::one());
+        let none = run(&[], &["echo", "test result: ok. 0 passed; 0 failed; 0 ignored; 0 measured"]).unwrap_err();
+        assert!(none.to_string().contains("no test"), "{none}");
         assert!(succeeds(&["true"]) && !succeeds(&["false"]) && !succeeds(&["no-such-program"]));
     }
 }

@@ -86,6 +86,12 @@ impl RopeSpec {
         }
     }
 
+    /// The angle of each pair, turned back where the rotation is the inverse; of numbers that [`RopeArgs`] accepts.
+    #[must_use]
+    pub fn angles(&self) -> Vec<RopeAngle> {
+        turns::angles(self)
+    }
+
     fn check(&self, head_dim: usize) -> Result<(), ProblemError> {
         if self.rotary_dim == 0 || self.rotary_dim % 2 == 1 || self.rotary_dim > head_dim {
             let expected = format!("an even number from 2 to head_dim = {head_dim}");
@@ -173,12 +179,6 @@ impl<'a> RopeArgs<'a> {
     #[must_use]
     pub fn spec(&self) -> &RopeSpec {
         &self.spec
-    }
-
-    /// The angle of each pair, turned back where the rotation is the inverse.
-    #[must_use]
-    pub fn angles(&self) -> Vec<RopeAngle> {
-        turns::angles(&self.spec)
     }
 
     /// Source and destination.

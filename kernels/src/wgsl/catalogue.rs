@@ -132,7 +132,7 @@ fn moves(dtype: DType, limits: &Limits, dispatches: &mut Vec<Dispatch>) -> Resul
     for pairs in [RopePairs::Interleaved, RopePairs::Halves] {
         let spec = RopeSpec::new(4, pairs);
         let args = RopeArgs::new(&spec, source.view(), destination.view_mut())?;
-        let angles = args.angles();
+        let angles = args.spec().angles();
         let (from, to) = args.into_parts();
         dispatches.extend(rope(&spec, &angles, &from, to.as_view(), limits)?);
     }

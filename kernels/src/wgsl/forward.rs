@@ -2,8 +2,10 @@
 
 use tilefold_core::{AttentionProblem, EmptyRows};
 
+use crate::backward::BackwardOperands;
 use crate::forward::ForwardOutputs;
 use crate::wgsl::attention::{self, Operands, SCALARS, Sizes, THREADS};
+use crate::wgsl::backward::{NOWHERE, row_major};
 use crate::wgsl::dispatch::{Builder, Dispatch, DispatchError, Heads, Limits, View, gather, parts};
 use crate::wgsl::shader::{Constant, File};
 
@@ -23,18 +25,19 @@ fn queries(problem: &AttentionProblem, limits: &Limits) -> u32 {
     attention::needed(room, i64::try_from(spec.seqlen_q).unwrap_or(i64::MAX))
 }
 
-/// Bytes that a forward pass takes beside its operands: of wide heads, f32 sums.
+/// Bytes that a forward pass takes beside its operands: of wide heads, f32 sums; masks and biases put together where a shader
+/// has too few storage buffers for each.
 ///
 /// # Errors
 /// [`DispatchError`].
 pub fn forward_workspace_bytes(problem: &AttentionProblem, limits: &Limits) -> Result<u64, DispatchError> {
-    let mut bytes = 0;
-    if attention::is_wide(problem.spec()) {
-        sums(&Sizes::of(problem)?, problem, limits, &mut |more| {
-            bytes = more;
-            Ok::<_, DispatchError>(0)
-        })?;
-    }
+    let BackwardOperands { inputs, out, lse, lse_low, .. } = row_major(problem);
+    let outputs = ForwardOutputs { out, lse: Some(lse), lse_low: Some(lse_low) };
+    let mut bytes = 0_u64;
+    forward(problem, &inputs, &outputs, limits, |more| {
+        bytes = bytes.saturating_add(more);
+        Ok::<_, DispatchError>(NOWHERE)
+    })?;
     Ok(bytes)
 }
 
