@@ -278,3 +278,18 @@ impl Context {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_panic_is_an_error_with_its_words() {
+        #[allow(clippy::panic, reason = "what is caught")]
+        fn fails(name: &str) {
+            panic!("no {name}");
+        }
+        assert_eq!(unpanicked("poll", || 3), Ok(3));
+        assert_eq!(unpanicked("poll", || fails("device")), Err(driver("poll", "no device".into())));
+    }
+}

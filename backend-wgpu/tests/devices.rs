@@ -20,13 +20,14 @@ use tilefold_conformance::report::Report;
 use tilefold_conformance::suite::{Filter, Subject, trials};
 use tilefold_core::{
     AttentionProblem, AttentionSpec, Backend, BiasSpec, Clock, DType, DeviceError, DeviceId, DeviceKind, Event, Layout,
-    OpenError, Precision, Stream, StructuralMask, Tensor,
+    OpenError, Stream, StructuralMask, Tensor,
 };
 
 const TESTS: &[harness::Test] = &[
     ("devices_that_are_not_there_are_named", bad_ordinal),
     ("with_what_browsers_have_everything_works", portable),
     ("rows_in_the_workgroups_memory_give_the_same", staged),
+    ("the_kernels_of_gpus_give_the_same", kernels_of_gpus),
     ("calls_are_cut_where_bindings_are_small", small_bindings),
     ("a_head_that_no_binding_shows_is_refused", too_small_bindings),
     ("workgroups_are_folded_where_an_axis_is_short", short_axes),
@@ -99,6 +100,22 @@ fn staged() {
         let spec = AttentionSpec::new(DType::F32, 1, 2, 50, 2, head_dim).with_all_gradients();
         let worst = check_case(&device, &Case::new("staged", format!("head_dim {head_dim}"), spec));
         assert!(worst.is_ok(), "{worst:?}");
+    }
+}
+
+/// Other numbers of rows for a thread, the device's own exponential, rows in the workgroup's memory; and without that.
+fn kernels_of_gpus() {
+    for workgroup_memory in [None, Some(false)] {
+        for dtype in ["f32", "bf16"] {
+            let device = with(|options| (options.software, options.workgroup_memory) = (Some(false), workgroup_memory));
+            assert!(!device.is_software());
+            conforms(device, &format!("{dtype}/everything/65x130"));
+        }
+        let device = with(|options| (options.software, options.workgroup_memory) = (Some(false), workgroup_memory));
+        for case in [cut_case(DType::F32), cut_case(DType::F16)] {
+            let worst = check_case(&device, &case);
+            assert!(worst.is_ok(), "{workgroup_memory:?}: {worst:?}");
+        }
     }
 }
 
@@ -272,7 +289,8 @@ fn threads() {
             std::thread::spawn(move || {
                 let mut case = cut_case(DType::F32);
                 case.seed += u64::from(number);
-                check_case(&*device, &case)
+                // Again and again, so that some calls are known already, and want the same workspace.
+                (0..4).map(|_| check_case(&*device, &case)).collect::<Result<Vec<_>, _>>()
             })
         })
         .collect();
@@ -389,9 +407,16 @@ fn all_devices() {
         let worst = handle.join().unwrap();
         assert!(worst.is_ok(), "{worst:?}");
     }
-    // A plan of one device is not one of another.
-    let spec = AttentionSpec::new(DType::F32, 1, 1, 8, 1, 8);
-    assert_eq!(spec.precision(), Precision::from(DType::F32));
-    let plan = WgpuBackend::new(0).unwrap().plan_attention(&AttentionProblem::new(spec).unwrap()).unwrap();
-    assert_eq!(plan.device, DeviceId { kind: DeviceKind::Wgpu, ordinal: 0 });
+    // What is one device's is not another's.
+    for ordinal in 1..WgpuBackend::count() {
+        let [first, other] = [0, ordinal].map(|ordinal| WgpuBackend::new(ordinal).unwrap());
+        let plan = first.plan_attention(&AttentionProblem::new(cut_case(DType::F32).spec).unwrap()).unwrap();
+        assert_eq!(plan.device, first.info().id);
+        let mut storage = first.alloc(&first.stream().unwrap(), 64).unwrap();
+        let (expected, got) = (other.info().id, first.info().id);
+        let result = other.upload(&other.stream().unwrap(), &[1; 64], &mut storage);
+        assert_eq!(result, Err(DeviceError::WrongDevice { what: "storage", expected, got }));
+        let result = other.synchronize(&first.stream().unwrap());
+        assert_eq!(result, Err(DeviceError::WrongDevice { what: "stream", expected, got }));
+    }
 }

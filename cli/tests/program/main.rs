@@ -7,6 +7,8 @@ mod demo;
 mod genome;
 mod machine;
 mod run;
+#[cfg(feature = "wgpu")]
+mod wgpu;
 
 use std::process::{Command, Output};
 
