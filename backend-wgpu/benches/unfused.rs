@@ -16,7 +16,8 @@ use tilefold_core::{
 };
 
 /// Rows, length, heads, channels.
-const SHAPES: [[usize; 4]; 4] = [[16, 256, 4, 32], [128, 256, 8, 32], [64, 256, 8, 8], [16, 1024, 4, 32]];
+const SHAPES: [[usize; 4]; 5] =
+    [[16, 256, 4, 32], [128, 256, 8, 32], [64, 256, 8, 8], [16, 1024, 4, 32], [32, 1024, 8, 8]];
 /// Timed turns; the median counts.
 const TURNS: usize = 5;
 /// Bytes of one binding that every device has.

@@ -29,12 +29,18 @@ impl Owners {
     }
 }
 
+/// Whether there is a position for every rank: found before a list of them is made, however many are asked for.
+fn enough(seqlen: usize, ranks: usize) -> Result<()> {
+    if ranks > seqlen { Err(CommError::EmptyShard { rank: seqlen, seqlen }.into()) } else { Ok(()) }
+}
+
 impl Partition {
     /// One chunk for each rank, in the order of ranks; the first ranks get one position more where it does not come out even.
     ///
     /// # Errors
     /// [`CommError::EmptyShard`] with more ranks than positions.
     pub fn contiguous(seqlen: usize, ranks: usize) -> Result<Self> {
+        enough(seqlen, ranks)?;
         let mut chunks = runs(seqlen, ranks).into_iter();
         Self::new(seqlen, (0..ranks).map(|_| chunks.next().into_iter().collect()).collect())
     }
@@ -45,6 +51,7 @@ impl Partition {
     /// # Errors
     /// As [`Partition::contiguous`].
     pub fn zigzag(seqlen: usize, ranks: usize) -> Result<Self> {
+        enough(seqlen, ranks)?;
         let chunks = runs(seqlen, 2 * ranks);
         let held = |rank: usize| [rank, 2 * ranks - 1 - rank].map(|chunk| chunks[chunk].clone()).to_vec();
         Self::new(seqlen, (0..ranks).map(held).collect())

@@ -276,18 +276,20 @@ fn a_rank_holds_its_share_of_the_state() {
 #[test]
 fn a_step_sends_gradients_and_parameters_once() {
     let (ranks, count) = (4, 1000);
-    let sent = on_ranks(ranks, DEADLINE, |rank| {
-        let mut own = [Tensor::zeros(DType::BF16, &[count])?];
-        let gradient = Tensor::zeros(DType::BF16, &[count])?;
-        let mut adam = ShardedAdam::new(rank, OPTIONS, &views(&own))?;
-        adam.step(rank, &mut own, &[gradient.view()])?;
-        let told = rank.comm.traffic()["adam_step"];
-        Ok::<_, Error>(told.bytes_sent)
-    });
-    for sent in sent {
-        // What ranks agree on is some text besides.
-        let (sent, tensors) = (sent.unwrap(), 2 * 2 * 3 * 250);
-        assert!((tensors..tensors + 3 * 400).contains(&sent), "{sent} bytes for {tensors}");
+    for dtype in [DType::F32, DType::BF16] {
+        let sent = on_ranks(ranks, DEADLINE, |rank| {
+            let mut own = [Tensor::zeros(dtype, &[count])?];
+            let gradient = Tensor::zeros(dtype, &[count])?;
+            let mut adam = ShardedAdam::new(rank, OPTIONS, &views(&own))?;
+            adam.step(rank, &mut own, &[gradient.view()])?;
+            let told = rank.comm.traffic()["adam_step"];
+            Ok::<_, Error>(told.bytes_sent)
+        });
+        for sent in sent {
+            // What ranks agree on is some text besides.
+            let (sent, tensors) = (sent.unwrap(), 2 * dtype.size_bytes() as u64 * 3 * 250);
+            assert!((tensors..tensors + 3 * 400).contains(&sent), "{sent} bytes for {tensors}");
+        }
     }
 }
 

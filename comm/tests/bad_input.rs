@@ -14,7 +14,9 @@ use tilefold_comm::{
     AxialAttention, CommError, Communicator, Error, Partition, Rank, Result, RingAttention, Shard, ShardBackward,
     ShardForward, SharedBias, UlyssesAttention, UlyssesForward,
 };
-use tilefold_core::{AttentionSpec, BiasSpec, DType, DeviceError, Gradients, ProblemError, Tensor, TensorView};
+use tilefold_core::{
+    AttentionSpec, BiasSpec, DType, DeviceError, EmptyRows, Gradients, ProblemError, Tensor, TensorView,
+};
 
 /// Long enough for a loaded machine: what takes as long is a hang.
 const DEADLINE: Duration = Duration::from_secs(60);
@@ -478,8 +480,10 @@ fn more_ranks_than_positions_empty_shards_and_overlapping_chunks() {
         Err(Error::Comm(error)) => error,
         other => panic!("{other:?}"),
     };
-    for made in [Partition::contiguous(3, 4), Partition::zigzag(3, 4)] {
-        assert_eq!(made, Err(CommError::EmptyShard { rank: 3, seqlen: 3 }.into()));
+    for (made, ranks) in
+        [Partition::contiguous, Partition::zigzag].iter().flat_map(|made| [(made, 4), (made, usize::MAX)])
+    {
+        assert_eq!(made(3, ranks), Err(CommError::EmptyShard { rank: 3, seqlen: 3 }.into()), "{ranks}");
     }
     assert_eq!(error(vec![vec![0..9], vec![9..9]]), CommError::EmptyShard { rank: 1, seqlen: SEQLEN });
     let cover = |position, owners: &[usize]| CommError::Cover { seqlen: SEQLEN, position, owners: owners.to_vec() };
@@ -519,6 +523,36 @@ fn partitions_of_another_length_or_of_unlike_ranks() {
     ] {
         let axial = AxialAttention::new(Given::new(Way::Ring).spec, rows, queries, SharedBias::Gathered);
         assert!(axial.as_ref().is_err_and(|error| is_counts(error, list)), "{axial:?}");
+    }
+}
+
+/// What each way leaves to its caller, or to another way.
+#[test]
+fn settings_that_a_way_does_not_take() {
+    let of = |size| Partition::contiguous(size, RANKS).unwrap();
+    let spec = |edit: fn(&mut AttentionSpec)| {
+        let mut spec = Given::new(Way::Ring).spec;
+        edit(&mut spec);
+        spec
+    };
+    let edits: [(&str, fn(&mut AttentionSpec)); 2] =
+        [("gate", |spec| spec.gate = true), ("empty_rows", |spec| spec.empty_rows = EmptyRows::Uniform)];
+    let is_own = |error: &Error, name: &str| matches!(error, Error::Problem(ProblemError::Unexpected { tensor, .. }) if *tensor == name);
+    for (name, edit) in edits {
+        let ring = RingAttention::new(spec(edit), of(SEQLEN), of(SEQLEN));
+        assert!(ring.as_ref().is_err_and(|error| is_own(error, name)), "{name}: {ring:?}");
+        let hybrid = on_ranks(RANKS, DEADLINE, |rank| {
+            UlyssesAttention::new(rank.comm, spec(edit), of(SEQLEN), of(SEQLEN), 2).map(|_| ())
+        });
+        for (rank, made) in hybrid.into_iter().enumerate() {
+            // The first rank that is heard refuses for all, who find the same.
+            assert!(made.as_ref().is_err_and(|error| is_own(error, name)), "{name}, rank {rank}: {made:?}");
+        }
+    }
+    let by_row = spec(|spec| spec.kv_lengths = Some(vec![SEQLEN as i64; ROWS]));
+    for shared in [SharedBias::Gathered, SharedBias::Travelling] {
+        let axial = AxialAttention::new(by_row.clone(), of(ROWS), of(SEQLEN), shared);
+        assert!(matches!(axial, Err(Error::Problem(_))), "{axial:?}");
     }
 }
 

@@ -1,5 +1,5 @@
-//! Attention along both axes of an MSA that is split over ranks: rows with a pair bias, then columns behind a switch, as one
-//! device computes them; gradients come back through the switch's adjoint.
+//! Attention along both axes of an MSA, and of the pairs of residues, that are split over ranks: rows, then columns behind a
+//! switch, as one device computes them; gradients come back through the switch's adjoint.
 
 #![allow(clippy::unwrap_used, reason = "a panic is a failed test")]
 
@@ -11,7 +11,8 @@ use std::time::Duration;
 use ranks::on_ranks;
 use tilefold_comm::sequence_parallel::maps::{Gather, Map, Split, Switch};
 use tilefold_comm::{AxialAttention, Partition, Rank, Shard, SharedBias};
-use tilefold_core::{AttentionSpec, BiasSpec, DType, Tensor};
+use tilefold_core::attention::reference::{self, ReferenceInputs};
+use tilefold_core::{AttentionProblem, AttentionSpec, BiasSpec, DType, Tensor};
 
 /// Sequences of the MSA, residues, heads, channels.
 const ROWS: usize = 7;
@@ -61,35 +62,148 @@ fn msa(rank: &Rank<'_>, cut: fn(usize, usize) -> Partition, shared: SharedBias) 
     let out = turn(&column_forward.out);
 
     let d_out = turn(&part(rank, &by_residues, &numbers(2, &shape)));
-    let sum = |gradients: [Option<Tensor>; 3]| {
-        let [mut sum, k, v] = gradients.map(Option::unwrap);
-        [k, v].iter().for_each(|part| rank.add(part.view(), sum.view_mut()).unwrap());
-        sum
-    };
     let back = column.backward(rank, &column_shard, &column_forward, &d_out.view()).unwrap();
-    let dy = turn(&sum([back.dq, back.dk, back.dv]));
+    let dy = turn(&sum_of_inputs(rank, [back.dq, back.dk, back.dv]));
     let dy = switch.adjoint().apply(rank, &dy.view()).unwrap();
     let mut back = row.backward(rank, &row_shard, &row_forward, &dy.view()).unwrap();
-    let dx = sum([back.dq, back.dk, back.dv]);
+    let dx = sum_of_inputs(rank, [back.dq, back.dk, back.dv]);
     let d_pair = back.dbiases.pop().flatten().unwrap();
     let whole =
         |split: &Split, part: &Tensor| Gather(split.clone()).apply(rank, &part.view()).unwrap().to_f64().unwrap();
     [whole(&by_residues, &out), whole(&by_rows, &dx), whole(&by_queries, &d_pair)]
 }
 
+/// Attention around the starting node, then around the ending node, of pairs `[1, n, n, heads, channels]` split by their first
+/// residue: the ending node's is that of the turned pairs, whose bias of logits is turned as well. out, and the gradients of the
+/// pairs and of both biases.
+fn triangles(rank: &Rank<'_>, cut: fn(usize, usize) -> Partition, shared: SharedBias) -> [Vec<f64>; 4] {
+    const N: usize = RESIDUES;
+    let partition = cut(N, rank.comm.world_size());
+    let (by_first, by_second) =
+        (Split { axis: 1, partition: partition.clone() }, Split { axis: 2, partition: partition.clone() });
+    let by_queries = Split { axis: 3, partition: partition.clone() };
+    let shape = [1, N, N, HEADS, HEAD_DIM];
+    let x = Arc::new(part(rank, &by_first, &numbers(3, &shape)));
+    let starting_bias = part(rank, &by_queries, &numbers(4, &[1, 1, HEADS, N, N]));
+    // Made of pairs as they lie, [first, second]; the ending node's logits have [query, key] = [second, first].
+    let as_made = Split { axis: 4, partition: partition.clone() };
+    let turned_bias = |tensor: &Tensor| rank.dense(&tensor.view().permute(&[0, 1, 2, 4, 3]).unwrap()).unwrap();
+    let ending_bias = turned_bias(&part(rank, &as_made, &numbers(5, &[1, 1, HEADS, N, N])));
+    let bias = BiasSpec { shape: [1, 1, HEADS, N, N], dtype: DType::F32 };
+    let spec = AttentionSpec { biases: vec![bias], ..AttentionSpec::new(DType::F32, 1, N, N, HEADS, HEAD_DIM) };
+    let axial = AxialAttention::new(spec.with_all_gradients(), partition.clone(), partition, shared).unwrap();
+    let switch = Switch { from: by_first.clone(), to: by_second.clone() };
+    let turn = |tensor: &Tensor| rank.dense(&tensor.view().permute(&TURNED).unwrap()).unwrap();
+
+    let mut starting = Shard::new(x.view(), Arc::clone(&x), Arc::clone(&x));
+    starting.biases.push(starting_bias.view());
+    let starting_forward = axial.forward(rank, &starting).unwrap();
+    let y = Arc::new(turn(&switch.apply(rank, &starting_forward.out.view()).unwrap()));
+    let mut ending = Shard::new(y.view(), Arc::clone(&y), Arc::clone(&y));
+    ending.biases.push(ending_bias.view());
+    let ending_forward = axial.forward(rank, &ending).unwrap();
+    let out = turn(&ending_forward.out);
+
+    let d_out = turn(&part(rank, &by_second, &numbers(6, &shape)));
+    let mut back = axial.backward(rank, &ending, &ending_forward, &d_out.view()).unwrap();
+    let d_ending = turned_bias(&back.dbiases.pop().flatten().unwrap());
+    let dy = turn(&sum_of_inputs(rank, [back.dq, back.dk, back.dv]));
+    let dy = switch.adjoint().apply(rank, &dy.view()).unwrap();
+    let mut back = axial.backward(rank, &starting, &starting_forward, &dy.view()).unwrap();
+    let d_starting = back.dbiases.pop().flatten().unwrap();
+    let dx = sum_of_inputs(rank, [back.dq, back.dk, back.dv]);
+    let whole =
+        |split: &Split, part: &Tensor| Gather(split.clone()).apply(rank, &part.view()).unwrap().to_f64().unwrap();
+    [whole(&by_second, &out), whole(&by_first, &dx), whole(&by_queries, &d_starting), whole(&as_made, &d_ending)]
+}
+
+/// The same by the oracle's plain sums over all pairs, in f64.
+fn exact_triangles() -> [Vec<f64>; 4] {
+    const N: usize = RESIDUES;
+    let shape = [1, N, N, HEADS, HEAD_DIM];
+    let bias = BiasSpec { shape: [1, 1, HEADS, N, N], dtype: DType::F32 };
+    let spec = AttentionSpec { biases: vec![bias], ..AttentionSpec::new(DType::F32, 1, N, N, HEADS, HEAD_DIM) };
+    let problem = AttentionProblem::new(spec.with_all_gradients()).unwrap();
+    let of = |seed, shape: &[usize]| numbers(seed, shape).to_f64().unwrap();
+    let turn = |x: &[f64]| -> Vec<f64> {
+        let inner = HEADS * HEAD_DIM;
+        let pairs = (0..N).flat_map(|j| (0..N).map(move |i| (i * N + j) * inner));
+        pairs.flat_map(|at| x[at..at + inner].to_vec()).collect()
+    };
+    let turn_bias = |x: &[f64]| -> Vec<f64> {
+        let places = (0..HEADS).flat_map(|h| (0..N).flat_map(move |i| (0..N).map(move |j| (h * N + j) * N + i)));
+        places.map(|at| x[at]).collect()
+    };
+    let inputs = |x: &[f64], bias: Vec<f64>| ReferenceInputs {
+        q: x.to_vec(),
+        k: x.to_vec(),
+        v: x.to_vec(),
+        biases: vec![bias],
+        key_mask: None,
+        q_segments: None,
+        k_segments: None,
+        gate: None,
+    };
+    let sum = |[a, b, c]: [Vec<f64>; 3]| -> Vec<f64> { a.iter().zip(b).zip(c).map(|((a, b), c)| a + b + c).collect() };
+    let bias_shape = [1, 1, HEADS, N, N];
+    let starting = inputs(&of(3, &shape), of(4, &bias_shape));
+    let y = turn(&reference::forward(&problem, &starting).out);
+    let ending = inputs(&y, turn_bias(&of(5, &bias_shape)));
+    let out = turn(&reference::forward(&problem, &ending).out);
+    let back = reference::backward(&problem, &ending, &turn(&of(6, &shape)));
+    let d_ending = turn_bias(&back.dbiases[0]);
+    let back = reference::backward(&problem, &starting, &turn(&sum([back.dq, back.dk, back.dv])));
+    let d_starting = back.dbiases[0].clone();
+    [out, sum([back.dq, back.dk, back.dv]), d_starting, d_ending]
+}
+
+fn sum_of_inputs(rank: &Rank<'_>, gradients: [Option<Tensor>; 3]) -> Tensor {
+    let [mut sum, k, v] = gradients.map(Option::unwrap);
+    [k, v].iter().for_each(|part| rank.add(part.view(), sum.view_mut()).unwrap());
+    sum
+}
+
+fn contiguous(size: usize, ranks: usize) -> Partition {
+    Partition::contiguous(size, ranks).unwrap()
+}
+
+fn backwards(size: usize, ranks: usize) -> Partition {
+    let partition = contiguous(size, ranks);
+    Partition::new(size, (0..ranks).rev().map(|rank| partition.chunks(rank).to_vec()).collect()).unwrap()
+}
+
+#[test]
+fn both_triangles_over_ranks_are_those_of_the_oracle() {
+    let expected = exact_triangles();
+    for ranks in [1, 2, 3, 5, 8] {
+        let both = [SharedBias::Gathered, SharedBias::Travelling];
+        let cuts: [fn(usize, usize) -> Partition; 2] = [contiguous, backwards];
+        for (cut, shared) in both.into_iter().flat_map(|shared| cuts.map(|cut| (cut, shared))) {
+            for got in on_ranks(ranks, Duration::from_secs(60), |rank| triangles(rank, cut, shared)) {
+                let names = ["out", "dx", "d_starting", "d_ending"];
+                for ((name, got), expected) in names.iter().zip(got).zip(&expected) {
+                    let size = expected.iter().fold(0.0_f64, |max, x| max.max(x.abs()));
+                    let error = got.iter().zip(expected).map(|(got, x)| (got - x).abs()).fold(0.0, f64::max);
+                    assert_eq!(got.len(), expected.len());
+                    assert!(size > 0.1, "nothing to compare: {expected:?}");
+                    // Sums of 9 to 81 terms, four of them behind each other, each rounded to f32.
+                    let allowed = 64.0 * f64::from(f32::EPSILON) * size;
+                    assert!(error <= allowed, "{ranks} ranks, {shared:?}, {name}: {error:e} of {allowed:e}");
+                }
+            }
+        }
+    }
+}
+
 #[test]
 fn rows_then_columns_over_ranks_are_those_of_one_device() {
     let soon = Duration::from_secs(60);
-    let contiguous: fn(usize, usize) -> Partition = |size, ranks| Partition::contiguous(size, ranks).unwrap();
-    let backwards: fn(usize, usize) -> Partition = |size, ranks| {
-        let partition = Partition::contiguous(size, ranks).unwrap();
-        Partition::new(size, (0..ranks).rev().map(|rank| partition.chunks(rank).to_vec()).collect()).unwrap()
-    };
     let expected = on_ranks(1, soon, |rank| msa(rank, contiguous, SharedBias::Gathered)).remove(0);
     assert!(expected.iter().all(|values| values.iter().any(|x| x.abs() > 0.1)), "nothing to compare: {expected:?}");
     for ranks in [1, 2, 3, 5, 7] {
         let both = [SharedBias::Gathered, SharedBias::Travelling];
-        for (cut, shared) in both.into_iter().flat_map(|shared| [(contiguous, shared), (backwards, shared)]) {
+        let cuts: [fn(usize, usize) -> Partition; 2] = [contiguous, backwards];
+        for (cut, shared) in both.into_iter().flat_map(|shared| cuts.map(|cut| (cut, shared))) {
             for got in on_ranks(ranks, soon, |rank| msa(rank, cut, shared)) {
                 for ((name, got), expected) in ["out", "dx", "d_pair"].iter().zip(got).zip(&expected) {
                     // Only the order of sums over rows and parts differs: a few units in the last place of the largest.

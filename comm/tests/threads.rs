@@ -122,7 +122,11 @@ fn a_short_delay_is_waited_for() {
 #[test]
 fn calls_that_differ_are_errors_on_every_rank() {
     type Call = fn(&Communicator, bool) -> Result<()>;
-    let calls: [(&str, Call); 5] = [
+    let calls: [(&str, Call); 6] = [
+        ("letter", |comm, odd| {
+            let operation = if odd { "keys" } else { "gradients" };
+            comm.begin_shift(operation, comm.neighbour(1), Vec::new(), comm.neighbour(-1))?.finish().map(|_| ())
+        }),
         ("operation", |comm, odd| if odd { comm.barrier() } else { small(comm) }),
         ("dtype", |comm, odd| {
             if odd {

@@ -9,10 +9,12 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use tilefold_backend_cpu::CpuBackend;
+use tilefold_comm::activation::Keep;
 use tilefold_comm::sequence_parallel::maps::{AllGather, Copy, Map, Reduce, ReduceScatter, Split, Switch};
 use tilefold_comm::sequence_parallel::position::PositionTable;
 use tilefold_comm::{
-    AxialAttention, Communicator, Partition, Rank, RingAttention, Shard, SharedBias, UlyssesAttention, on_threads,
+    AxialAttention, Communicator, Partition, Rank, RingAttention, Shard, SharedBias, Traffic, UlyssesAttention,
+    on_threads,
 };
 use tilefold_core::{AttentionSpec, Backend, BiasSpec, DType, StructuralMask, Tensor};
 
@@ -216,6 +218,45 @@ fn ulysses_attention() {
     });
 }
 
+/// Groups of two ranks that split heads, of which two stand in a ring.
+#[test]
+fn hybrid_attention() {
+    const GROUP: usize = 2;
+    on_ranks(|rank| {
+        let partition = Partition::contiguous(S, P).unwrap();
+        let hybrid = UlyssesAttention::new(rank.comm, sequence(), partition.clone(), partition, GROUP).unwrap();
+        let shape = [1, 1, S / P, H, D];
+        let (q, k, v) = (tensor(rank, &shape), Arc::new(tensor(rank, &shape)), Arc::new(tensor(rank, &shape)));
+        let sent = || {
+            let traffic = hybrid.traffic();
+            let of = |name| traffic.get(name).map_or(0, |traffic: &Traffic| traffic.bytes_sent);
+            [of("switch"), of("ring_attention keys") + of("ring_attention gradients")]
+        };
+        let parts = |count: usize| u64::try_from(count * PART).unwrap();
+        let forward = hybrid.forward(rank, &shard(&q, &k, &v, &[])).unwrap();
+        let (switched, round) = (4 * (GROUP - 1), P / GROUP - 1);
+        assert_eq!(sent(), [parts(switched) / GROUP as u64, parts(2 * round)], "forward");
+        hybrid.backward(rank, &forward, &q.view()).unwrap();
+        let backward = 2 * round + P / GROUP * 2;
+        assert_eq!(sent(), [2 * parts(switched) / GROUP as u64, parts(2 * round + backward)], "backward");
+    });
+}
+
+/// What is kept is a part; all of it comes back together.
+#[test]
+fn activations_in_parts() {
+    on_ranks(|rank| {
+        let whole = Arc::new(tensor(rank, &[S, H * D]));
+        let keep = Keep::Partitioned(rank.comm);
+        let mut kept = None;
+        holding(rank, "kept", PART..=2 * PART, || kept = Some(keep.keep(rank, Arc::clone(&whole)).unwrap()));
+        let before = sent(rank.comm, &["gather"]);
+        let got = kept.unwrap().restore(rank).unwrap();
+        assert_eq!(got.shape(), whole.shape());
+        assert_eq!(sent(rank.comm, &["gather"]) - before, (P - 1) * PART);
+    });
+}
+
 #[test]
 fn megatron_maps() {
     on_ranks(|rank| {
@@ -303,5 +344,13 @@ fn position_table() {
         let agreed = 0..1000;
         let moved = sent(rank.comm, &["position_lookup"]) - others * 8 - others * WIDTH * F32;
         assert!(agreed.contains(&moved), "{moved} bytes beside rows and their numbers");
+        let d_rows = tensor(rank, &[S / 2, WIDTH]);
+        // The rows that it sends, which are gone when their owners have added them, and the sum.
+        let sum = S / P * WIDTH * F32;
+        holding(rank, "gradient", rows..=rows + sum, || {
+            table.gradient(rank.comm, &positions, &d_rows.view()).unwrap();
+        });
+        let moved = sent(rank.comm, &["position_gradient"]) - others * WIDTH * F32;
+        assert!(agreed.contains(&moved), "{moved} bytes beside gradients");
     });
 }

@@ -61,22 +61,39 @@ impl Expected {
     /// # Errors
     /// Every tensor that is off, with index, expected and got.
     pub fn check(&self, case: &Case, results: &Results) -> Result<f64, String> {
-        self.check_parts(case, 1.0, 0.0, results)
+        self.check_parts(case, |_| 1.0, 0.0, results)
     }
 
     /// The same for results of `parts` over different keys: each is rounded to the dtype before it is merged or added, and so
-    /// is the sum; each merge rounds lse in two parts, which is common to a row of probabilities.
+    /// is the sum; each merge rounds lse in two parts, which is common to a row of probabilities. With `whole_rows` a query
+    /// sees all of its keys at once: what is a query's is rounded once.
     ///
     /// # Errors
     /// As [`Expected::check`].
-    pub(crate) fn check_sharded(&self, case: &Case, parts: u32, results: &Results) -> Result<f64, String> {
+    pub(crate) fn check_sharded(
+        &self,
+        case: &Case,
+        parts: u32,
+        whole_rows: bool,
+        results: &Results,
+    ) -> Result<f64, String> {
         let lse = self.forward.lse.iter().map(|lse| lse.abs()).filter(|lse| lse.is_finite());
         let lse = lse.fold(0.0, f64::max).min(LARGEST_LSE);
-        let common = f64::from(parts) * lse * DType::F32.unit_roundoff().powi(2);
-        self.check_parts(case, 1.0 + f64::from(parts), common, results)
+        let common = if whole_rows { 0.0 } else { f64::from(parts) * lse * DType::F32.unit_roundoff().powi(2) };
+        let roundings = |name: &str| match name {
+            "out" | "lse" | "dq" | "d_gate" if whole_rows => 1.0,
+            _ => 1.0 + f64::from(parts),
+        };
+        self.check_parts(case, roundings, common, results)
     }
 
-    fn check_parts(&self, case: &Case, roundings: f64, common: f64, results: &Results) -> Result<f64, String> {
+    fn check_parts(
+        &self,
+        case: &Case,
+        roundings: impl Fn(&str) -> f64,
+        common: f64,
+        results: &Results,
+    ) -> Result<f64, String> {
         let mut checks = Vec::new();
         for (name, got) in results.iter().filter(|(name, _)| name != "lse_low") {
             let dtype = match name.strip_prefix("dbias").and_then(|i| i.parse::<usize>().ok()) {
@@ -86,7 +103,7 @@ impl Expected {
                 None => case.spec.dtype,
             };
             let common = if name == "lse" { 0.0 } else { common };
-            let stored = Stored { roundings, common, ..dtype.into() };
+            let stored = Stored { roundings: roundings(name), common, ..dtype.into() };
             checks.push(self.check_tensor(name, name, &got.values, stored));
         }
         let find = |wanted: &str| results.iter().find(|(name, _)| name == wanted).map(|(_, got)| &got.values);

@@ -33,10 +33,13 @@ fn ranks_agree_with_one_rank_whatever_the_layers_are() {
 fn memory_is_what_the_plan_of_training_says() {
     const SIZES: [&str; 4] = ["--hidden", "64", "--heads", "4"];
     let number = |value: &serde_json::Value| value.as_f64().unwrap();
-    for ranks in ["1", "4"] {
+    for (ranks, positions, table) in
+        [("1", "rope", "none"), ("4", "rope", "none"), ("1", "learned", "partitioned"), ("4", "learned", "partitioned")]
+    {
         let both = ["2", "6"].map(|layers| {
             let run =
                 ["--layers", layers, "--ranks", ranks, "--tokens", "1024", "--steps", "1", "--no-compare", "--json"];
+            let run = [&run[..], &["--positions", positions]].concat();
             let found = json(&[&["genome", GENOME], &SIZES[..], &run].concat());
             let plan = [
                 "plan",
@@ -55,6 +58,8 @@ fn memory_is_what_the_plan_of_training_says() {
                 "16",
                 "--kept-elements",
                 "10",
+                "--positions",
+                table,
                 "--json",
             ];
             let plan = json(&[&plan[..], &SIZES[..]].concat());
@@ -63,7 +68,8 @@ fn memory_is_what_the_plan_of_training_says() {
                 buffers.map(|buffer| number(&buffer["bytes"])).sum::<f64>()
             };
             let row = found["rows"].as_array().unwrap().last().unwrap();
-            let state = ["parameters", "gradients", "optimizer state"].map(planned).iter().sum::<f64>();
+            let state =
+                ["parameters", "gradients", "optimizer state", "position table"].map(planned).iter().sum::<f64>();
             // The plan's layers have biases, which this model does without: 11 h of 12 h² + 13 h.
             let without = number(&row["state_bytes"]) / state;
             assert!((0.98..=1.0).contains(&without), "{without}");

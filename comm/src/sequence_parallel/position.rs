@@ -6,7 +6,7 @@
 
 use std::sync::Arc;
 
-use tilefold_core::{ProblemError, Tensor, TensorView};
+use tilefold_core::{ProblemError, Tensor, TensorView, TensorViewMut};
 
 use crate::communicator::Communicator;
 use crate::error::{CommError, Result};
@@ -87,8 +87,8 @@ impl PositionTable {
 
     /// This rank's rows, to be updated in place.
     #[must_use]
-    pub fn rows_mut(&mut self) -> &mut Tensor {
-        &mut self.rows
+    pub fn rows_mut(&mut self) -> TensorViewMut<'_> {
+        self.rows.view_mut()
     }
 
     /// Rows `[positions, width]` of any positions, in any order, repeated or not. Called by all ranks, each with its own

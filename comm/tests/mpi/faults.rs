@@ -290,7 +290,11 @@ fn late() {
 /// Rank 1 differs from the others in the operation, the dtype, the shape, the counts.
 fn calls_differ() {
     type Call = fn(&Communicator, bool) -> Result<()>;
-    let calls: [(&str, Call); 5] = [
+    let calls: [(&str, Call); 6] = [
+        ("letter", |comm, odd| {
+            let operation = if odd { "keys" } else { "gradients" };
+            comm.begin_shift(operation, comm.neighbour(1), Vec::new(), comm.neighbour(-1))?.finish().map(|_| ())
+        }),
         ("operation", |comm, odd| if odd { comm.barrier() } else { small(comm) }),
         ("dtype", |comm, odd| {
             let dtype = if odd { DType::I32 } else { DType::F32 };

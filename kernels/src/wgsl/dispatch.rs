@@ -74,8 +74,8 @@ pub struct Dispatch {
 pub enum DispatchError {
     /// One index of the axes that a call can be cut along still reaches further than a binding may.
     #[error(
-        "{operand} spans {bytes} bytes for one head of one row, and this device binds at most {limit} \
-(max_storage_buffer_binding_size); use a layout in which a head's elements lie closer together"
+        "{operand} take {bytes} bytes however the call is cut, and this device binds at most {limit} \
+(max_storage_buffer_binding_size); use a layout in which a head's elements lie closer together, or fewer masks and biases"
     )]
     Binding {
         /// The operand.
