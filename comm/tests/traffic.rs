@@ -345,9 +345,9 @@ fn position_table() {
         let moved = sent(rank.comm, &["position_lookup"]) - others * 8 - others * WIDTH * F32;
         assert!(agreed.contains(&moved), "{moved} bytes beside rows and their numbers");
         let d_rows = tensor(rank, &[S / 2, WIDTH]);
-        // The rows that it sends, which are gone when their owners have added them, and the sum.
+        // The rows that it sends, one part once more, and the sum; rows are gone when their owners have added them.
         let sum = S / P * WIDTH * F32;
-        holding(rank, "gradient", rows..=rows + sum, || {
+        holding(rank, "gradient", rows..=rows + rows / P + sum, || {
             table.gradient(rank.comm, &positions, &d_rows.view()).unwrap();
         });
         let moved = sent(rank.comm, &["position_gradient"]) - others * WIDTH * F32;
