@@ -530,12 +530,13 @@ fn partitions_of_another_length_or_of_unlike_ranks() {
 #[test]
 fn settings_that_a_way_does_not_take() {
     let of = |size| Partition::contiguous(size, RANKS).unwrap();
-    let spec = |edit: fn(&mut AttentionSpec)| {
+    type EditSpec = fn(&mut AttentionSpec);
+    let spec = |edit: EditSpec| {
         let mut spec = Given::new(Way::Ring).spec;
         edit(&mut spec);
         spec
     };
-    let edits: [(&str, fn(&mut AttentionSpec)); 2] =
+    let edits: [(&str, EditSpec); 2] =
         [("gate", |spec| spec.gate = true), ("empty_rows", |spec| spec.empty_rows = EmptyRows::Uniform)];
     let is_own = |error: &Error, name: &str| matches!(error, Error::Problem(ProblemError::Unexpected { tensor, .. }) if *tensor == name);
     for (name, edit) in edits {
