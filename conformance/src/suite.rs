@@ -49,8 +49,9 @@ impl Filter {
     #[must_use]
     pub fn for_device(device: &DeviceInfo) -> Self {
         let all = Self::default();
-        let is_slow = device.is_virtual || device.id.kind == DeviceKind::Wgpu;
-        let half = device.lanes.max(1).ilog2() as usize % 2;
+        let is_wgpu = device.id.kind == DeviceKind::Wgpu;
+        let is_slow = device.is_virtual || is_wgpu;
+        let half = if is_wgpu { device.lanes.max(1).ilog2() as usize % 2 } else { 0 };
         if is_slow { Self { large: false, most_tiles: 1000, in_turn: Some(half), ..all } } else { all }
     }
 }
