@@ -296,8 +296,8 @@ impl Desk {
     }
 
     fn patience(&self) -> Duration {
-        let known = [self.patience, self.longest_wait].into_iter().find(|deadline| !deadline.is_zero());
-        known.unwrap_or(DEFAULT_DEADLINE)
+        let known = [self.patience, self.longest_wait.min(DEFAULT_DEADLINE)];
+        known.into_iter().find(|deadline| !deadline.is_zero()).unwrap_or(DEFAULT_DEADLINE)
     }
 
     /// How much longer to wait for the goodbyes of others; `None`: until they come.
