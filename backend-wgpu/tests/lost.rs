@@ -11,7 +11,7 @@ mod harness;
 
 use std::process::ExitCode;
 
-use tilefold_backend_wgpu::WgpuBackend;
+use tilefold_backend_wgpu::{WgpuBackend, WgpuOptions};
 use tilefold_core::{
     AccumulateArgs, AttentionProblem, AttentionSpec, Backend, BackwardArgs, BackwardOperands, DType, DeviceError,
     ForwardArgs, ForwardOperands, Layout, MergeArgs, MergeOperands, RelayoutArgs, RopeArgs, RopePairs, RopeSpec,
@@ -19,7 +19,10 @@ use tilefold_core::{
 };
 
 fn main() -> ExitCode {
-    harness::run(&[("a_lost_device_is_an_error_of_every_call", lost)])
+    harness::run(&[
+        ("a_lost_device_is_an_error_of_every_call", lost),
+        ("a_device_that_is_lost_while_a_thread_waits", lost_while_waiting),
+    ])
 }
 
 fn lost() {
@@ -92,4 +95,23 @@ fn lost() {
     assert!(again.alloc(&fresh, 64).is_ok());
     assert!(matches!(again.upload(&fresh, &[1; 64], &mut unused), Err(DeviceError::Unsupported { .. })));
     assert!(matches!(again.synchronize(&stream), Err(DeviceError::Unsupported { .. })));
+}
+
+/// Whoever waits comes back: with what was done before, or with the loss.
+fn lost_while_waiting() {
+    let device = WgpuBackend::with_options(0, WgpuOptions::default()).unwrap();
+    let stream = device.stream().unwrap();
+    let layout = Layout::contiguous(&[1 << 22]).unwrap();
+    let mut tensor = Tensor::new(device.alloc(&stream, 16 << 20).unwrap(), DType::F32, layout).unwrap();
+    for _ in 0..60 {
+        device.fill(&stream, tensor.view_mut(), 1.0).unwrap();
+    }
+    let waited = std::thread::scope(|scope| {
+        let waiting = scope.spawn(|| device.synchronize(&stream));
+        std::thread::sleep(std::time::Duration::from_millis(20));
+        device.raw_device().destroy();
+        waiting.join().unwrap()
+    });
+    assert!(matches!(waited, Ok(()) | Err(DeviceError::Lost { .. })), "{waited:?}");
+    assert!(matches!(device.synchronize(&stream), Err(DeviceError::Lost { .. })));
 }
