@@ -235,7 +235,7 @@ impl Context {
         self.check_lost()?;
         let filters = [wgpu::ErrorFilter::Validation, wgpu::ErrorFilter::OutOfMemory, wgpu::ErrorFilter::Internal];
         let scopes = filters.map(|filter| self.device.push_error_scope(filter));
-        let result = unpanicked(call, work).and_then(|result| result);
+        let result = unpanicked(call, work).flatten();
         let mut found = None;
         for scope in scopes.into_iter().rev() {
             // Every scope is popped, the innermost first.

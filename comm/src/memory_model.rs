@@ -4,7 +4,8 @@
 //! sequence-parallel ranks, r ranks that divide the sequence alone, N data-parallel ranks, Ψ parameters. *Sources*:
 //! Korthikanti et al. 2022, "Reducing Activation Recomputation in Large Transformer Models" (activations); Rajbhandari et
 //! al. 2020, "ZeRO" (model state); Narayanan et al. 2021, "Efficient Large-Scale Language Model Training on GPU Clusters"
-//! (parameters); Song et al. 2023, "DeepSpeed4Science" (masks and position tables of long sequences). Allocators, communication libraries, streams and
+//! (parameters); Song et al. 2023, "DeepSpeed4Science" (masks and position tables of long sequences). Allocators,
+//! communication libraries, streams and
 //! short-lived temporaries are not in it: a prediction is what must fit, not what will.
 
 mod buffers;

@@ -33,6 +33,38 @@ fn part(rank: &Rank<'_>, split: &Split, whole: &Tensor) -> Tensor {
     Gather(split.clone()).adjoint().apply(rank, &whole.view()).unwrap()
 }
 
+/// One attention along rows, q, k and v all `x`, and one along columns of what it gives: out, and the gradients of x and of the
+/// biases, if there are any. The second sees columns as its rows; its bias is as it takes it.
+fn along_both(
+    rank: &Rank<'_>,
+    [(first, first_bias), (second, second_bias)]: [(&AxialAttention, Option<&Tensor>); 2],
+    switch: &Switch,
+    x: Arc<Tensor>,
+    d_out: &Tensor,
+) -> (Tensor, Tensor, [Option<Tensor>; 2]) {
+    let turn = |tensor: &Tensor| rank.dense(&tensor.view().permute(&TURNED).unwrap()).unwrap();
+    let sum = |gradients: [Option<Tensor>; 3]| {
+        let [mut sum, k, v] = gradients.map(Option::unwrap);
+        [k, v].iter().for_each(|part| rank.add(part.view(), sum.view_mut()).unwrap());
+        sum
+    };
+    let mut by_row = Shard::new(x.view(), Arc::clone(&x), Arc::clone(&x));
+    by_row.biases.extend(first_bias.map(Tensor::view));
+    let middle = first.forward(rank, &by_row).unwrap();
+    let y = Arc::new(turn(&switch.apply(rank, &middle.out.view()).unwrap()));
+    let mut by_column = Shard::new(y.view(), Arc::clone(&y), Arc::clone(&y));
+    by_column.biases.extend(second_bias.map(Tensor::view));
+    let last = second.forward(rank, &by_column).unwrap();
+
+    let mut back = second.backward(rank, &by_column, &last, &turn(d_out).view()).unwrap();
+    let d_second = back.dbiases.pop().flatten();
+    let dy = turn(&sum([back.dq, back.dk, back.dv]));
+    let dy = switch.adjoint().apply(rank, &dy.view()).unwrap();
+    let mut back = first.backward(rank, &by_row, &middle, &dy.view()).unwrap();
+    let d_first = back.dbiases.pop().flatten();
+    (turn(&last.out), sum([back.dq, back.dk, back.dv]), [d_first, d_second])
+}
+
 /// out, and the gradients of the MSA that both attentions take for q, k and v, and of the pair bias.
 fn msa(rank: &Rank<'_>, cut: fn(usize, usize) -> Partition, shared: SharedBias) -> [Vec<f64>; 3] {
     let ranks = rank.comm.world_size();
@@ -50,27 +82,12 @@ fn msa(rank: &Rank<'_>, cut: fn(usize, usize) -> Partition, shared: SharedBias) 
     let row = AxialAttention::new(spec, rows.clone(), residues.clone(), shared).unwrap();
     let spec = AttentionSpec::new(DType::F32, 1, RESIDUES, ROWS, HEADS, HEAD_DIM).with_all_gradients();
     let column = AxialAttention::new(spec, residues, rows, shared).unwrap();
+    let d_out = part(rank, &by_residues, &numbers(2, &shape));
     let switch = Switch { from: by_rows.clone(), to: by_residues.clone() };
-    let turn = |tensor: &Tensor| rank.dense(&tensor.view().permute(&TURNED).unwrap()).unwrap();
-
-    let mut row_shard = Shard::new(x.view(), Arc::clone(&x), Arc::clone(&x));
-    row_shard.biases.push(pair.view());
-    let row_forward = row.forward(rank, &row_shard).unwrap();
-    let y = Arc::new(turn(&switch.apply(rank, &row_forward.out.view()).unwrap()));
-    let column_shard = Shard::new(y.view(), Arc::clone(&y), Arc::clone(&y));
-    let column_forward = column.forward(rank, &column_shard).unwrap();
-    let out = turn(&column_forward.out);
-
-    let d_out = turn(&part(rank, &by_residues, &numbers(2, &shape)));
-    let back = column.backward(rank, &column_shard, &column_forward, &d_out.view()).unwrap();
-    let dy = turn(&sum_of_inputs(rank, [back.dq, back.dk, back.dv]));
-    let dy = switch.adjoint().apply(rank, &dy.view()).unwrap();
-    let mut back = row.backward(rank, &row_shard, &row_forward, &dy.view()).unwrap();
-    let dx = sum_of_inputs(rank, [back.dq, back.dk, back.dv]);
-    let d_pair = back.dbiases.pop().flatten().unwrap();
+    let (out, dx, [d_pair, _]) = along_both(rank, [(&row, Some(&pair)), (&column, None)], &switch, x, &d_out);
     let whole =
         |split: &Split, part: &Tensor| Gather(split.clone()).apply(rank, &part.view()).unwrap().to_f64().unwrap();
-    [whole(&by_residues, &out), whole(&by_rows, &dx), whole(&by_queries, &d_pair)]
+    [whole(&by_residues, &out), whole(&by_rows, &dx), whole(&by_queries, &d_pair.unwrap())]
 }
 
 /// Attention around the starting node, then around the ending node, of pairs `[1, n, n, heads, channels]` split by their first
@@ -92,26 +109,11 @@ fn triangles(rank: &Rank<'_>, cut: fn(usize, usize) -> Partition, shared: Shared
     let bias = BiasSpec { shape: [1, 1, HEADS, N, N], dtype: DType::F32 };
     let spec = AttentionSpec { biases: vec![bias], ..AttentionSpec::new(DType::F32, 1, N, N, HEADS, HEAD_DIM) };
     let axial = AxialAttention::new(spec.with_all_gradients(), partition.clone(), partition, shared).unwrap();
+    let d_out = part(rank, &by_second, &numbers(6, &shape));
     let switch = Switch { from: by_first.clone(), to: by_second.clone() };
-    let turn = |tensor: &Tensor| rank.dense(&tensor.view().permute(&TURNED).unwrap()).unwrap();
-
-    let mut starting = Shard::new(x.view(), Arc::clone(&x), Arc::clone(&x));
-    starting.biases.push(starting_bias.view());
-    let starting_forward = axial.forward(rank, &starting).unwrap();
-    let y = Arc::new(turn(&switch.apply(rank, &starting_forward.out.view()).unwrap()));
-    let mut ending = Shard::new(y.view(), Arc::clone(&y), Arc::clone(&y));
-    ending.biases.push(ending_bias.view());
-    let ending_forward = axial.forward(rank, &ending).unwrap();
-    let out = turn(&ending_forward.out);
-
-    let d_out = turn(&part(rank, &by_second, &numbers(6, &shape)));
-    let mut back = axial.backward(rank, &ending, &ending_forward, &d_out.view()).unwrap();
-    let d_ending = turned_bias(&back.dbiases.pop().flatten().unwrap());
-    let dy = turn(&sum_of_inputs(rank, [back.dq, back.dk, back.dv]));
-    let dy = switch.adjoint().apply(rank, &dy.view()).unwrap();
-    let mut back = axial.backward(rank, &starting, &starting_forward, &dy.view()).unwrap();
-    let d_starting = back.dbiases.pop().flatten().unwrap();
-    let dx = sum_of_inputs(rank, [back.dq, back.dk, back.dv]);
+    let both = [(&axial, Some(&starting_bias)), (&axial, Some(&ending_bias))];
+    let (out, dx, [d_starting, d_ending]) = along_both(rank, both, &switch, x, &d_out);
+    let (d_starting, d_ending) = (d_starting.unwrap(), turned_bias(&d_ending.unwrap()));
     let whole =
         |split: &Split, part: &Tensor| Gather(split.clone()).apply(rank, &part.view()).unwrap().to_f64().unwrap();
     [whole(&by_second, &out), whole(&by_first, &dx), whole(&by_queries, &d_starting), whole(&as_made, &d_ending)]
@@ -155,12 +157,6 @@ fn exact_triangles() -> [Vec<f64>; 4] {
     let back = reference::backward(&problem, &starting, &turn(&sum([back.dq, back.dk, back.dv])));
     let d_starting = back.dbiases[0].clone();
     [out, sum([back.dq, back.dk, back.dv]), d_starting, d_ending]
-}
-
-fn sum_of_inputs(rank: &Rank<'_>, gradients: [Option<Tensor>; 3]) -> Tensor {
-    let [mut sum, k, v] = gradients.map(Option::unwrap);
-    [k, v].iter().for_each(|part| rank.add(part.view(), sum.view_mut()).unwrap());
-    sum
 }
 
 fn contiguous(size: usize, ranks: usize) -> Partition {

@@ -74,7 +74,7 @@ pub struct Dispatch {
 pub enum DispatchError {
     /// One index of the axes that a call can be cut along still reaches further than a binding may.
     #[error(
-        "{operand} take {bytes} bytes however the call is cut, and this device binds at most {limit} \
+        "{operand}: {bytes} bytes however the call is cut, and this device binds at most {limit} \
 (max_storage_buffer_binding_size); use a layout in which a head's elements lie closer together, or fewer masks and biases"
     )]
     Binding {
